@@ -1,0 +1,7 @@
+import torch
+
+
+def merge_average(deltas):
+    """Average the task vectors."""
+    stacked = torch.stack(deltas)
+    return stacked.mean(dim=0)

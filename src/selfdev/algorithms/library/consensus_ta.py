@@ -1,0 +1,41 @@
+"""Consensus Task Arithmetic: drop the entries that matter to too few experts."""
+
+from torch import Tensor
+
+from selfdev.algorithms.library.specification import Method, Paper, Parameter
+
+
+def consensus_ta(
+    task_vectors: Tensor, *, strictness: float = 0.4, agreement: int = 2, scale: float = 0.3
+) -> Tensor:
+    """Keep the entries of the sum that matter to several experts (Wang et al. 2024, arXiv 2405.07813).
+
+    An entry of the sum s matters to the expert with task vector d where |d| >= strictness |s - d| (its TALL
+    mask). Entries that matter to fewer than `agreement` experts are dropped.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32.
+        strictness: lambda of the TALL masks; the paper searches 0.2 to 0.6.
+        agreement: to how many experts an entry must matter; no more than there are. The paper uses 2.
+        scale: factor on the sum.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+    """
+    total = task_vectors.sum(dim=0)
+    matters = task_vectors.abs() >= strictness * (total - task_vectors).abs()
+    kept = matters.sum(dim=0) >= min(agreement, len(task_vectors))
+    return scale * total * kept
+
+
+METHOD = Method(
+    name="consensus_ta",
+    function=consensus_ta,
+    parameters=(
+        Parameter("strictness", default=0.4, low=0.1, high=1.0),
+        Parameter("agreement", default=2, low=1, high=3, integer=True),
+        Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),
+    ),
+    paper=Paper("Wang et al.", 2024, "2405.07813"),
+    summary="the sum where it matters to several experts",
+)

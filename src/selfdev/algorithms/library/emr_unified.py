@@ -1,0 +1,33 @@
+"""EMR's unified task vector: an elected sign at the largest agreeing magnitude."""
+
+import torch
+from torch import Tensor
+
+from selfdev.algorithms.library.sign_election import elected_sign
+from selfdev.algorithms.library.specification import Method, Paper, Parameter
+
+
+def emr_unified(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
+    """Elect a sign and take the largest magnitude that has it (Huang et al. 2024, arXiv 2405.17461).
+
+    The unified task vector of EMR-Merging, without the masks and rescalers that the paper keeps for each
+    task.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32.
+        scale: factor on the merged task vector.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+    """
+    sign = elected_sign(task_vectors)
+    return scale * sign * torch.clamp(task_vectors * sign, min=0.0).amax(dim=0)
+
+
+METHOD = Method(
+    name="emr_unified",
+    function=emr_unified,
+    parameters=(Parameter("scale", default=1.0, low=0.1, high=2.0, screened=False),),
+    paper=Paper("Huang et al.", 2024, "2405.17461"),
+    summary="the elected sign with the largest agreeing magnitude",
+)

@@ -1,0 +1,37 @@
+"""RAM: average what several experts changed, keep what only one did."""
+
+import torch
+from torch import Tensor
+
+from selfdev.algorithms.library.specification import Method, Paper, Parameter
+
+
+def ram(task_vectors: Tensor, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor:
+    """Average each entry over the experts that changed it (Yuan et al. 2026, arXiv 2601.13572).
+
+    An expert changed an entry where the magnitude of its task vector exceeds `threshold`. Shared entries
+    become the mean over those experts, and an entry that one expert alone changed keeps its value.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32.
+        threshold: magnitude in units of the weights, not negative; the paper uses 1e-5.
+        scale: factor on the merged task vector; 1 is the paper's method.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+    """
+    changed = task_vectors.abs() > threshold
+    count = changed.sum(dim=0).clamp(min=1)
+    return scale * torch.where(changed, task_vectors, 0.0).sum(dim=0) / count
+
+
+METHOD = Method(
+    name="ram",
+    function=ram,
+    parameters=(
+        Parameter("threshold", default=1e-5, low=1e-6, high=1e-1, log=True),
+        Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
+    ),
+    paper=Paper("Yuan et al.", 2026, "2601.13572"),
+    summary="shared entries averaged, entries of one expert kept whole",
+)

@@ -1,0 +1,50 @@
+"""WUDI: the merged matrix that interferes least with every expert's input directions."""
+
+import torch
+from torch import Tensor
+
+from selfdev.algorithms.library.specification import Method, Paper, Parameter
+
+
+def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> Tensor:
+    """Minimise the interference on the experts' row spaces (Cheng et al. 2025, arXiv 2503.08099).
+
+    The loss of a merged matrix M is the sum over experts i of |(M - D_i) D_i^T|^2 / |D_i|^2 (Frobenius
+    norms). The paper takes 300 steps of Adam from the sum S on. The loss is quadratic, and this is the limit
+    of plain gradient descent: with G_i = D_i^T D_i / |D_i|^2 and A the sum of the G_i, M = S + sum of (D_i -
+    S) G_i A^+. `cutoff` stands for stopping early: in the directions in which A has less than that share of
+    its largest eigenvalue the sum stays as it is. Tensors that are no matrices are added.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32; a matrix is (outputs, inputs).
+        cutoff: relative eigenvalue below which nothing is changed, in [0, 1).
+        scale: factor on the merged task vector.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+    """
+    total = task_vectors.sum(dim=0)
+    if task_vectors.dim() != 3:
+        return scale * total
+    powers = task_vectors.square().sum(dim=(1, 2), keepdim=True)
+    scaled = task_vectors / torch.where(powers > 0, powers, 1.0)
+    grams = task_vectors.mT @ scaled
+    values, vectors = torch.linalg.eigh(grams.sum(dim=0))
+    # Zero experts give a zero matrix, whose largest eigenvalue is 0: nothing passes, and the sum stays.
+    solved = (values > max(cutoff, 1e-6) * values[-1].clamp(min=0.0)) & (values > 0)
+    vectors, values = vectors[:, solved], values[solved]
+    gap = ((task_vectors - total) @ grams).sum(dim=0)
+    merged: Tensor = total + (gap @ vectors / values) @ vectors.T
+    return scale * merged
+
+
+METHOD = Method(
+    name="wudi",
+    function=wudi,
+    parameters=(
+        Parameter("cutoff", default=0.01, low=1e-4, high=0.5, log=True),
+        Parameter("scale", default=1.0, low=0.1, high=2.0, screened=False),
+    ),
+    paper=Paper("Cheng et al.", 2025, "2503.08099"),
+    summary="the matrix that interferes least with every expert's inputs",
+)

@@ -1,0 +1,16 @@
+"""The run's database: everything that was written, run, scored, preferred and learned."""
+
+from selfdev.archive.database import Archive, ArchiveError, TestSealed
+from selfdev.archive.records import Candidate, Evaluation, Iteration, Pair, Refinement, Run
+
+__all__ = [
+    "Archive",
+    "ArchiveError",
+    "Candidate",
+    "Evaluation",
+    "Iteration",
+    "Pair",
+    "Refinement",
+    "Run",
+    "TestSealed",
+]

@@ -1,0 +1,370 @@
+"""Reading and writing the archive: SQLite in WAL mode, one writer, any number of readers."""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from selfdev.archive.records import Candidate, Evaluation, Iteration, Pair, Refinement, Run
+
+APPLICATION_ID = 0x5E1FDE0
+VERSION = 1
+CLOCKS = {"seconds", "created", "opened"}
+"""Columns that tell the time, which no two runs share."""
+SPACE_NEEDED = 200 * 1024**2
+"""Bytes that must be free before a run starts."""
+
+
+class ArchiveError(RuntimeError):
+    """The archive cannot be used: absent, corrupt, from a newer version, or in the way."""
+
+
+class TestSealed(RuntimeError):
+    """The test split may not be opened now."""
+
+    __test__ = False  # not a test class, whatever pytest thinks of its name
+
+
+class Archive:
+    """One run's database. Made by `create` or `open`."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path):
+        self.path = path
+        self._db = connection
+        self._db.row_factory = sqlite3.Row
+
+    @classmethod
+    def create(cls, path: Path, run: Run) -> "Archive":
+        """Start the archive of a new run.
+
+        Raises:
+            ArchiveError: there is one already, or the disk is full.
+        """
+        if path.exists():
+            raise ArchiveError(f"{path} exists: `selfdev resume {path.parent}` goes on with it; or choose another --out")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < SPACE_NEEDED:
+            raise ArchiveError(
+                f"{path.parent}: {free / 1e6:.0f} MB are free and a run needs {SPACE_NEEDED / 1e6:.0f} MB; "
+                "make room or choose another --out"
+            )
+        db = _connect(path)
+        # All or nothing: a kill in here leaves a file without tables, which `open` calls unfinished.
+        db.executescript(
+            "BEGIN;" + resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8") + "COMMIT;"
+        )
+        archive = cls(db, path)
+        with archive.transaction():
+            db.execute(
+                "INSERT INTO run VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (run.name, run.preset, run.seed, run.status, _json(run.config), _json(run.facts), run.created, 0.0),
+            )
+            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            db.execute(f"PRAGMA user_version = {VERSION}")
+        return archive
+
+    @classmethod
+    def open(cls, path: Path, *, read_only: bool = False) -> "Archive":
+        """Open an existing archive.
+
+        Raises:
+            ArchiveError: there is none, it is corrupt, or a newer version wrote it.
+        """
+        if not path.is_file():
+            raise ArchiveError(f"{path.parent} holds no run: there is no {path.name}; `selfdev run` starts one")
+        try:
+            db = _connect(path, read_only=read_only)
+            identity, version = (db.execute(f"PRAGMA {key}").fetchone()[0] for key in ("application_id", "user_version"))
+            if identity == APPLICATION_ID and version > VERSION:
+                raise ArchiveError(
+                    f"{path} has format {version} and this selfdev reads up to {VERSION}; install a newer selfdev"
+                )
+            if identity != APPLICATION_ID:
+                raise ArchiveError(f"{path} is no archive of a run, or its creation was cut off; remove it and run anew")
+            if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("quick_check failed")
+        except sqlite3.DatabaseError as error:
+            raise ArchiveError(
+                f"{path} is corrupt ({error}); restore it from a copy, or start a new run with another --out"
+            ) from error
+        return cls(db, path)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is written within it is committed together or not at all."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.rollback()
+            raise
+        self._db.commit()
+
+    # --- the run
+
+    @property
+    def run(self) -> Run:
+        """The run's own record."""
+        row = dict(self._db.execute("SELECT * FROM run").fetchone())
+        row.pop("id")
+        return Run(**row | {"config": json.loads(row["config"]), "facts": json.loads(row["facts"])})
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count time towards the run."""
+        with self.transaction():
+            self._db.execute("UPDATE run SET seconds = seconds + ?", (seconds,))
+
+    def set_status(self, status: str) -> None:
+        """Move the run on: `running`, `verdict`, `done`."""
+        with self.transaction():
+            self._db.execute("UPDATE run SET status = ?", (status,))
+
+    # --- questions
+
+    def set_questions(self, split: str, questions: Iterable[tuple[str, str]]) -> None:
+        """Fix the order of a split's questions: (content hash, group) each.
+
+        Raises:
+            ArchiveError: the split is archived already with other questions.
+        """
+        rows = [(split, i, question, group) for i, (question, group) in enumerate(questions)]
+        before = self._db.execute("SELECT * FROM question WHERE split = ? ORDER BY position", (split,)).fetchall()
+        if before:
+            if [tuple(row) for row in before] != rows:
+                raise ArchiveError(
+                    f"the {split} questions are not those that this run began with; the task has changed since: "
+                    "use the version of selfdev that began the run"
+                )
+            return
+        with self.transaction():
+            self._db.executemany("INSERT INTO question VALUES (?, ?, ?, ?)", rows)
+
+    def groups(self, split: str) -> list[str]:
+        """The group of every question of a split, in order."""
+        rows = self._db.execute("SELECT grp FROM question WHERE split = ? ORDER BY position", (split,))
+        return [row[0] for row in rows]
+
+    # --- what the factory wrote
+
+    def add_written(self, iteration: Iteration, candidates: Sequence[Candidate]) -> None:
+        """Archive all programs of one iteration of one arm, unscreened."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO iteration VALUES (?, ?, ?, ?, ?)",
+                (
+                    iteration.arm,
+                    iteration.iteration,
+                    iteration.temperature,
+                    json.dumps(iteration.prompts),
+                    iteration.seconds,
+                ),
+            )
+            for c in candidates:
+                self._db.execute(
+                    "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
+                    "source, status, failure, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
+                        np.asarray(c.tokens, dtype=np.int32).tobytes(),
+                        *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
+                    ),
+                )
+
+    def iterations(self, arm: str | None = None) -> list[Iteration]:
+        """The iterations whose programs are written, in order."""
+        rows = self._db.execute("SELECT * FROM iteration WHERE ? IS NULL OR arm = ? ORDER BY iteration, arm", (arm, arm))
+        return [Iteration(**dict(row) | {"prompts": tuple(json.loads(row["prompts"]))}) for row in rows]
+
+    def candidates(self, arm: str | None = None, iteration: int | None = None) -> list[Candidate]:
+        """Candidates in the order in which they were written; of one arm or iteration if given."""
+        rows = self._db.execute(
+            "SELECT * FROM candidate WHERE (?1 IS NULL OR arm = ?1) AND (?2 IS NULL OR iteration = ?2) "
+            "ORDER BY arm, iteration, number",
+            (arm, iteration),
+        )
+        return [_candidate(row) for row in rows]
+
+    def candidate(self, name: str) -> Candidate | None:
+        """The candidate of that name, or None."""
+        row = self._db.execute("SELECT * FROM candidate WHERE name = ?", (name,)).fetchone()
+        return None if row is None else _candidate(row)
+
+    def set_screened(self, candidate: Candidate, evaluation: Evaluation | None = None) -> None:
+        """Archive what screening, and with it the evaluation if there was one, said of a candidate."""
+        if candidate.status is None:
+            raise ValueError(f"candidate {candidate.name} has no status")
+        with self.transaction():
+            self._db.execute(
+                "UPDATE candidate SET status = ?, failure = ?, error = ?, canonical = ?, behaviour = ?, nearest = ?, "
+                "distance = ? WHERE name = ?",
+                (
+                    *(candidate.status, candidate.failure, candidate.error, candidate.canonical),
+                    *(candidate.behaviour, candidate.nearest, candidate.distance, candidate.name),
+                ),
+            )
+            if evaluation is not None:
+                self._add_evaluation(evaluation)
+
+    # --- scores
+
+    def add_evaluation(self, evaluation: Evaluation) -> None:
+        """Archive one evaluation."""
+        with self.transaction():
+            self._add_evaluation(evaluation)
+
+    def _add_evaluation(self, e: Evaluation) -> None:
+        outcomes = None if e.outcomes is None else np.packbits(np.asarray(e.outcomes, dtype=bool)).tobytes()
+        self._db.execute(
+            "INSERT INTO evaluation VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(e.kind, e.subject, e.number, e.split, _json(e.parameters), e.score, outcomes, e.questions),
+                *(e.failure, e.seconds),
+            ),
+        )
+
+    def evaluations(
+        self, kind: str | None = None, subject: str | None = None, split: str = "development"
+    ) -> list[Evaluation]:
+        """Evaluations on one split, in the order of kind, subject and number."""
+        rows = self._db.execute(
+            "SELECT * FROM evaluation WHERE split = ?3 AND (?1 IS NULL OR kind = ?1) AND (?2 IS NULL OR subject = ?2) "
+            "ORDER BY kind, subject, number",
+            (kind, subject, split),
+        )
+        return [_evaluation(row) for row in rows]
+
+    # --- what is learned
+
+    def add_pairs(self, arm: str, iteration: int, pairs: Sequence[Pair]) -> None:
+        """Archive the preference pairs of one iteration."""
+        with self.transaction():
+            self._db.executemany(
+                "INSERT INTO pair VALUES (?, ?, ?, ?, ?, ?)",
+                [(arm, iteration, i, p.chosen, p.rejected, p.reason) for i, p in enumerate(pairs)],
+            )
+
+    def pairs(self, arm: str, iteration: int) -> list[Pair]:
+        """The preference pairs of one iteration, in order."""
+        rows = self._db.execute(
+            "SELECT chosen, rejected, reason FROM pair WHERE arm = ? AND iteration = ? ORDER BY position",
+            (arm, iteration),
+        )
+        return [Pair(*row) for row in rows]
+
+    def add_refinement(self, refinement: Refinement) -> None:
+        """Archive one round of training, after its adapter is on the disk."""
+        r = refinement
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO refinement VALUES (?, ?, ?, ?, ?)", (r.arm, r.iteration, r.adapter, _json(r.facts), r.seconds)
+            )
+
+    def refinements(self, arm: str) -> list[Refinement]:
+        """The rounds of training of one arm, in order."""
+        rows = self._db.execute("SELECT * FROM refinement WHERE arm = ? ORDER BY iteration", (arm,))
+        return [Refinement(**dict(row) | {"facts": json.loads(row["facts"])}) for row in rows]
+
+    # --- the sealed test split and the verdict
+
+    def opened(self, task_name: str) -> None:
+        """Record that the test split is opened; the seal of `selfdev.evaluation.tasks`.
+
+        A verdict that was cut off may open it again, and the archive then shows both openings.
+
+        Raises:
+            TestSealed: the last iteration is not over, or the verdict has been reached.
+        """
+        status = self.run.status
+        if status != "verdict":
+            over = "its verdict has been reached" if status == "done" else "its last iteration is not over"
+            raise TestSealed(f"the test split of task '{task_name}' is sealed for this run: {over}")
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO test_opening (task, opened) VALUES (?, ?)",
+                (task_name, datetime.now(UTC).isoformat(timespec="seconds")),
+            )
+
+    def openings(self) -> list[str]:
+        """When the test split was opened, ISO 8601, UTC."""
+        return [row[0] for row in self._db.execute("SELECT opened FROM test_opening ORDER BY number")]
+
+    def fix_verdict(self, fixed: Mapping[str, Any]) -> None:
+        """Write down, before the test split is opened, what the headline will compare. The first one stays."""
+        with self.transaction():
+            self._db.execute("INSERT OR IGNORE INTO verdict VALUES (1, ?, NULL)", (_json(fixed),))
+
+    def set_verdict(self, result: Mapping[str, Any]) -> None:
+        """Archive the verdict's result and end the run."""
+        with self.transaction():
+            self._db.execute("UPDATE verdict SET result = ?", (_json(result),))
+            self._db.execute("UPDATE run SET status = 'done'")
+
+    def verdict(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
+        """What was fixed and what came out (None until then); None before anything is fixed."""
+        row = self._db.execute("SELECT fixed, result FROM verdict").fetchone()
+        return None if row is None else (json.loads(row[0]), json.loads(row[1]) if row[1] else None)
+
+    # --- sameness
+
+    def digest(self) -> str:
+        """A hash of all that is archived but the clock and how often a cut-off verdict opened the test split."""
+        content = hashlib.sha256()
+        tables = self._db.execute(
+            "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name"
+        ).fetchall()
+        for (table,) in tables:
+            if table == "test_opening":
+                continue
+            columns = [row["name"] for row in self._db.execute(f"PRAGMA table_info({table})")]
+            kept = ", ".join(column for column in columns if column not in CLOCKS)
+            for row in self._db.execute(f"SELECT {kept} FROM {table} ORDER BY {kept}"):  # noqa: S608
+                content.update(repr(tuple(row)).encode())
+        return content.hexdigest()
+
+
+def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    mode = "ro" if read_only else "rwc"
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30)
+    if not read_only:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+    return db
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _candidate(row: sqlite3.Row) -> Candidate:
+    tokens = tuple(np.frombuffer(row["tokens"], dtype=np.int32).tolist())
+    return Candidate(**dict(row) | {"tokens": tokens, "finished": bool(row["finished"])})
+
+
+def _evaluation(row: sqlite3.Row) -> Evaluation:
+    outcomes = None
+    if row["outcomes"] is not None:
+        bits = np.unpackbits(np.frombuffer(row["outcomes"], dtype=np.uint8), count=row["questions"])
+        outcomes = tuple(bool(bit) for bit in bits)
+    return Evaluation(**dict(row) | {"outcomes": outcomes, "parameters": json.loads(row["parameters"])})
+
+

@@ -1,0 +1,122 @@
+"""What the archive holds, one frozen record a table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """The run itself.
+
+    Attributes:
+        name: of the run's folder.
+        preset: which preset or file it came from.
+        seed: of all its random streams.
+        status: `running`, `verdict` (the test split may be opened) or `done`.
+        config: complete, as JSON values.
+        facts: hashes of weights and versions of libraries.
+        created: ISO 8601, UTC.
+        seconds: spent in all sessions.
+    """
+
+    name: str
+    preset: str
+    seed: int
+    status: str
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    created: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One iteration of one arm, once its programs are written; `seconds` went into sampling."""
+
+    arm: str
+    iteration: int
+    temperature: float
+    prompts: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One program and all that is known of it; the columns of the table `candidate`.
+
+    `status` is None until it is screened, then `failed` (with `failure` and `error`), `trivial`, `known`,
+    `repeated` or `new`. `source` is None where no function could be read.
+    """
+
+    name: str
+    arm: str
+    iteration: int
+    number: int
+    prompt: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    log_prob: float | None = None
+    finished: bool = True
+    source: str | None = None
+    status: str | None = None
+    failure: str | None = None
+    error: str | None = None
+    canonical: str | None = None
+    behaviour: bytes | None = field(default=None, repr=False)
+    nearest: str | None = None
+    distance: float | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether it ran on every probe."""
+        return self.status is not None and self.status != "failed"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One merged model on the questions of one split.
+
+    Attributes:
+        kind: `seed`, `expert`, `rival` or `candidate`.
+        subject: name of the expert, method or candidate.
+        number: which of a rival's settings; 0 for the others.
+        split: `development` or `test`.
+        outcomes: right or wrong for every question, in the archived order; None with a failure.
+        score: in 0..1; None with a failure.
+        questions: how many questions the score rests on.
+        parameters: of a rival.
+        failure: class of the failure, if it failed.
+        seconds: merging and scoring.
+    """
+
+    kind: str
+    subject: str
+    number: int
+    split: str
+    outcomes: tuple[bool, ...] | None
+    score: float | None
+    questions: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: names of two candidates, and why the second is rejected."""
+
+    chosen: str
+    rejected: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """One round of training; `adapter` is a folder within the run, None if the round was skipped."""
+
+    arm: str
+    iteration: int
+    adapter: str | None
+    facts: Mapping[str, Any]
+    seconds: float

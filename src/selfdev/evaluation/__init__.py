@@ -1,0 +1,1 @@
+"""How good a merged model is: tasks, and the scoring of their questions."""

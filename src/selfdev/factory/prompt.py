@@ -1,0 +1,122 @@
+"""What the factory is asked: the task, the signature, worked examples.
+
+`fixed` asks the same in every iteration, as in the paper. `drawn` deals the worked examples out anew for every
+prompt, since a small factory copies whatever example it always sees.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from selfdev.algorithms.source import OPENING, Form, wrap_short
+
+SHORT_HEAD = '''"""Merge expert models by combining their task vectors.
+
+Each algorithm receives `deltas`, a list with one task vector (expert minus seed) per expert,
+tensors of the same shape, and returns the merged task vector.
+"""
+import torch
+
+
+'''
+
+CONTRACT_TASK = '''\
+Several expert models were fine-tuned from one seed model. A task vector is an expert's parameter tensor minus the \
+seed's. Write a new algorithm that combines the experts' task vectors into one merged task vector, which is added to \
+the seed, so that the merged model keeps the skills of all experts.
+
+The algorithm is one Python function with this signature, called once for every parameter tensor:
+
+```python
+import torch
+
+def merge_models(model_dict, device):
+    """
+    Args:
+        model_dict (dict): the experts' names, each with its task vector, a float32 torch.Tensor; all of one shape.
+        device (str): where to compute, for example "cpu".
+
+    Returns:
+        torch.Tensor: the merged task vector, of that shape.
+    """
+```
+
+Here is an example:
+
+```python
+{example}```
+
+Invent an algorithm that differs from the example in its idea. Answer with one Python code block and nothing else.
+'''
+
+STOP = {
+    Form.SHORT: re.compile(r"\n\n\n|\n[^\s]$"),
+    Form.CONTRACT: re.compile(r"\n```\s*$"),
+}
+"""What ends a program, matched on the end of what was written."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question to the factory.
+
+    Attributes:
+        text: the whole text that the factory continues (before any chat template).
+        examples: names of the worked examples in it.
+        form: the form of the answer.
+    """
+
+    text: str
+    examples: tuple[str, ...]
+    form: Form
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of the prompt: in the chat template where the answer is a message and there is one."""
+        if self.form is Form.CONTRACT and tokenizer.chat_template:
+            message = [{"role": "user", "content": self.text}]
+            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+            return [int(i) for i in ids]
+        return [int(i) for i in tokenizer(self.text).input_ids]
+
+
+def ask(names: Sequence[str], sources: dict[str, str], form: Form) -> Prompt:
+    """Build the prompt that shows the named examples.
+
+    Args:
+        names: which examples, in this order.
+        sources: short source of every known example.
+        form: what is asked for.
+    """
+    if form is Form.SHORT:
+        shown = "\n\n".join(sources[name] for name in names)
+        return Prompt(f"{SHORT_HEAD}{shown}\n\n{OPENING}", tuple(names), form)
+    shown = "```\n\n```python\n".join(wrap_short(sources[name]) for name in names)
+    return Prompt(CONTRACT_TASK.format(example=shown), tuple(names), form)
+
+
+def deal(sources: dict[str, str], prompts: int, examples: int, seed: int) -> list[tuple[str, ...]]:
+    """Deal examples out to prompts as cards: none comes twice before all have come once.
+
+    Args:
+        sources: the known examples.
+        prompts: how many prompts.
+        examples: how many examples each.
+        seed: of the shuffle.
+
+    Returns:
+        For each prompt the names of its examples, all different.
+    """
+    shuffle = random.Random(seed)
+    deck: list[str] = []
+    hands: list[tuple[str, ...]] = []
+    for _ in range(prompts):
+        hand: list[str] = []
+        while len(hand) < examples:
+            if not deck:
+                deck = shuffle.sample(sorted(sources), len(sources))
+            hand.append(deck.pop()) if deck[-1] not in hand else deck.insert(0, deck.pop())
+        hands.append(tuple(hand))
+    return hands

@@ -1,0 +1,75 @@
+"""A supervised warm start of a weak factory on the human-designed worked examples.
+
+A model of some hundred million parameters rarely writes Python that runs. Here it is trained for a few steps to
+write one worked example when it is shown others, which teaches the form and the idioms. No programs of a run and
+no scores take part. The adapter depends on the base weights, the examples and the settings alone, so it is
+cached under their hash.
+"""
+
+import random
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from selfdev.algorithms.source import OPENING, Form
+from selfdev.factory.packing import completion_log_probs
+from selfdev.factory.prompt import ask
+
+END = "\n\n"
+"""What follows a program that is finished: with the newline that ends its last line, the stop."""
+
+
+def warm_start(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sources: dict[str, str],
+    *,
+    steps: int,
+    learning_rate: float,
+    shown: int,
+    targets: int,
+    seed: int,
+    tick: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Train the adapter in place.
+
+    Args:
+        model: the factory with a new adapter.
+        tokenizer: its tokenizer.
+        sources: short source of every worked example.
+        steps: optimiser steps; each has one prompt.
+        learning_rate: peak rate of AdamW; it falls linearly to a tenth.
+        shown: examples in the prompt.
+        targets: examples to be written, in one packed pass.
+        seed: of the draw.
+        tick: called after each step with its number and its loss in nats a token.
+    """
+    draw = random.Random(seed)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
+    model.train()
+    deck: list[str] = []
+    for step in range(steps):
+        # Targets are dealt as cards, so that every example is written equally often.
+        if len(deck) < targets:
+            deck = draw.sample(sorted(sources), len(sources))
+        wanted = [deck.pop() for _ in range(targets)]
+        names = draw.sample([name for name in sorted(sources) if name not in wanted], shown)
+        prompt = ask(names, sources, Form.SHORT).tokens(tokenizer)
+        completions = [_completion(tokenizer, sources[name]) for name in wanted]
+        loss = -torch.cat(completion_log_probs(model, prompt, completions)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        tick(step, loss.item())
+    model.eval()
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    text = source.removeprefix(OPENING).rstrip("\n") + "\n" + END
+    return [int(i) for i in tokenizer(text, add_special_tokens=False).input_ids]

@@ -1,0 +1,214 @@
+"""The sandbox as its users see it."""
+
+import dataclasses
+import itertools
+import os
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import torch
+
+from . import wire
+from .batch import Batch
+from .context import Context
+from .job import Call
+from .launcher import Launcher
+from .limits import Limits
+from .outcome import Outcome, SandboxUnavailable, Status
+
+UNSAFE_NOTICE = (
+    "UNSAFE SANDBOX: model-written code runs with resource limits alone; it can read files and use the net"
+)
+
+
+class Sandbox:
+    """Runs programs that nobody has read. See the package's docstring for what holds and what does not.
+
+    ``with Sandbox() as box: outcome = box.merge(source, model_dict)``. Calls from several threads take turns.
+    """
+
+    def __init__(self, limits: Limits | None = None, *, unsafe: bool = False):
+        """Make a sandbox; nothing starts before it is entered.
+
+        Args:
+            limits: budgets of each jailed child.
+            unsafe: leave every layer but the resource limits away.
+        """
+        self.limits = limits or Limits()
+        self.unsafe = unsafe
+        self._launcher: Launcher | None = None
+        self._jobs = itertools.count()
+        self._turn = threading.Lock()
+
+    def __enter__(self) -> "Sandbox":
+        """Start the forkserver and run a first program in a full jail.
+
+        Raises:
+            SandboxUnavailable: where a layer is missing, with the reason. Nothing goes on without it.
+        """
+        if self.unsafe:
+            warnings.warn(UNSAFE_NOTICE, stacklevel=2)
+        self._launcher = Launcher()
+        try:
+            self._prove()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the forkserver and every child."""
+        self.close()
+
+    def close(self) -> None:
+        """End the forkserver and every child. A second call does nothing."""
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the forkserver.
+
+        Raises:
+            SandboxUnavailable: where the sandbox is not running.
+        """
+        return self._started().process.pid
+
+    def merge(
+        self,
+        source: str,
+        model_dict: Mapping[str, torch.Tensor],
+        *,
+        context: Context | None = None,
+        seed: int = 0,
+    ) -> Outcome:
+        """Run a program's `merge_models` once in a jailed child.
+
+        Args:
+            source: a program that defines `merge_models(model_dict, device)` or
+                `merge_models(model_dict, device, context)`.
+            model_dict: expert's name to task vector; float32, all of one shape.
+            context: third argument for programs that ask for it.
+            seed: of torch's and Python's generators, in 0..2**63 - 1.
+
+        Raises:
+            ValueError: for a model_dict or a context that is not as above.
+            SandboxUnavailable: where the jail broke; never because of what a program did.
+        """
+        return self.merge_many(source, [model_dict], contexts=[context], seeds=[seed])[0]
+
+    def merge_many(
+        self,
+        source: str,
+        model_dicts: Sequence[Mapping[str, torch.Tensor]],
+        *,
+        contexts: Sequence[Context | None] | None = None,
+        seeds: Sequence[int] | None = None,
+        workers: int = 1,
+    ) -> list[Outcome]:
+        """Run a program on many tensors, in order, several to a jailed child.
+
+        Which tensors share a child depends on their number and sizes alone, never on ``workers``; each call
+        is seeded anew and sees the program defined anew.
+
+        Args:
+            source: as for `merge`.
+            model_dicts: one for each call; shapes may differ between calls.
+            contexts: one for each call.
+            seeds: one for each call; 0 where absent.
+            workers: children that may run at once.
+
+        Raises:
+            ValueError: as for `merge`, and where the lengths differ.
+            SandboxUnavailable: where the jail broke; never because of what a program did.
+        """
+        calls = _calls(model_dicts, contexts, seeds)
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; at least one is needed")
+        length = len(source.encode("utf-8", "surrogatepass"))
+        if length > self.limits.source_bytes:
+            text = f"the source has {length} bytes; the limit is {self.limits.source_bytes}"
+            return [Outcome(Status.REJECTED, None, "SourceTooLong", text)] * len(calls)
+        with self._turn:
+            try:
+                return self._batch(source, calls).run(workers)
+            except wire.Hangup:
+                # Nothing that a program does ends the forkserver; a machine out of memory does.
+                self._restart()
+            try:
+                return self._batch(source, calls).run(workers)
+            except wire.Hangup as error:
+                raise SandboxUnavailable(
+                    "the forkserver died twice; is the machine out of memory?"
+                ) from error
+
+    def _batch(self, source: str, calls: list[Call]) -> Batch:
+        return Batch(self._started(), source, calls, self.limits, self._jobs, unsafe=self.unsafe)
+
+    def _restart(self) -> None:
+        self.close()
+        self._launcher = Launcher()
+
+    def _started(self) -> Launcher:
+        if self._launcher is None:
+            raise SandboxUnavailable(
+                "the sandbox is not running; use it as a context manager: with Sandbox() as box"
+            )
+        if self._launcher.owner != os.getpid():
+            raise SandboxUnavailable(
+                "this sandbox belongs to the process that forked this one; make a new one here"
+            )
+        return self._launcher
+
+    def _prove(self) -> None:
+        """Run a known program: every layer is installed once before any other is."""
+        ones = torch.ones(3)
+        outcome = self.merge(
+            "def merge_models(model_dict, device):\n    return sum(model_dict.values())",
+            {"a": ones, "b": ones},
+        )
+        if outcome.tensor is None or not torch.equal(outcome.tensor, 2 * ones):
+            raise SandboxUnavailable(
+                f"a known program fails in the jail: {outcome.status}, {outcome.failure}: {outcome.error}"
+            )
+
+
+def _calls(
+    model_dicts: Sequence[Mapping[str, torch.Tensor]],
+    contexts: Sequence[Context | None] | None,
+    seeds: Sequence[int] | None,
+) -> list[Call]:
+    """Check what the caller gave and bring it into the form that travels."""
+    contexts = [None] * len(model_dicts) if contexts is None else contexts
+    seeds = [0] * len(model_dicts) if seeds is None else seeds
+    if not len(model_dicts) == len(contexts) == len(seeds):
+        raise ValueError(
+            f"{len(model_dicts)} model_dicts, {len(contexts)} contexts and {len(seeds)} seeds; "
+            "a call needs one of each"
+        )
+    return [_call(*parts) for parts in zip(model_dicts, contexts, seeds, strict=True)]
+
+
+def _call(model_dict: Mapping[str, torch.Tensor], context: Context | None, seed: int) -> Call:
+    if not model_dict:
+        raise ValueError("model_dict is empty; a program merges at least one task vector")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed}; it must be in 0..2**63 - 1")
+    shape = next(iter(model_dict.values())).shape
+    tensors = {name: _travelling(name, tensor, shape) for name, tensor in model_dict.items()}
+    if context is not None:
+        context = dataclasses.replace(context, seed=_travelling("the context's seed", context.seed, shape))
+    return Call(tensors, seed, context)
+
+
+def _travelling(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but the first task vector has {tuple(shape)}")
+    if tensor.dtype != torch.float32:
+        raise ValueError(f"{name}: {tensor.dtype}, but task vectors are float32; convert with .float()")
+    return tensor.detach().cpu().contiguous()

@@ -1,0 +1,107 @@
+"""From what a dead child left to outcomes. Here the parent meets bytes that a hostile program wrote."""
+
+import math
+import os
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .candidate import EXIT_DONE
+from .job import Record, ResultLayout, State, is_finite
+from .limits import Limits
+from .memory_file import MemoryFile
+from .outcome import Outcome, Status
+
+_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_LONGEST_MESSAGE = 300
+
+
+@dataclass(frozen=True)
+class Death:
+    """How a child ended, from the kernel and not from the child.
+
+    Attributes:
+        wait_status: as `os.wait4` gives it.
+        cpu_seconds: processor time it used.
+        wall_seconds: from the moment when its layers stood to its end.
+        killed: whether the parent killed it at its deadline.
+    """
+
+    wait_status: int
+    cpu_seconds: float
+    wall_seconds: float
+    killed: bool
+
+
+def judge(results: MemoryFile, layout: ResultLayout, death: Death, limits: Limits) -> list[Outcome]:
+    """One outcome for each call of the chunk.
+
+    Time-out and crash are judged by the wait status alone. They are charged to the first call that is not
+    done, or to the last one if all are, and to all after it; what was done before stands.
+    """
+    raw = os.pread(results.descriptor, len(layout.shapes) * Record.SIZE, 0)
+    records = [Record.unpack(raw[i * Record.SIZE : (i + 1) * Record.SIZE]) for i in range(len(layout.shapes))]
+    done = next((i for i, record in enumerate(records) if record.state != State.DONE), len(records))
+    end = _end(death, limits)
+    if end is None and done < len(records):
+        end = Outcome(Status.CRASHED, None, "EarlyExit", "left without an answer")
+    if end is not None:
+        done = min(done, len(records) - 1)
+    outcomes = [
+        _outcome(record, results, layout.offsets[i], layout.shapes[i], death.wall_seconds)
+        for i, record in enumerate(records[:done])
+    ]
+    for _ in records[done:]:
+        assert end is not None
+        outcomes.append(end)
+    return outcomes
+
+
+def _end(death: Death, limits: Limits) -> Outcome | None:
+    """What the wait status says, or None if the child left as it should."""
+    seconds = death.wall_seconds
+    if os.WIFSIGNALED(death.wait_status):
+        number = os.WTERMSIG(death.wait_status)
+        if number == signal.SIGKILL and death.killed:
+            text = f"no answer within {limits.wall_seconds:g} s"
+            return Outcome(Status.TIMEOUT, None, "Timeout", text, seconds)
+        out_of_time = death.cpu_seconds >= math.ceil(limits.cpu_seconds)
+        if number == signal.SIGXCPU or (number == signal.SIGKILL and out_of_time):
+            text = f"used more than {limits.cpu_seconds:g} s of processor time"
+            return Outcome(Status.TIMEOUT, None, "CpuTime", text, seconds)
+        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
+        return Outcome(Status.CRASHED, None, f"Signal {name}", f"killed by {name}", seconds)
+    code = os.WEXITSTATUS(death.wait_status)
+    if code != EXIT_DONE:
+        return Outcome(Status.CRASHED, None, "EarlyExit", f"left with exit code {code}", seconds)
+    return None
+
+
+def _outcome(
+    record: Record, results: MemoryFile, offset: int, shape: tuple[int, ...], wall_seconds: float
+) -> Outcome:
+    """What a finished call's record says, believed only as far as it can be checked."""
+    seconds = min(max(record.seconds, 0.0), wall_seconds) if math.isfinite(record.seconds) else 0.0
+    if record.status == Status.OK:
+        tensor = torch.empty(shape)
+        results.read_into(tensor, offset)
+        if is_finite(tensor):
+            return Outcome(Status.OK, tensor, "", "", seconds)
+        return Outcome(Status.BAD_OUTPUT, None, "NonFinite", "returned NaN or infinity", seconds)
+    if record.status not in _REPORTED:
+        return Outcome(Status.BAD_OUTPUT, None, "ForgedRecord", "the result file says nonsense", seconds)
+    failure = record.failure if _CLASS.fullmatch(record.failure) else "UnnamedError"
+    return Outcome(Status(record.status), None, failure, clean(record.error), seconds)
+
+
+# What a child may say of itself, apart from ok; time-outs and crashes come from the kernel.
+_REPORTED: Sequence[str] = (Status.REJECTED, Status.ERROR, Status.MEMORY, Status.BAD_OUTPUT)
+
+
+def clean(text: str) -> str:
+    """At most 300 printable characters of a text that may be anything."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())[:_LONGEST_MESSAGE]
