@@ -16,7 +16,7 @@ from selfdev.algorithms.examples import examples
 from selfdev.algorithms.library import method
 from selfdev.algorithms.source import Form
 from selfdev.errors import UserError
-from selfdev.evaluation.tasks import load_task
+from selfdev.evaluation.tasks import Split, load_task
 
 
 class _Section(BaseModel):
@@ -160,7 +160,9 @@ class Config(_Section):
             rival = method(name)
             if rival.experts is not None and rival.experts != len(self.merge.experts):
                 raise ValueError(f"rivals: {name} takes {rival.experts} experts and merge.experts has {len(self.merge.experts)}")
-        load_task(self.task.name).check_counts(self.task.development, self.task.test)
+        task = load_task(self.task.name)
+        task.check_count(Split.DEVELOPMENT, self.task.development)
+        task.check_count(Split.TEST, self.task.test)
         return self
 
 
@@ -197,6 +199,8 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
     """
     try:
         return Config.model_validate(data)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_explain(dict(problem)) for problem in error.errors())) from None
 

@@ -128,6 +128,23 @@ class Archive:
         row.pop("id")
         return Run(**row | {"config": json.loads(row["config"]), "facts": json.loads(row["facts"])})
 
+    def check_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write down what the run stands on, the first time; later, insist on it.
+
+        Raises:
+            ArchiveError: something has changed since the run began; the message names it.
+        """
+        before = self.run.facts
+        for key in before:
+            if before[key] != json.loads(_json(facts.get(key))):
+                raise ArchiveError(
+                    f"{key} has changed since the run began, from {before[key]!r} to {facts.get(key)!r}; a run goes on "
+                    "with what it began with: put that back, or start a new run"
+                )
+        if not before:
+            with self.transaction():
+                self._db.execute("UPDATE run SET facts = ?", (_json(facts),))
+
     def add_seconds(self, seconds: float) -> None:
         """Count time towards the run."""
         with self.transaction():

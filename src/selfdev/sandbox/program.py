@@ -84,10 +84,12 @@ def _reset(seed: int) -> None:
 
 
 def _takes_context(function: Any) -> bool:
-    code = function.__code__
-    return bool(
-        code.co_argcount > 2 or "context" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    )
+    """Whether the third parameter is the context: it is named so, or has no default of its own."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_argcount < 3:
+        return False
+    required = code.co_argcount - len(function.__defaults__ or ())
+    return required >= 3 or code.co_varnames[2] == "context"
 
 
 def _checked(value: object, shape: tuple[int, ...]) -> torch.Tensor:

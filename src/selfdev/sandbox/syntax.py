@@ -63,11 +63,10 @@ def check(tree: ast.Module) -> None:
         )
     arguments = entries[0].args
     positional = len(arguments.posonlyargs) + len(arguments.args)
-    needed = positional - len(arguments.defaults)
-    if needed > 3 or (positional < 2 and not arguments.vararg):
-        raise Rejected(
-            "WrongSignature", f"{ENTRY} must take (model_dict, device) or (model_dict, device, context)"
-        )
+    required = positional - len(arguments.defaults)
+    if required > 3 or (positional < 2 and not arguments.vararg) or None in arguments.kw_defaults:
+        message = f"{ENTRY} must take (model_dict, device) or (model_dict, device, context)"
+        raise Rejected("WrongSignature", message)
 
 
 def _check_import(module: str, line: int) -> None:

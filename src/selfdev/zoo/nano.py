@@ -55,8 +55,8 @@ class Training:
     """Questions in one step."""
 
 
-def _expert(group: str, stream: int, steps: int = 500) -> Training:
-    return Training({group: 1}, steps=steps, rate=2e-3, stream=stream, general=0.3)
+def _expert(group: str, stream: int, steps: int = 400) -> Training:
+    return Training({group: 1}, steps=steps, rate=1e-3, stream=stream, general=0.3)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Recipe:
     """How a zoo is trained: the seed first, then the experts from it."""
 
     seed: Training = Training(
-        {"add": 3, "sub": 3, "sum": 1, "max": 1, "rev": 1, "sort": 1},
-        steps=700,
+        {"add": 4, "sub": 4, "sum": 1, "max": 1, "rev": 1, "sort": 1},
+        steps=800,
         rate=3e-3,
         stream=0,
         mlp_only=False,

@@ -83,18 +83,22 @@ class Task(ABC):
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
         """All distinct questions of one group that the split offers, always in the same order."""
 
-    def _take(self, split: Split, count: int, stream: random.Random) -> list[Question]:
-        shuffled = []
-        for group in self.groups:
-            pool = list(self._pool(group, split))
-            stream.shuffle(pool)
-            shuffled.append(pool)
-        turns = min(map(len, shuffled))
+    def check_count(self, split: Split, count: int) -> None:
+        """Raise UserError unless the split has `count` questions; shows none of them."""
+        turns = min(len(self._pool(group, split)) for group in self.groups)
         if not 0 < count <= turns * len(self.groups):
             raise UserError(
                 f"task '{self.name}': {count} {split} questions asked for, and it has {turns * len(self.groups)} "
                 f"({turns} in each of {len(self.groups)} groups); ask for 1 to {turns * len(self.groups)}"
             )
+
+    def _take(self, split: Split, count: int, stream: random.Random) -> list[Question]:
+        self.check_count(split, count)
+        shuffled = []
+        for group in self.groups:
+            pool = list(self._pool(group, split))
+            stream.shuffle(pool)
+            shuffled.append(pool)
         return [shuffled[i % len(shuffled)][i // len(shuffled)] for i in range(count)]
 
 

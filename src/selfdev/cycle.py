@@ -1,0 +1,227 @@
+"""The Self-Developing cycle (Ishibashi et al. 2025, arXiv 2410.15639).
+
+Every step asks the archive first whether it is done, so the same code begins a run and resumes it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from selfdev.algorithms.screening import Behaviour, History, Novelty, Screening
+from selfdev.algorithms.source import Form, Unreadable, read_program
+from selfdev.archive import Archive, Candidate, Evaluation, Iteration, Refinement
+from selfdev.config import Config
+from selfdev.evaluation.evaluator import Refused, Scorer
+from selfdev.evaluation.rivals import best_rival, settings_to_try
+from selfdev.evaluation.verdict import LEARNING, ranked_new, reach_verdict
+from selfdev.factory.prompt import Prompt
+from selfdev.factory.sampling import Sample
+from selfdev.preferences import prefer
+from selfdev.streams import stream_seed
+
+
+class Factory(Protocol):
+    """Who writes and learns; `selfdev.factory.factory.LocalFactory`, or a scripted one in a test."""
+
+    def prompts(self, iteration: int) -> list[Prompt]: ...
+    def write(
+        self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Any
+    ) -> list[tuple[int, Sample]]: ...
+    def refine(
+        self, pairs: Sequence[Any], prompts: Sequence[Prompt], iteration: int, adapters: Sequence[Path], out: Path, tick: Any
+    ) -> dict[str, Any]: ...
+
+
+class Screener(Protocol):
+    """Does a program run, and is it new? `selfdev.algorithms.screening.Screen`."""
+
+    def __call__(self, source: str, history: History) -> Screening: ...
+
+
+class Watcher(Protocol):
+    """Who is told what is happening, after it is archived."""
+
+    def phase(self, name: str, arm: str | None = None, iteration: int | None = None) -> Any:
+        """Enter a phase: a context manager that yields `tick(done, total, note)` and ends with the seconds it took."""
+
+    def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
+        """A candidate has its status."""
+
+    def rival(self, best: Evaluation | None) -> None:
+        """The best rival so far."""
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Everything that the cycle works with, passed in."""
+
+    config: Config
+    archive: Archive
+    factory: Factory
+    screen: Screener
+    scorer: Scorer
+    watch: Watcher
+    folder: Path
+
+    def run(self) -> None:
+        """Run to the verdict, from wherever the archive stands."""
+        if self.archive.run.status == "running":
+            self._begin()
+            for t in range(self.config.iterations):
+                for arm in (LEARNING, *self.config.controls):
+                    self._write(arm, t)
+                    self._judge(arm, t)
+                self._tune_rivals()
+                if t + 1 < self.config.iterations:
+                    self._learn(t)
+        if self.archive.run.status != "done":
+            with self.watch.phase("verdict") as tick:
+                reach_verdict(self.archive, self.config, self.scorer, lambda done, total: tick(done, total, ""))
+
+    def _begin(self) -> None:
+        questions = self.scorer.questions("development")
+        self.archive.set_questions("development", [(q.id, q.group) for q in questions])
+        if not self.archive.evaluations("seed"):
+            self.archive.add_evaluation(self.scorer.seed("development"))
+
+    def _write(self, arm: str, t: int) -> None:
+        """The arm's factory writes its programs of iteration t, at this iteration's temperature."""
+        if any(done.iteration == t for done in self.archive.iterations(arm)):
+            return
+        temperature = self.config.factory.temperature_at(t)
+        adapters = self._adapters(arm)
+        with self.watch.phase("write", arm, t) as tick:
+            twin = self._same_factory(arm, t, adapters)
+            if twin is not None:
+                iteration, written = twin
+                written = [replace(c, name=_name(arm, t, c.number), arm=arm) for c in written]
+                self.archive.add_written(replace(iteration, arm=arm), written)
+                return
+            prompts = self.factory.prompts(t)
+            samples = self.factory.write(prompts, t, temperature, adapters, tick)
+        texts = tuple(prompt.text for prompt in prompts)
+        form = self.config.prompt.form
+        written = [_read(arm, t, number, prompt, sample, form) for number, (prompt, sample) in enumerate(samples)]
+        self.archive.add_written(Iteration(arm, t, temperature, texts, tick.seconds), written)
+
+    def _same_factory(
+        self, arm: str, t: int, adapters: Sequence[Path]
+    ) -> tuple[Iteration, list[Candidate]] | None:
+        """What another arm's equal factory wrote in this iteration: the same streams make it the same text."""
+        for other in self.archive.iterations():
+            if other.iteration == t and other.arm != arm and not adapters and not self._adapters(other.arm, t):
+                candidates = self.archive.candidates(other.arm, t)
+                return other, [_unscreened(c) for c in candidates]
+        return None
+
+    def _judge(self, arm: str, t: int) -> None:
+        """Screen every program, and score on development those that are new."""
+        history = History()
+        with self.watch.phase("judge", arm, t) as tick:
+            for earlier in self.archive.candidates(arm):
+                history.add(earlier.name, _screening(earlier))
+            candidates = self.archive.candidates(arm, t)
+            for done, candidate in enumerate(candidates):
+                tick(done, len(candidates), "")
+                if candidate.status is None:
+                    candidate, evaluation = self._judged(candidate, history)
+                    self.watch.screened(candidate, evaluation)
+            tick(len(candidates), len(candidates), "")
+
+    def _judged(self, candidate: Candidate, history: History) -> tuple[Candidate, Evaluation | None]:
+        found = self.screen(candidate.source or "", history)
+        candidate = replace(
+            candidate,
+            status="failed" if found.novelty is None else str(found.novelty),
+            failure=found.failure or None,
+            error=found.error or None,
+            canonical=found.canonical or None,
+            behaviour=None if found.behaviour is None else found.behaviour.to_bytes(),
+            nearest=found.nearest or None,
+            distance=found.distance,
+        )
+        evaluation = None
+        if found.novelty is Novelty.NEW:
+            try:
+                evaluation = self.scorer.candidate(candidate, "development")
+            except Refused as refused:
+                candidate = replace(
+                    candidate, status=refused.status, failure=refused.failure or None, error=refused.error
+                )
+        if evaluation is not None and evaluation.failure is not None:
+            candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
+        self.archive.set_screened(candidate, evaluation)
+        history.add(candidate.name, _screening(candidate))
+        return candidate, evaluation
+
+    def _tune_rivals(self) -> None:
+        """Give every rival as many evaluations as the learning arm has spent on candidates so far."""
+        spent = [e for e in self.archive.evaluations("candidate") if e.subject.startswith(f"{LEARNING}/")]
+        experts = len(self.config.merge.experts)
+        with self.watch.phase("rivals") as tick:
+            for index, name in enumerate(self.config.rivals):
+                known = {e.number for e in self.archive.evaluations("rival", name)}
+                for number, parameters in settings_to_try(name, len(spent), experts, self.config.seed):
+                    if number not in known:
+                        tick(index * len(spent) + number, len(spent) * len(self.config.rivals), name)
+                        self.archive.add_evaluation(self.scorer.rival(name, number, parameters, "development"))
+                self.watch.rival(best_rival(self.archive))
+
+    def _learn(self, t: int) -> None:
+        """Make the pairs of iteration t and refine the learning arm's factory with them."""
+        if any(done.iteration == t for done in self.archive.refinements(LEARNING)):
+            return
+        candidates = [c for c in self.archive.candidates(LEARNING) if c.iteration <= t]
+        if not self.archive.pairs(LEARNING, t):
+            scores = {c.name: e.score for c, e in ranked_new(self.archive, LEARNING) if e.score is not None}
+            seed = stream_seed(self.config.seed, "pairs", t)
+            self.archive.add_pairs(LEARNING, t, prefer(candidates, scores, t, self.config.preferences, seed))
+        fresh = self.config.refinement.refit == "fresh"
+        rounds = range(t + 1) if fresh else [t]
+        named = [pair for round_ in rounds for pair in self.archive.pairs(LEARNING, round_)]
+        if not named:
+            why = "nothing to prefer: no new program, or none to reject"
+            self.archive.add_refinement(Refinement(LEARNING, t, None, {"skipped": why}, 0.0))
+            return
+        tokens = {c.name: c.tokens for c in candidates}
+        pairs = [(tokens[pair.chosen], tokens[pair.rejected]) for pair in named]
+        adapter = f"adapters/{LEARNING}-{t + 1}"
+        below = [] if fresh else self._adapters(LEARNING)
+        with self.watch.phase("refine", LEARNING, t) as tick:
+            facts = self.factory.refine(pairs, self.factory.prompts(t), t, below, self.folder / adapter, tick)
+        self.archive.add_refinement(Refinement(LEARNING, t, adapter, facts, tick.seconds))
+
+    def _adapters(self, arm: str, before: int | None = None) -> list[Path]:
+        """The adapters of an arm's factory (of iteration `before`, by default now), in the order they are merged in."""
+        rounds = [r for r in self.archive.refinements(arm) if before is None or r.iteration < before]
+        folders = [self.folder / r.adapter for r in rounds if r.adapter is not None]
+        return folders[-1:] if self.config.refinement.refit == "fresh" else folders
+
+
+def _name(arm: str, t: int, number: int) -> str:
+    return f"{arm}/{t + 1}/{number + 1:03d}"
+
+
+def _read(arm: str, t: int, number: int, prompt: int, sample: Sample, form: Form) -> Candidate:
+    candidate = Candidate(
+        _name(arm, t, number), arm, t, number, prompt, sample.text, sample.tokens, sample.log_prob, sample.finished
+    )
+    try:
+        return replace(candidate, source=read_program(sample.text, form))
+    except Unreadable as error:
+        return replace(candidate, status="failed", failure="NoFunction", error=str(error))
+
+
+def _unscreened(candidate: Candidate) -> Candidate:
+    if candidate.source is None:
+        return candidate
+    return replace(
+        candidate, status=None, failure=None, error=None, canonical=None, behaviour=None, nearest=None, distance=None
+    )
+
+
+def _screening(candidate: Candidate) -> Screening:
+    """What the archive says of a program; of one that failed on the probes there is nothing to remember."""
+    behaviour = None if candidate.behaviour is None else Behaviour.from_bytes(candidate.behaviour)
+    return Screening(None, canonical=candidate.canonical or "", behaviour=behaviour)

@@ -1,0 +1,56 @@
+"""GGUF files of llama.cpp, dequantised into a folder of transformers' format.
+
+The work is done in a process of its own: it needs twice the model's memory for a moment, and it prints progress
+bars that cannot be turned off from within. As a script: `python -m selfdev.models.gguf FILE.gguf FOLDER`.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from selfdev.errors import UserError
+
+
+def dequantise(gguf: Path, out: Path) -> None:
+    """Write the model in a GGUF file and its tokenizer as float32 safetensors.
+
+    The same file and the same versions of transformers and gguf give the same bits.
+
+    Args:
+        gguf: of an architecture that transformers reads from GGUF (Llama, Mistral, Qwen, ...).
+        out: the folder to write, which need not exist.
+
+    Raises:
+        UserError: the file is damaged or of another architecture, or there is no room for the result.
+    """
+    # -P: a folder `selfdev` in the working directory must not stand in for the package.
+    work = [sys.executable, "-P", "-m", "selfdev.models.gguf", str(gguf), str(out)]
+    done = subprocess.run(work, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
+        reason = lines[-1] if lines else f"killed by signal {-done.returncode}, perhaps for want of memory"
+        raise UserError(
+            f"'{gguf.name}' cannot be dequantised into '{out.parent}': {reason}; "
+            "see that there is room, or give a folder with safetensors instead"
+        )
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
+    # A model loaded from GGUF calls itself quantised, although it no longer is, and refuses to be saved.
+    described = loaded.config.to_dict()
+    described.pop("quantization_config", None)
+    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(described), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    _convert(Path(sys.argv[1]), Path(sys.argv[2]))

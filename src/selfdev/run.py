@@ -1,0 +1,273 @@
+"""A run: started, resumed, and read.
+
+A run is a folder: `archive.db`, and `adapters/` with what the factory learned.
+"""
+
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import selfdev
+from selfdev.algorithms.screening import Screen
+from selfdev.archive import Archive, ArchiveError, Candidate
+from selfdev.archive import Run as RunRecord
+from selfdev.config import Config, parse_config
+from selfdev.cycle import Cycle, Watcher
+from selfdev.errors import Interrupted, SelfdevError, UserError
+from selfdev.evaluation.evaluator import Evaluator
+from selfdev.evaluation.tasks import load_task
+from selfdev.evaluation.verdict import LEARNING, ranked_new
+from selfdev.factory.factory import LocalFactory
+from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.models.sources import resolve, weights_hash
+from selfdev.report.silent import Silent
+from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
+
+ARCHIVE = "archive.db"
+ADAPTER_SPACE = 1024**3
+"""Bytes that must be free for models and adapters."""
+
+
+def run(
+    config: Config,
+    out: Path | None = None,
+    *,
+    preset: str = "",
+    watch: Watcher | None = None,
+    unsafe_sandbox: bool = False,
+) -> "Run":
+    """Start a run and carry it to its verdict.
+
+    Args:
+        config: what to run.
+        out: its folder, which must not hold a run; runs/NAME-SEED by default.
+        preset: where the config came from, for the archive.
+        watch: is told what happens.
+        unsafe_sandbox: run model-written code with resource limits alone where the jail cannot be built.
+
+    Raises:
+        UserError: the folder, a model or a setting cannot be used; nothing has been started.
+        Interrupted: Ctrl-C; `resume` goes on.
+    """
+    folder = out or Path("runs") / f"{config.name}-{config.seed}"
+    if (folder / ARCHIVE).exists():
+        raise UserError(f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out")
+    _check_space(folder.parent)
+    return _carry_out(folder, config, preset, watch or Silent(), unsafe_sandbox)
+
+
+def resume(folder: Path, *, watch: Watcher | None = None, unsafe_sandbox: bool = False) -> "Run":
+    """Go on with a run that was interrupted or killed; of a finished one, nothing is left to do.
+
+    Raises:
+        UserError: the folder holds no run that can be read, or what it stands on has changed.
+        Interrupted: Ctrl-C.
+    """
+    with _archive_errors(), Archive.open(folder / ARCHIVE, read_only=True) as archive:
+        record = archive.run
+    config = parse_config(record.config, str(folder))
+    if record.status == "done":
+        return Run(folder)
+    return _carry_out(folder, config, record.preset, watch or Silent(), unsafe_sandbox)
+
+
+def open_run(folder: Path | str) -> "Run":
+    """Read a run.
+
+    Raises:
+        UserError: the folder holds no run that can be read.
+    """
+    return Run(Path(folder))
+
+
+def _carry_out(folder: Path, config: Config, preset: str, watch: Watcher, unsafe_sandbox: bool) -> "Run":
+    began = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(_archive_errors())
+        limits = Limits(
+            wall_seconds=config.jail.wall_seconds,
+            cpu_seconds=config.jail.wall_seconds,
+            memory_bytes=config.jail.memory_mb * 1000**2,
+        )
+        try:
+            box = stack.enter_context(Sandbox(limits, unsafe=unsafe_sandbox))
+        except SandboxUnavailable as error:
+            raise SelfdevError(
+                f"{error}\nModel-written code runs in the jail or not at all; `selfdev doctor` says what is missing, and "
+                "--unsafe-sandbox goes on with resource limits alone."
+            ) from error
+        with watch.phase("models") as tick:
+            tick(0, 3, "seed and experts")
+            seed = resolve(config.merge.seed)
+            experts = {name: resolve(source) for name, source in config.merge.experts.items()}
+            vectors = read_task_vectors(seed, experts, config.merge.targets)
+            scorer = Evaluator(seed, vectors, load_task(config.task.name), config.task.development, box, config.seed)
+            tick(1, 3, f"factory {config.factory.model}")
+            factory = LocalFactory(config)
+            tick(2, 3, "known methods on the probes")
+            screen = Screen(box)
+            tick(3, 3, "")
+        archive = stack.enter_context(_open_or_create(folder, config, preset))
+        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
+        try:
+            with watch.phase("warm start") as tick:
+                factory.prepare(tick)
+            archive.check_facts(
+                {
+                    "factory": factory.facts,
+                    "seed": weights_hash(seed),
+                    "experts": {name: weights_hash(path) for name, path in experts.items()},
+                    "versions": {
+                        "selfdev": selfdev.__version__,
+                        "torch": torch.__version__,
+                        "transformers": transformers.__version__,
+                        "python": platform.python_version(),
+                    },
+                    "threads": torch.get_num_threads(),
+                    "unsafe_sandbox": unsafe_sandbox,
+                }
+            )
+            Cycle(config, archive, factory, screen, scorer, watch, folder).run()
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}") from None
+    return Run(folder)
+
+
+def _open_or_create(folder: Path, config: Config, preset: str) -> Archive:
+    if (folder / ARCHIVE).exists():
+        return Archive.open(folder / ARCHIVE)
+    record = RunRecord(
+        name=folder.name,
+        preset=preset or config.name,
+        seed=config.seed,
+        status="running",
+        config=config.model_dump(mode="json"),
+        facts={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return Archive.create(folder / ARCHIVE, record)
+
+
+def _check_space(folder: Path) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < ADAPTER_SPACE:
+        raise UserError(
+            f"{folder}: {free / 1e6:.0f} MB are free and a run wants {ADAPTER_SPACE / 1e6:.0f} MB; "
+            "make room or choose another --out"
+        )
+
+
+@contextmanager
+def _archive_errors() -> Iterator[None]:
+    """The archive knows nobody, so its errors become the user's here."""
+    try:
+        yield
+    except ArchiveError as error:
+        raise UserError(str(error)) from error
+
+
+class Run:
+    """A view of a run's folder, finished or not.
+
+    Attributes:
+        folder: where it lies.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with _archive_errors():
+            self.archive = Archive.open(folder / ARCHIVE, read_only=True)
+
+    @cached_property
+    def config(self) -> Config:
+        """What it runs."""
+        return parse_config(self.archive.run.config, str(self.folder))
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """What the final test said; None before."""
+        reached = self.archive.verdict()
+        return None if reached is None else reached[1]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The new program of the learning arm that is best on development so far; None if there is none."""
+        ranked = ranked_new(self.archive, LEARNING)
+        return ranked[0][0] if ranked else None
+
+    def candidates(self, arm: str | None = None) -> list[Candidate]:
+        """All programs, in the order in which they were written."""
+        return self.archive.candidates(arm)
+
+    def candidate(self, name: str) -> Candidate:
+        """One program by its name, such as `learning/2/017`.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = self.archive.candidate(name)
+        if found is None:
+            raise UserError(f"{self.folder} has no candidate '{name}'; they are named like {LEARNING}/1/001")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """All that `selfdev show --json` prints; scores in 0..1."""
+        record, verdict, best = self.archive.run, self.verdict, self.best
+        return {
+            "run": {
+                "name": record.name,
+                "preset": record.preset,
+                "seed": record.seed,
+                "status": record.status,
+                "seconds": record.seconds,
+                "created": record.created,
+                "folder": str(self.folder),
+                "warm_start": self.config.factory.warm_start.steps,
+                "unsafe_sandbox": bool(record.facts.get("unsafe_sandbox")),
+                "test_opened": self.archive.openings(),
+            },
+            "best": None
+            if best is None
+            else {
+                "candidate": best.name,
+                "source": best.source,
+                "non_trivial": best.status == "new",
+                "nearest": best.nearest,
+                "distance": best.distance,
+            },
+            "headline": None if verdict is None else verdict["headline"],
+            "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "table": [] if verdict is None else verdict["table"],
+            "iterations": [self._iteration(i.arm, i.iteration) for i in self.archive.iterations()],
+        }
+
+    def _iteration(self, arm: str, t: int) -> dict[str, Any]:
+        [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
+        written = self.archive.candidates(arm, t)
+        names = {c.name for c in written}
+        scores = [e.score for e in self.archive.evaluations("candidate") if e.subject in names and e.score is not None]
+        count = {status: sum(c.status == status for c in written) for status in ("trivial", "known", "repeated", "new")}
+        return {
+            "iteration": t + 1,
+            "arm": arm,
+            "temperature": iteration.temperature,
+            "written": len(written),
+            "working": sum(count.values()),
+            **count,
+            "evaluated": len(scores),
+            "best_dev": max(scores, default=None),
+            "mean_dev": sum(scores) / len(scores) if scores else None,
+            "pairs": len(self.archive.pairs(arm, t)),
+            "seconds": iteration.seconds,
+        }
