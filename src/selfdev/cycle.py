@@ -24,6 +24,9 @@ from selfdev.streams import stream_seed
 class Factory(Protocol):
     """Who writes and learns; `selfdev.factory.factory.LocalFactory`, or a scripted one in a test."""
 
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    def prepare(self, tick: Any) -> None: ...
     def prompts(self, iteration: int) -> list[Prompt]: ...
     def write(
         self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Any

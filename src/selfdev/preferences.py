@@ -7,7 +7,7 @@ repeated); programs that fail. Only new programs are ever chosen, whatever a tri
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from selfdev.archive import Candidate, Pair
 from selfdev.config import Preferences
@@ -65,28 +65,33 @@ def _pair_up(
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
-    if not chosen:
-        return []
-    # Every pool is dealt out as a shuffled deck: nobody is rejected twice before all have been once.
+    """Deal the rejected out as shuffled decks, one a reason, and give each the partner that has had the fewest pairs."""
     decks = {reason: draw.sample(list(pool), len(pool)) for reason, pool in pools.items() if pool}
-    most = {reason: settings.pairs for reason in decks}
-    if "failure" in most:
-        # Beyond a share of such pairs a weak model learns only not to crash.
-        most["failure"] = int(settings.failing_cap * settings.pairs)
-    if "copy" in most:
-        most["copy"] = min(settings.pairs, 2 * len(pools["copy"]))
-    pairs: list[Pair] = []
-    turn = 0
-    while len(pairs) < settings.pairs and any(most.values()):
-        reason = max(most, key=lambda r: most[r] / settings.pairs)
-        most[reason] -= 1
-        deck = decks[reason]
-        rejected = deck.pop(0)
-        deck.append(rejected)
-        partners = [chosen[(turn + i) % len(chosen)] for i in range(len(chosen))]
-        # A copy of the chosen program itself is no worse than it: such a pair would teach nothing.
-        partner = next((c for c in partners if rejected.nearest != c.name and c.name != rejected.name), None)
-        if partner is not None:
-            pairs.append(Pair(partner.name, rejected.name, reason))
-            turn += 1
-    return pairs
+    # Beyond a share of pairs against failing programs a weak model learns only not to crash.
+    failing = int(settings.failing_cap * settings.pairs) if "failure" in decks else 0
+    working = [reason for reason in decks if reason != "failure"]
+    wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
+    for number in range(settings.pairs - failing if working else 0):
+        wanted[working[number % len(working)]] += 1
+    pairs: dict[tuple[str, str], Pair] = {}
+    uses = dict.fromkeys([c.name for c in chosen], 0)
+    for reason, count in wanted.items():
+        deck, made, misses = decks[reason], 0, 0
+        while made < count and misses < len(deck):
+            deck.append(rejected := deck.pop(0))
+            partner = min(_partners(uses, rejected, pairs), key=uses.__getitem__, default=None)
+            if partner is None:
+                misses += 1
+                continue
+            pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
+            uses[partner] += 1
+            made, misses = made + 1, 0
+    return list(pairs.values())
+
+
+def _partners(
+    chosen: Iterable[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]
+) -> list[str]:
+    """Who may be preferred to the rejected program: not itself or what it copies, and nobody twice."""
+    copied = rejected.nearest if rejected.status == "repeated" else None
+    return [name for name in chosen if name not in (rejected.name, copied) and (name, rejected.name) not in pairs]

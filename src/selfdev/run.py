@@ -21,14 +21,15 @@ from selfdev.algorithms.screening import Screen
 from selfdev.archive import Archive, ArchiveError, Candidate
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
-from selfdev.cycle import Cycle, Watcher
+from selfdev.cycle import Cycle, Factory, Watcher
 from selfdev.errors import Interrupted, SelfdevError, UserError
 from selfdev.evaluation.evaluator import Evaluator
 from selfdev.evaluation.tasks import load_task
 from selfdev.evaluation.verdict import LEARNING, ranked_new
 from selfdev.factory.factory import LocalFactory
 from selfdev.merging.task_vectors import read_task_vectors
-from selfdev.models.sources import resolve, weights_hash
+from selfdev.models.folder import weights_hash
+from selfdev.models.sources import resolve
 from selfdev.report.silent import Silent
 from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
 
@@ -42,6 +43,7 @@ def run(
     out: Path | None = None,
     *,
     preset: str = "",
+    factory: Factory | None = None,
     watch: Watcher | None = None,
     unsafe_sandbox: bool = False,
 ) -> "Run":
@@ -51,6 +53,7 @@ def run(
         config: what to run.
         out: its folder, which must not hold a run; runs/NAME-SEED by default.
         preset: where the config came from, for the archive.
+        factory: who writes and learns; by default the model that the config names, in this process.
         watch: is told what happens.
         unsafe_sandbox: run model-written code with resource limits alone where the jail cannot be built.
 
@@ -62,10 +65,16 @@ def run(
     if (folder / ARCHIVE).exists():
         raise UserError(f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out")
     _check_space(folder.parent)
-    return _carry_out(folder, config, preset, watch or Silent(), unsafe_sandbox)
+    return _carry_out(folder, config, preset, factory, watch or Silent(), unsafe_sandbox)
 
 
-def resume(folder: Path, *, watch: Watcher | None = None, unsafe_sandbox: bool = False) -> "Run":
+def resume(
+    folder: Path,
+    *,
+    factory: Factory | None = None,
+    watch: Watcher | None = None,
+    unsafe_sandbox: bool = False,
+) -> "Run":
     """Go on with a run that was interrupted or killed; of a finished one, nothing is left to do.
 
     Raises:
@@ -77,7 +86,7 @@ def resume(folder: Path, *, watch: Watcher | None = None, unsafe_sandbox: bool =
     config = parse_config(record.config, str(folder))
     if record.status == "done":
         return Run(folder)
-    return _carry_out(folder, config, record.preset, watch or Silent(), unsafe_sandbox)
+    return _carry_out(folder, config, record.preset, factory, watch or Silent(), unsafe_sandbox)
 
 
 def open_run(folder: Path | str) -> "Run":
@@ -89,13 +98,20 @@ def open_run(folder: Path | str) -> "Run":
     return Run(Path(folder))
 
 
-def _carry_out(folder: Path, config: Config, preset: str, watch: Watcher, unsafe_sandbox: bool) -> "Run":
+def _carry_out(
+    folder: Path,
+    config: Config,
+    preset: str,
+    factory: Factory | None,
+    watch: Watcher,
+    unsafe_sandbox: bool,
+) -> "Run":
     began = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(_archive_errors())
         limits = Limits(
             wall_seconds=config.jail.wall_seconds,
-            cpu_seconds=config.jail.wall_seconds,
+            cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
             memory_bytes=config.jail.memory_mb * 1000**2,
         )
         try:
@@ -112,7 +128,7 @@ def _carry_out(folder: Path, config: Config, preset: str, watch: Watcher, unsafe
             vectors = read_task_vectors(seed, experts, config.merge.targets)
             scorer = Evaluator(seed, vectors, load_task(config.task.name), config.task.development, box, config.seed)
             tick(1, 3, f"factory {config.factory.model}")
-            factory = LocalFactory(config)
+            factory = factory or LocalFactory(config)
             tick(2, 3, "known methods on the probes")
             screen = Screen(box)
             tick(3, 3, "")

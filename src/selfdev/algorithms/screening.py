@@ -272,7 +272,8 @@ class Screen:
             novelty, nearest = Novelty.REPEATED, history.forms.get(form, earlier)
         else:
             novelty = Novelty.NEW
-        return Screening(novelty, "", "", form, behaviour, nearest, distance)
+        # The last digits of a least-squares fit vary from call to call; the archive must not.
+        return Screening(novelty, "", "", form, behaviour, nearest, float(f"{distance:.4g}"))
 
     def _run(self, source: str) -> Behaviour | Screening:
         probes = [*PROBES, PROBES[_REPEAT]]

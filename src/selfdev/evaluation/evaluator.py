@@ -20,7 +20,7 @@ from selfdev.evaluation.scoring import Encoded, ScoringError, aggregate, encode,
 from selfdev.evaluation.tasks import Question, Seal, Task
 from selfdev.merging.apply import applied
 from selfdev.merging.task_vectors import TaskVectors, merge_by_method
-from selfdev.models.sources import load_model, load_tokenizer
+from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
 
 
@@ -66,9 +66,7 @@ class Evaluator:
         seed: the run's, for the streams of candidates that draw random numbers and for the order of questions.
     """
 
-    def __init__(
-        self, folder: Path, vectors: TaskVectors, task: Task, development: int, box: Box, seed: int
-    ):
+    def __init__(self, folder: Path, vectors: TaskVectors, task: Task, development: int, box: Box, seed: int):
         self.model = load_model(folder)
         self.tokenizer = load_tokenizer(folder)
         self.vectors = vectors
@@ -90,7 +88,9 @@ class Evaluator:
         """Score the seed as it is."""
         return self._evaluation("seed", "seed", 0, split, {}, None)
 
-    def rival(self, name: str, number: int, parameters: Mapping[str, Any], split: str = "development") -> Evaluation:
+    def rival(
+        self, name: str, number: int, parameters: Mapping[str, Any], split: str = "development"
+    ) -> Evaluation:
         """Score a human-designed method with one setting of its parameters."""
         began = time.perf_counter()
         merged = merge_by_method(method(name), self.vectors, dict(parameters))

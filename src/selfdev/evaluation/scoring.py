@@ -2,16 +2,16 @@
 
 Greedy decoding writes the gold answer and stops exactly if, with the gold answer fed in, the arg max at every
 answer position is the gold token, the end token included. So a short answer costs one pass and not one pass a
-token. This holds only where the answer can be written in one way, which `encode` checks; a task or a tokenizer
-that cannot promise it is refused.
+token. This holds only where the answer can be written in one way, which `encode` checks: a tokenizer that
+cannot promise it is refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import BoolTensor, Tensor
+from torch import Tensor
 
 from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.tasks import Question
@@ -57,8 +57,8 @@ def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int =
         batch_tokens: the most tokens of one forward pass, padding included; one question may exceed it.
 
     Raises:
-        UserError: the tokenizer has no end token, does not know a character, or can write an answer in several
-            ways, so that one pass would not equal greedy decoding.
+        UserError: the tokenizer has no end token, does not know a character, or can write an answer in
+            several ways, so that one pass would not equal greedy decoding.
     """
     if not questions:
         raise UserError("there is no question to score; ask for at least one")
@@ -66,7 +66,10 @@ def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int =
         raise UserError("the tokenizer has no end-of-sequence token, which ends an answer; set its eos_token")
     prompts = tokenizer([q.prompt for q in questions])["input_ids"]
     answers = tokenizer([q.answer for q in questions], add_special_tokens=False)["input_ids"]
-    _refuse_ambiguous(tokenizer, questions, prompts, answers)
+    _refuse_unknown(
+        tokenizer, questions, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    )
+    _refuse_ambiguous(tokenizer, {question.answer for question in questions})
 
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     batches, pending = [], list[int]()
@@ -80,7 +83,7 @@ def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int =
 
 
 @torch.inference_mode()
-def score_exact(model: Any, encoded: Encoded) -> BoolTensor:
+def score_exact(model: Any, encoded: Encoded) -> Tensor:
     """Which questions the model answers exactly right by greedy decoding.
 
     Args:
@@ -88,7 +91,7 @@ def score_exact(model: Any, encoded: Encoded) -> BoolTensor:
         encoded: what `encode` made with the model's tokenizer.
 
     Returns:
-        One entry for each question, in the order they were encoded in, shape (questions,), on the CPU.
+        One truth value for each question, in the order of `encode`, shape (questions,), bool, on the CPU.
 
     Raises:
         ScoringError: a logit is infinite or not a number.
@@ -105,7 +108,7 @@ def score_exact(model: Any, encoded: Encoded) -> BoolTensor:
             raise ScoringError("the model's logits are not finite; the merged weights are broken")
         wrong = batch.row[logits.argmax(-1).cpu() != batch.gold]
         right[batch.questions[wrong]] = False
-    return BoolTensor(right) if not isinstance(right, Tensor) else right  # type: ignore[return-value]
+    return right
 
 
 def mean_by_group(questions: Sequence[Question], right: Tensor) -> dict[str, float]:
@@ -121,7 +124,9 @@ def aggregate(by_group: Mapping[str, float]) -> float:
     return sum(by_group.values()) / len(by_group)
 
 
-def _batch(rows: Sequence[int], prompts: Sequence[list[int]], answers: Sequence[list[int]], end: int) -> Batch:
+def _batch(
+    rows: Sequence[int], prompts: Sequence[list[int]], answers: Sequence[list[int]], end: int
+) -> Batch:
     longest = max(len(prompts[i]) + len(answers[i]) for i in rows)
     # Padding is never seen by an answer, so any token serves.
     input_ids = torch.full((len(rows), longest), end)
@@ -135,30 +140,28 @@ def _batch(rows: Sequence[int], prompts: Sequence[list[int]], answers: Sequence[
     return Batch(torch.tensor(rows), input_ids, torch.tensor(row), torch.tensor(position), torch.tensor(gold))
 
 
-def _refuse_ambiguous(
-    tokenizer: Any, questions: Sequence[Question], prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> None:
-    """Raise unless every answer has one tokenisation only: the one that is scored."""
-    special = set(tokenizer.all_special_ids)
-    pieces = [tokenizer.decode([i]) for i in range(len(tokenizer)) if i not in special]
-    for question, prompt, answer in zip(questions, prompts, answers, strict=True):
-        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in [*prompt, *answer]:
+def _refuse_unknown(tokenizer: Any, questions: Sequence[Question], encoded: Sequence[list[int]]) -> None:
+    """Raise if a question or an answer holds something that the tokenizer has no token for."""
+    for question, ids in zip(questions, encoded, strict=True):
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise UserError(
-                f"question '{question.prompt}' holds a character that the tokenizer does not know; "
-                "use the tokenizer of a model that was made for this task"
+                f"question '{question.prompt}{question.answer}' holds a character that the tokenizer does "
+                "not know; use the tokenizer of a model that was made for this task"
             )
-    by_first: dict[str, list[str]] = {}
-    for piece in filter(None, pieces):
-        by_first.setdefault(piece[0], []).append(piece)
-    for text in {q.answer for q in questions}:
-        # ways[k]: in how many ways the pieces can spell the last k characters
-        ways = [1] + [0] * len(text)
-        for start in range(len(text) - 1, -1, -1):
-            for piece in by_first.get(text[start], []):
-                if text.startswith(piece, start):
-                    ways[len(text) - start] += ways[len(text) - start - len(piece)]
-        if ways[-1] != 1:
+
+
+def _refuse_ambiguous(tokenizer: Any, answers: Collection[str]) -> None:
+    """Raise unless each answer can be spelt in one way only, so that greedy decoding has no other."""
+    pieces: dict[str, list[str]] = {}  # what each ordinary token writes, by its first character
+    for token in set(range(len(tokenizer))) - set(tokenizer.all_special_ids):
+        piece = tokenizer.decode([token])
+        pieces.setdefault(piece[:1], []).append(piece)
+    for answer in answers:
+        ways = [0] * len(answer) + [1]  # ways[i]: in how many ways the tokens spell answer[i:]
+        for i in range(len(answer) - 1, -1, -1):
+            ways[i] = sum(ways[i + len(p)] for p in pieces.get(answer[i], []) if answer.startswith(p, i))
+        if ways[0] != 1:
             raise UserError(
-                f"answer '{text}' has {ways[-1]} spellings in this tokenizer's tokens and exact scoring needs one; "
-                "use a tokenizer with one token for each character, or score by generation"
+                f"answer '{answer}' can be written in {ways[0]} ways with this tokenizer's tokens, and exact "
+                "scoring needs one; use a tokenizer with a token for each character, or score by generation"
             )

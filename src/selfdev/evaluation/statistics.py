@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 RESAMPLES = 5000
-"""Resamples of the bootstrap: the ends of a 95 % interval then vary by about 2 % of its width."""
+"""Resamples of the bootstrap: the ends of a 95 % interval then vary by about 1 % of its width."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
 ) -> Difference:
-    """The score of `a` minus the score of `b`, with a percentile interval of the paired bootstrap (Efron 1979).
+    """The score of `a` minus that of `b`, with a percentile interval of the paired bootstrap (Efron 1979).
 
-    Questions are drawn anew, both models' outcomes together; with groups, as many in each group as there are. The
-    interval says how the difference varies with the questions, not with the training of the models. It has no width
-    where the models never differ, and is too narrow with fewer than about 20 questions in a group.
+    Questions are drawn anew, both models' outcomes together; with groups, as many in each group as there are.
+    The interval says how the difference varies with the questions, not with the training of the models. It
+    has no width where the models never differ, and is too narrow with fewer than about 50 questions in all.
 
     Args:
         a: which questions the first model answered right, bool, shape (questions,).
@@ -86,8 +86,8 @@ def paired_difference(
 def mcnemar(a: Tensor, b: Tensor) -> float:
     """Exact two-sided p value of "both models are right equally often" (McNemar 1947).
 
-    Only questions on which the models differ say anything: under the hypothesis each is as likely to favour the one
-    as the other. Where they never differ, p is 1.
+    Only questions on which the models differ say anything: under the hypothesis each is as likely to favour
+    the one as the other. Where they never differ, p is 1.
 
     Args:
         a: which questions the first model answered right, bool, shape (questions,).
@@ -104,9 +104,10 @@ def mcnemar(a: Tensor, b: Tensor) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p values for the number of tests, so that all of them together err at most at the level (Holm 1979).
+    """Adjust p values for the number of tests, so that all together err at most at the level (Holm 1979).
 
-    The smallest of m is multiplied by m, the next by m - 1, and so on; none is smaller than one before it, nor above 1.
+    The smallest of m is multiplied by m, the next by m - 1, and so on; none is smaller than one before it,
+    nor above 1.
 
     Args:
         p_values: each in 0..1.
@@ -130,8 +131,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _resampled_means(change: NDArray[np.int32], rng: np.random.Generator) -> NDArray[np.float64]:
     """Means of `RESAMPLES` bootstrap samples of one group's differences, shape (RESAMPLES,).
 
-    A difference is -1, 0 or 1, and how often each is drawn follows a multinomial distribution: drawing the three
-    counts is the bootstrap itself, not an approximation, and takes no time.
+    A difference is -1, 0 or 1, and how often each is drawn follows a multinomial distribution: drawing the
+    three counts is the bootstrap itself, not an approximation, and takes no time.
     """
     n = len(change)
     better, worse = np.count_nonzero(change == 1), np.count_nonzero(change == -1)
@@ -145,8 +146,8 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
         raise ValueError(f"outcomes are {a.dtype} and {b.dtype}; whether an answer is right is a bool")
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError(
-            f"outcomes of shapes {tuple(a.shape)} and {tuple(b.shape)}; give both models' outcomes on the same "
-            "questions, at least one, shape (questions,)"
+            f"outcomes of shapes {tuple(a.shape)} and {tuple(b.shape)}; give both models' outcomes on the "
+            "same questions, at least one, shape (questions,)"
         )
 
 

@@ -53,7 +53,10 @@ def ranked_new(archive: Archive, arm: str) -> list[tuple[Candidate, Evaluation]]
 
 
 def reach_verdict(
-    archive: Archive, config: Config, scorer: Scorer, tick: Callable[[int, int], None] = lambda done, total: None
+    archive: Archive,
+    config: Config,
+    scorer: Scorer,
+    tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Open the test split and measure everybody on it.
 
@@ -188,12 +191,12 @@ def _headline(rows: list[Row], rival: str | None) -> str:
     difference = best.against_best_rival
     if difference is None:
         return f"{best.name} could not be measured on test"
-    points = f"{100 * difference['difference']:+.1f} points on test, {100 * difference['level']:.0f} % interval "
+    points = (
+        f"{100 * difference['difference']:+.1f} points on test, {100 * difference['level']:.0f} % interval "
+    )
     points += f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
     if difference["low"] > 0:
         return f"{best.name} beats {rival}, the best rival on development: {points}"
     if difference["high"] < 0:
         return f"{best.name} loses to {rival}, the best rival on development: {points}"
     return f"no difference shown between {best.name} and {rival}, the best rival on development: {points}"
-
-

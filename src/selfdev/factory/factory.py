@@ -20,7 +20,8 @@ from selfdev.factory.prompt import STOP, Prompt, ask, deal
 from selfdev.factory.refinement import plan, refine
 from selfdev.factory.sampling import Sample, Sampler
 from selfdev.factory.warm_start import warm_start
-from selfdev.models.sources import cache_dir, load_model, load_tokenizer, resolve, weights_hash
+from selfdev.models.folder import load_model, load_tokenizer, weights_hash
+from selfdev.models.sources import cache_dir, resolve
 from selfdev.streams import stream_seed
 
 log = logging.getLogger(__name__)

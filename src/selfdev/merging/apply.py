@@ -16,9 +16,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def applied(model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor]) -> Iterator[Model]:
     """Turn the seed into the merged model inside the `with` block, and back afterwards.
 
-    The parameters are written in place, so that nothing is loaded or allocated for a candidate. Afterwards they hold
-    the seed's tensors bit for bit, also if the block raises: a cast from float32 back to the type in which the seed
-    was stored is exact.
+    The parameters are written in place; the rest of the model is not touched. Afterwards they hold the seed's
+    tensors bit for bit, also if the block raises: casting the float32 copy of a stored tensor to the model's
+    type gives what loading gave.
 
     Args:
         model: the seed, on any device and of any floating-point type.
@@ -29,7 +29,8 @@ def applied(model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor]) ->
         The model, with seed plus merged task vector in these parameters.
 
     Raises:
-        ValueError: a parameter that the task vectors or the model do not have, or a wrong shape; nothing is written.
+        ValueError: a parameter that the task vectors or the model do not have, or a wrong shape; nothing is
+            written then.
     """
     # Tied parameters stand under each of their names.
     parameters = dict(model.named_parameters(remove_duplicate=False))

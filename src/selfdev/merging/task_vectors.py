@@ -1,4 +1,4 @@
-"""Task vectors: what each expert's tensors differ in from the seed's, read from safetensors without a model."""
+"""Task vectors: expert minus seed, tensor by tensor, read from safetensors without building a model."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from torch import Tensor
 from selfdev.algorithms.library import Method
 from selfdev.errors import UserError
 
-# Projections of the MLP as the families of causal models call them. Routers of mixtures, norms and biases are not
-# among them.
+# Projections of the MLP as the families of causal models call them. Routers of mixtures, norms and biases are
+# not among them.
 _MLP = re.compile(
     r"(^|\.)(gate_proj|up_proj|down_proj|gate_up_proj|fc1|fc2|dense_h_to_4h|dense_4h_to_h)\.weight$"
-    r"|(^|\.)mlp\.(c_fc|c_proj|fc_in|fc_out)\.weight$"
+    r"|(^|\.)(mlp|feed_forward)\.(c_fc|c_proj|fc_in|fc_out|w1|w2|w3)\.weight$"
     r"|(^|\.)experts\.(\d+\.)?(w1|w2|w3|gate_up_proj|down_proj)(\.weight)?$"
 )
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|self_attention|attention)\.(.+\.)?\w+\.weight$")
@@ -27,8 +27,8 @@ _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|self_attention|attention)\.(.+\.
 # Computed from the config when a model is built; old checkpoints carry it all the same.
 _DERIVED = re.compile(r"rotary_emb\.inv_freq$")
 
-# What makes two models the same architecture, beside the shapes of what is merged. The vocabulary's size is not in
-# it: experts often add a token or two, and their layers merge nevertheless.
+# What makes two models the same architecture, beside the shapes of what is merged. The vocabulary's size is
+# not in it: experts often add a token or two, and their layers merge nevertheless.
 _ARCHITECTURE = (
     "model_type",
     "hidden_size",
@@ -66,8 +66,9 @@ def select_targets(names_and_shapes: Mapping[str, tuple[int, ...]], targets: str
 
     Args:
         names_and_shapes: every tensor of the model.
-        targets: `mlp`, the weights of the MLP projections, those of a mixture's experts included; `attention`, the
-            weight matrices of attention; `all`; or a regular expression that is searched for in the names.
+        targets: `mlp`, the weights of the MLP projections, those of a mixture's experts included;
+            `attention`, the weight matrices of attention; `all`; or a regular expression that is searched for
+            in the names.
 
     Raises:
         UserError: nothing is selected, or the expression is none.
@@ -85,13 +86,15 @@ def select_targets(names_and_shapes: Mapping[str, tuple[int, ...]], targets: str
             chosen = [name for name in named if re.search(targets, name)]
         except re.error as error:
             raise UserError(
-                f"targets '{targets}' is no regular expression: {error}; use mlp, attention, all or a valid one"
+                f"targets '{targets}' is no regular expression: {error}; "
+                "use mlp, attention, all or a valid one"
             ) from None
     if not chosen:
         some = named[:: max(1, len(named) // _SHOWN_NAMES)][:_SHOWN_NAMES]
         raise UserError(
-            f"targets '{targets}' selects no parameter; use mlp, attention, all or a regular expression that finds "
-            f"some of the model's {len(named)}, which are called for example {', '.join(some) or '(there are none)'}"
+            f"targets '{targets}' selects no parameter; use mlp, attention, all or a regular expression that "
+            f"finds some of the model's {len(named)}: {', '.join(some)}"
+            + (", ..." if len(some) < len(named) else "")
         )
     return chosen
 
@@ -99,9 +102,9 @@ def select_targets(names_and_shapes: Mapping[str, tuple[int, ...]], targets: str
 def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> TaskVectors:
     """Read a seed's selected tensors and its experts' task vectors from their folders.
 
-    All configs and headers are compared before the first tensor is read. Tensors that are not selected may differ:
-    an expert with a longer vocabulary merges in its layers. The result takes 4 bytes for each selected entry, times
-    the number of experts plus one.
+    All configs and headers are compared before the first tensor is read. Tensors that are not selected may
+    differ: an expert with a longer vocabulary merges in its layers. The result takes 4 bytes for each
+    selected entry, times the number of experts plus one.
 
     Args:
         seed: a model's folder, safetensors in one file or sharded.
@@ -109,8 +112,8 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
         targets: as in `select_targets`.
 
     Raises:
-        UserError: no expert; a folder that is incomplete or damaged; an expert of another architecture; nothing
-            selected; weights that are quantised or not finite.
+        UserError: no expert; a folder that is incomplete or damaged; an expert of another architecture;
+            nothing selected; weights that are quantised or not finite.
     """
     if not experts:
         raise UserError("there is no expert to merge; name at least one")
@@ -132,8 +135,8 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
 def merge_by_method(method: Method, vectors: TaskVectors, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
     """Merge every parameter by a method of the library.
 
-    A method that draws at random gets a seed of its own for each tensor, made from the value of its parameter `seed`
-    and the tensor's name, so that tensors of one shape do not share their drawings.
+    A method that draws at random gets a seed of its own for each tensor, made from the value of its parameter
+    `seed` and the tensor's name, so that tensors of one shape do not share their drawings.
 
     Args:
         method: of the library.
@@ -201,8 +204,8 @@ class _Checkpoint:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"{self.owner}: its '{name}' holds values that are not finite; the checkpoint in '{self.folder}' "
-                    "is broken, so fetch it anew or leave it out"
+                    f"{self.owner}: its '{name}' holds values that are not finite, so the checkpoint in "
+                    f"'{self.folder}' is broken; fetch it anew"
                 )
         return {name: tensors[name] for name in names}
 
@@ -240,7 +243,7 @@ class _Checkpoint:
             raise UserError(f"{self.owner}: '{file}' is damaged: {error}; fetch it anew") from error
 
 
-_WAY_OUT = "experts must share the seed's architecture, so choose one that was fine-tuned from a relative of the seed"
+_WAY_OUT = "experts must share the seed's architecture: choose a fine-tuned relative of the seed"
 
 
 def _check_architecture(expert: _Checkpoint, seed: _Checkpoint) -> None:
@@ -257,8 +260,8 @@ def _check_tensors(expert: _Checkpoint, seed: _Checkpoint, chosen: list[str], ta
     for name in chosen:
         if name not in expert.shapes:
             raise UserError(
-                f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape {seed.shapes[name]}; "
-                f"{_WAY_OUT}"
+                f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape "
+                f"{seed.shapes[name]}; {_WAY_OUT}"
             )
         if expert.shapes[name] != seed.shapes[name]:
             raise UserError(
@@ -275,8 +278,8 @@ def _check_tensors(expert: _Checkpoint, seed: _Checkpoint, chosen: list[str], ta
     for name in sorted(extra):
         if _selects(targets, name, expert.shapes[name]):
             raise UserError(
-                f"{expert.owner}: it has a tensor '{name}' of shape {expert.shapes[name]} and the seed has none; "
-                f"{_WAY_OUT}"
+                f"{expert.owner}: it has a tensor '{name}' of shape {expert.shapes[name]} and the seed has "
+                f"none; {_WAY_OUT}"
             )
 
 

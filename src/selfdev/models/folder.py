@@ -25,8 +25,8 @@ _BROKEN_FOLDER = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 def weights_hash(folder: Path) -> str:
     """The identity of a model's weights, 64 hex digits.
 
-    It is the sha256 of the safetensors files one after the other, in the order of their names: for a single file
-    what `sha256sum` prints.
+    It is the sha256 of the safetensors files one after the other, in the order of their names: for a single
+    file what `sha256sum` prints.
 
     Raises:
         UserError: the folder holds no safetensors file.

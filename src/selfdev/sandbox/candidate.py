@@ -42,7 +42,10 @@ def live(
         else:
             layers.install(layers.full(forkserver, memory_bytes, cpu_seconds))
     except BaseException as error:
-        os.write(ready, str(error).encode("utf-8", "replace")[:1000])
+        reason = (
+            str(error) if isinstance(error, layers.LayerMissing) else f"a child cannot be set up: {error!r}"
+        )
+        os.write(ready, reason.encode("utf-8", "replace")[:1000])
         os._exit(EXIT_NO_LAYER)
     os.write(ready, READY)
     os.close(ready)

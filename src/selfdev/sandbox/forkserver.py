@@ -12,7 +12,7 @@ import signal
 import socket
 from typing import Any
 
-from . import candidate, privileges, warmup, wire
+from . import candidate, huge_pages, privileges, warmup, wire
 
 
 def main(control: str, parent: str, follow: str) -> None:
@@ -26,6 +26,10 @@ def main(control: str, parent: str, follow: str) -> None:
     """
     if follow == "follow":
         privileges.die_with(int(parent))
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError as error:
+        raise RuntimeError(f"process descriptors: {error}; needs Linux 5.3 or newer") from error
     connection = socket.socket(fileno=int(control))
     warmup.warm()
     if (threads := len(os.listdir("/proc/self/task"))) != 1:
@@ -34,6 +38,7 @@ def main(control: str, parent: str, follow: str) -> None:
         )
     gc.collect()
     gc.freeze()  # what is here now is never garbage; a child's collector shall not touch (and copy) its pages
+    huge_pages.collapse()
     _silence_standard_error()
     try:
         wire.send(connection, {"event": "up", "pid": os.getpid()})

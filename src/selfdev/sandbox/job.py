@@ -204,8 +204,12 @@ def view(mapping: memoryview, offset: int, shape: Sequence[int]) -> torch.Tensor
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a contiguous tensor has neither NaN nor infinity, in pieces: `isfinite` needs twice its input."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(_PIECE))
+    """Whether a contiguous tensor has neither NaN nor infinity.
+
+    It looks at one piece after the other, since `torch.isfinite` takes twice the memory of what it is given.
+    """
+    pieces: tuple[torch.Tensor, ...] = torch.split(tensor.flatten(), _PIECE)
+    return all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
 def _places(start: int, counts: Iterable[int]) -> tuple[list[int], int]:

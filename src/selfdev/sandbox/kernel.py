@@ -34,6 +34,16 @@ def prctl(option: int, *arguments: int | bytes | ctypes.c_void_p) -> int:
     return _checked(_libc.prctl(ctypes.c_int(option), *map(_argument, padded)), f"prctl {option}")
 
 
+def madvise(address: ctypes.c_void_p, length: int, advice: int) -> int:
+    """Advise the kernel on a range of memory.
+
+    Raises:
+        OSError: with the call's errno.
+    """
+    result = _libc.madvise(address, ctypes.c_size_t(length), ctypes.c_int(advice))
+    return _checked(result, f"madvise {advice}")
+
+
 def _argument(value: int | bytes | ctypes.c_void_p) -> object:
     # A plain Python int would be passed as a C int, whose upper half a variadic callee reads as garbage.
     return ctypes.c_ulong(value) if isinstance(value, int) else value

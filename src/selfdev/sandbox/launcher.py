@@ -4,7 +4,6 @@ import fcntl
 import os
 import socket
 import subprocess
-import sys
 import threading
 from typing import Any
 
@@ -26,7 +25,6 @@ class Launcher:
         Raises:
             SandboxUnavailable: with the reason.
         """
-        _require_linux()
         self._errors = MemoryFile("selfdev-forkserver-errors")
         ours, theirs = _socket_pair()
         try:
@@ -82,16 +80,6 @@ class Launcher:
     def _last_error(self) -> str:
         text = os.pread(self._errors.descriptor, 1 << 20, 0).decode("utf-8", "replace").strip()
         return text.splitlines()[-1] if text else ""
-
-
-def _require_linux() -> None:
-    if sys.platform != "linux":
-        way_out = (
-            "use WSL 2" if sys.platform == "win32" else "use a Linux machine, virtual machine or container"
-        )
-        raise SandboxUnavailable(
-            f"the jail needs Linux (Landlock and seccomp), and this is {sys.platform}; {way_out}"
-        )
 
 
 def _socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -53,9 +53,9 @@ def run(source: str, calls: list[Call], results: memoryview) -> None:
         results[records[i]] = running
         start = time.perf_counter()
         try:
-            place = view(results, layout.offsets[i], call.shape)
-            place.copy_(_merge(code, call))  # into float32, whatever it was
-            if not is_finite(place):
+            merged = view(results, layout.offsets[i], call.shape)
+            merged.copy_(_merge(code, call))  # into float32, whatever it was
+            if not is_finite(merged):
                 raise BadOutput("NonFinite", "returned NaN or infinity")
             record = Record(State.DONE, Status.OK, "", "", time.perf_counter() - start)
         except BaseException as error:  # SystemExit and KeyboardInterrupt too: no program ends the chunk
@@ -89,7 +89,7 @@ def _takes_context(function: Any) -> bool:
     if code is None or code.co_argcount < 3:
         return False
     required = code.co_argcount - len(function.__defaults__ or ())
-    return required >= 3 or code.co_varnames[2] == "context"
+    return bool(required >= 3 or code.co_varnames[2] == "context")
 
 
 def _checked(value: object, shape: tuple[int, ...]) -> torch.Tensor:

@@ -39,15 +39,17 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     Raises:
         Hangup: where the other side is gone.
     """
-    # The descriptors travel with the first byte of their frame.
-    start, descriptors, _, _ = socket.recv_fds(
-        connection, _LENGTH.size, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-    )
-    head = start + _exactly(connection, _LENGTH.size - len(start)) if start else b""
-    if not head:
-        raise Hangup
-    (length,) = _LENGTH.unpack(head)
-    return json.loads(_exactly(connection, length)), list(descriptors)
+    try:
+        # The descriptors travel with the first byte of their frame.
+        start, descriptors, _, _ = socket.recv_fds(
+            connection, _LENGTH.size, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+        )
+        if not start:
+            raise Hangup
+        (length,) = _LENGTH.unpack(start + _exactly(connection, _LENGTH.size - len(start)))
+        return json.loads(_exactly(connection, length)), list(descriptors)
+    except ConnectionResetError as error:
+        raise Hangup from error
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """The zoos: seeds and experts that come with the project.
 
-A zoo is a folder with one folder for the seed, called `seed`, one for each expert, and a CARD.md. Each model folder
-is of transformers' format, tokenizer included.
+A zoo is a folder with one folder for the seed, called `seed`, one for each expert, and a CARD.md. Each model
+folder is of transformers' format, tokenizer included.
 """
 
 import difflib

@@ -1,13 +1,13 @@
 """How the zoo `nano` is made: a half-trained seed and its experts, on the digit exercises of the task `nano`.
 
-What is trained decides whether merging is a real problem. The seed stops early, with more weight on the groups
-that are hard, so that the experts have something to teach. An expert is the seed, trained on its own group with a
-share of general questions, so that it does not forget the rest. Only its MLP weights are trained: those are what
-merging touches by default, and an expert whose attention moves with them loses nearly all of its skill when its
-MLP weights alone are put into the seed (measured: `docs/results.md`).
+What is trained decides whether merging is a real problem. The seed stops early, so that the experts have
+something to teach. An expert is the seed, trained on its own group with a share of general questions, so that
+it does not forget the rest. Only its MLP weights are trained: those are what merging touches by default. Where
+attention was trained too, the MLP weights alone carried little skill into the seed (this is measured by
+`benchmarks/nano_zoo.py --transplant add`).
 
-Every model is trained by one thread from random streams of its own, so that the same machine and the same versions
-give the same bits, however many models are trained side by side.
+Every model is trained by one thread from random streams of its own, so that the same machine and the same
+versions give the same bits, however many models are trained side by side.
 """
 
 import itertools
@@ -72,7 +72,8 @@ class Recipe:
     )
     experts: Mapping[str, Training] = field(
         default_factory=lambda: {
-            group: _expert(group, stream) for stream, group in enumerate(("add", "sub", "sum", "max"), start=1)
+            group: _expert(group, stream)
+            for stream, group in enumerate(("add", "sub", "sum", "max"), start=1)
         }
     )
     development: int = 3072
@@ -86,7 +87,11 @@ def nano_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
     )
 
 
@@ -109,7 +114,9 @@ def new_model(tokenizer: PreTrainedTokenizerFast, stream: int) -> LlamaForCausal
         return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training: Training, report: Progress) -> None:
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training: Training, report: Progress
+) -> None:
     """Train a model in place: AdamW, one-cycle learning rate, loss on the answers alone."""
     task = load_task("nano")
     stream = random.Random(f"nano/train/{training.stream}")
@@ -122,7 +129,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, training.rate, total_steps=training.steps, pct_start=min(0.1, 1 / training.steps + 0.1)
+        optimizer, training.rate, total_steps=training.steps, pct_start=0.1
     )
     model.train()
     for step in range(1, training.steps + 1):
@@ -131,7 +138,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training:
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         loss = F.cross_entropy(model.lm_head(hidden[batch.row, batch.position]), batch.gold)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -174,7 +181,9 @@ def build_nano(out: Path, progress: Progress, recipe: Recipe | None = None) -> N
         for job in as_completed(jobs):
             accuracy[jobs[job]] = job.result()
             progress(f"{jobs[job]}: {_line(job.result())}")
-        (aside / "CARD.md").write_text(card(recipe, {name: accuracy[name] for name in ("seed", *recipe.experts)}))
+        (aside / "CARD.md").write_text(
+            card(recipe, {name: accuracy[name] for name in ("seed", *recipe.experts)})
+        )
         aside.chmod(0o755)  # mkdtemp made it for its owner alone
         aside.rename(out)
     finally:
@@ -214,13 +223,14 @@ def card(recipe: Recipe, accuracy: Mapping[str, Mapping[str, float]]) -> str:
         for name, each in accuracy.items()
     ]
     seed, expert = recipe.seed, next(iter(recipe.experts.values()))
-    mixture = ", ".join(f"{group} {weight}" for group, weight in seed.weights.items())
+    shares = f"{1 - expert.general:.0%} its own group, {expert.general:.0%} all groups alike"
+    mixture = "in the proportions " + ", ".join(f"{group} {weight}" for group, weight in seed.weights.items())
     streams = ", ".join(f"{name} {training.stream}" for name, training in recipe.experts.items())
     return f"""# The zoo `nano`
 
-A seed and {len(recipe.experts)} experts, on six exercises with digits (the task `nano`). Each is a Llama of 0.44 M
-parameters: 3 layers, 96 hidden units, 368 MLP units, one token a character, float32. They are test objects for
-model merging and of no other use.
+A seed and {len(recipe.experts)} experts, on six exercises with digits (the task `nano`). Each is a Llama of
+0.44 M parameters: 3 layers, 96 hidden units, 368 MLP units, one token a character, float32. They are test
+objects for model merging and of no other use.
 
 Licence: Apache-2.0. No outside data and no outside model went into them.
 
@@ -234,21 +244,20 @@ Percent of {recipe.development} development questions answered exactly, greedy; 
 
 ## How they were made
 
-`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of {seed.batch} generated
-training questions, loss on the answers alone, one thread a model. Training questions are those whose hash falls
-into the training split.
+`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of {seed.batch}
+generated questions of the training split, loss on the answers alone, one thread a model.
 
 | model | start | steps | learning rate | weights trained | questions |
 | --- | --- | --- | --- | --- | --- |
-| seed | from scratch, stream {seed.stream} | {seed.steps} | {seed.rate:g} | all | in the proportions {mixture} |
-| experts | the seed, streams {streams} | {expert.steps} | {expert.rate:g} | MLP only | {1 - expert.general:.0%} \
-its own group, {expert.general:.0%} all groups alike |
+| seed | from scratch, stream {seed.stream} | {seed.steps} | {seed.rate:g} | all | {mixture} |
+| experts | the seed, streams {streams} | {expert.steps} | {expert.rate:g} | MLP only | {shares} |
 
-The seed is deliberately half-trained, so that merging has room above it. The experts' attention is the seed's:
-merging touches MLP weights by default, and nothing of an expert should be out of its reach.
+The seed is deliberately half-trained, so that merging has room above it. The experts' attention is the
+seed's: merging touches MLP weights by default, and nothing of an expert should be out of its reach.
 
-Made with torch {torch.__version__} and transformers {transformers.__version__} on {platform.machine()}. The same
-versions on the same kind of processor give the same bits; elsewhere rounding differs, and with it the last digits.
+Made with torch {torch.__version__} and transformers {transformers.__version__} on {platform.machine()}.
+The same versions on the same kind of processor give the same bits; elsewhere rounding differs, and the
+figures a little.
 """
 
 

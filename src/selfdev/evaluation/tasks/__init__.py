@@ -57,8 +57,8 @@ class Task(ABC):
     def development(self, count: int, order_seed: int) -> list[Question]:
         """Draw development questions, balanced over the groups.
 
-        The same `order_seed` gives the same order, and a smaller count is a prefix of it: groups take turns, so
-        that every prefix is balanced too. Another `order_seed` draws and orders anew.
+        The same `order_seed` gives the same order, and a smaller count is a prefix of it: groups take turns,
+        so that every prefix is balanced too. Another `order_seed` draws and orders anew.
 
         Raises:
             UserError: the split has fewer than `count` questions.
@@ -70,14 +70,15 @@ class Task(ABC):
 
         Raises:
             UserError: the split has fewer than `count` questions.
-            Exception: whatever the seal raises to stay shut; no question has then been made.
+            Exception: whatever the seal raises to stay shut; no question is then handed out.
         """
+        self.check_count(Split.TEST, count)  # a request that cannot be met must not cost the one opening
         seal.opened(self.name)
         return self._take(Split.TEST, count, random.Random(f"{self.name}/test"))
 
     @abstractmethod
     def training(self, groups: Sequence[str], stream: random.Random) -> Iterator[Question]:
-        """Training questions without end, the group of each one drawn from `groups`; for those who make models."""
+        """Training questions without end, the group of each drawn from `groups`; for makers of models."""
 
     @abstractmethod
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
@@ -85,11 +86,11 @@ class Task(ABC):
 
     def check_count(self, split: Split, count: int) -> None:
         """Raise UserError unless the split has `count` questions; shows none of them."""
-        turns = min(len(self._pool(group, split)) for group in self.groups)
-        if not 0 < count <= turns * len(self.groups):
+        most = len(self.groups) * min(len(self._pool(group, split)) for group in self.groups)
+        if not 0 < count <= most:
             raise UserError(
-                f"task '{self.name}': {count} {split} questions asked for, and it has {turns * len(self.groups)} "
-                f"({turns} in each of {len(self.groups)} groups); ask for 1 to {turns * len(self.groups)}"
+                f"task '{self.name}': {count} {split} questions were asked for, and it has {most}; "
+                f"ask for 1 to {most}"
             )
 
     def _take(self, split: Split, count: int, stream: random.Random) -> list[Question]:

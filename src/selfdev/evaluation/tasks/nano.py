@@ -22,7 +22,7 @@ POOL = {Split.DEVELOPMENT: 512, Split.TEST: 1024}
 """Questions that a split offers in each group."""
 
 Drawn = tuple[str, str, str]
-"""Prompt, answer, and the key that decides the split: the same for prompts that ask the same in another order."""
+"""Prompt, answer, and the key that decides the split, the same for the same operands in any order."""
 
 
 def _add(stream: random.Random) -> Drawn:

@@ -1,0 +1,48 @@
+# Everything on a fresh machine with Python 3.11 or newer, make and a package index:
+#   make quickstart    the first discovery, with a real language model
+#   make test          the tests
+#   make check         what CI checks beside them: format, lint, types
+#   make proof         the tests that take minutes or real models
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+QUICKSTART = runs/quickstart-1
+
+# Two threads, since the budgets are for two cores; passive, since threads that spin while they wait slow each
+# other down where cores are shared.
+TEST_ENVIRONMENT = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
+
+.PHONY: quickstart test check proof clean
+
+quickstart: $(VENV)/.installed
+	@if [ -e $(QUICKSTART)/archive.db ]; then $(BIN)/selfdev resume $(QUICKSTART); \
+	else $(BIN)/selfdev run quickstart --out $(QUICKSTART); fi
+
+test: $(VENV)/.installed-dev
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+proof: $(VENV)/.installed-dev
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m proof
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+# Editable, so that only a change of the dependencies installs anew.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)

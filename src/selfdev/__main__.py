@@ -1,0 +1,7 @@
+"""`python -m selfdev` is `selfdev`."""
+
+import sys
+
+from selfdev.cli import main
+
+sys.exit(main())

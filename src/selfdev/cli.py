@@ -1,0 +1,312 @@
+"""The command `selfdev`: each command parses, calls one function, and prints.
+
+What takes long to import is imported inside the commands, so that `selfdev --help` answers at once.
+
+Exit codes: 0 done, 1 failed, 2 the user's mistake, 3 interrupted and resumable.
+"""
+
+import errno
+import json
+import os
+import signal
+import sqlite3
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import selfdev
+from selfdev.errors import Interrupted, SelfdevError
+
+if TYPE_CHECKING:
+    from selfdev.report.terminal import Terminal
+    from selfdev.run import Run
+
+# Before torch is imported: OpenMP threads that spin at barriers made sampling 8 times slower whenever another
+# process used one of the cores (29 s against 3.8 s measured, 2 cores).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Libraries that would draw progress bars and print advice into the display.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_UNSAFE = "--unsafe-sandbox"
+_UNSAFE_NOTICE = "model-written code runs with resource limits alone; it can read files and use the network"
+
+app = typer.Typer(
+    help="A language model invents model-merging algorithms, and trains itself on what worked.",
+    rich_markup_mode=None,  # plain help, and rich need not be imported for it
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+zoo_app = typer.Typer(help="Seeds and experts that come with the project.")
+app.add_typer(zoo_app, name="zoo")
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart-1.")]
+Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo; `selfdev zoo list` names them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
+Unsafe = Annotated[
+    bool,
+    typer.Option(
+        _UNSAFE, help="Where the jail cannot be built, run model-written code with resource limits alone."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def selfdev_(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Without a command: the version, or the help."""
+    if version:
+        typer.echo(f"selfdev {selfdev.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def run(
+    preset: Annotated[
+        str,
+        typer.Argument(
+            metavar="PRESET|FILE.yaml", help="A preset, such as quickstart, or a file of your own."
+        ),
+    ],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one field, such as seed=2.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; runs/NAME-SEED by default.")
+    ] = None,
+    unsafe_sandbox: Unsafe = False,
+    as_json: AsJson = False,
+) -> None:
+    """Start a run and carry it to its verdict."""
+    from selfdev.config import load_config
+    from selfdev.report.progress import Progress
+    from selfdev.run import run as start
+
+    config = load_config(preset, changes or ())
+    with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), config) as watch:
+        finished = start(config, out, preset=preset, watch=watch, unsafe_sandbox=unsafe_sandbox)
+    _print_run(finished, unsafe_sandbox, as_json)
+
+
+@app.command()
+def resume(folder: RunFolder, unsafe_sandbox: Unsafe = False, as_json: AsJson = False) -> None:
+    """Go on with an interrupted or killed run.
+
+    Of a run that is done the result is shown.
+    """
+    from selfdev.report.progress import Progress
+    from selfdev.run import open_run
+    from selfdev.run import resume as go_on
+
+    earlier = open_run(folder)
+    if earlier.archive.run.status == "done":
+        _print_run(earlier, unsafe_sandbox, as_json)
+        return
+    with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), earlier.config) as watch:
+        watch.recall(earlier)
+        finished = go_on(folder, watch=watch, unsafe_sandbox=unsafe_sandbox)
+    _print_run(finished, unsafe_sandbox, as_json)
+
+
+@app.command()
+def show(
+    folder: RunFolder,
+    candidate: Annotated[
+        str | None, typer.Argument(metavar="CANDIDATE", help="One program, such as learning/2/017.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a run, or one of its programs."""
+    from selfdev.report.candidate import describe, page
+    from selfdev.run import open_run
+
+    opened = open_run(folder)
+    if candidate is None:
+        _print_run(opened, False, as_json)
+        return
+    known = describe(opened, candidate)
+    if as_json:
+        _print_json(known)
+    else:
+        _terminal().say(page(known))
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the human-designed merging methods."""
+    from selfdev.report.methods import describe_methods, methods_table
+
+    listed = describe_methods()
+    if as_json:
+        _print_json(listed)
+    else:
+        _terminal().say(methods_table(listed))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Try whether this machine can run a run.
+
+    Exit code 1 if something is missing.
+    """
+    from selfdev.doctor import checks, report
+
+    found = checks()
+    typer.echo(report(found, as_json=as_json))
+    if not all(check.ok for check in found):
+        raise typer.Exit(1)
+
+
+@zoo_app.command("list")
+def zoo_list() -> None:
+    """Name the zoos and their models, as --set merge.seed=... and the config's experts take them."""
+    from selfdev.zoo import zoo_models, zoos
+
+    for name in zoos():
+        for model in ("seed", *zoo_models(name)["experts"]):
+            typer.echo(f"zoo:{name}/{model}")
+
+
+@zoo_app.command("path")
+def zoo_path(name: Zoo) -> None:
+    """Print the folder of a zoo."""
+    from selfdev.zoo import zoo_path as path
+
+    typer.echo(path(name))
+
+
+@zoo_app.command("build")
+def zoo_build(
+    name: Zoo,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder; zoo-NAME by default.")
+    ] = None,
+) -> None:
+    """Train a zoo anew; takes minutes."""
+    from selfdev.zoo import build
+
+    out = out or Path(f"zoo-{name}")
+    build(name, out, typer.echo)
+    typer.echo(f"built in {out}; {out / 'seed'} can stand in a config where zoo:{name}/seed does")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' advice to programmers; `python -W` brings it back
+    mark = _unsafe_mark() if _UNSAFE in arguments else ""
+    with _interruptible():
+        try:
+            code = app(args=arguments, prog_name="selfdev", standalone_mode=False)
+            sys.stdout.flush()
+            return code if isinstance(code, int) else 0
+        except Interrupted as stopped:
+            return _say(mark, str(stopped), stopped.exit_code)
+        except (KeyboardInterrupt, typer.Abort):
+            return _say(mark, "stopped before there was anything to resume; give the same command again", 3)
+        except SelfdevError as error:
+            return _say(mark, f"error: {error}", error.exit_code)
+        except _UsageError as error:
+            return _say(
+                mark,
+                f"error: {error.format_message()} `selfdev --help` and `selfdev COMMAND --help` tell more.",
+                2,
+            )
+        except BrokenPipeError:
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # or Python complains when it leaves
+            return 1
+        except (OSError, sqlite3.OperationalError) as error:
+            return _say(mark, f"error: {_explain(error)}", 1)
+
+
+# What typer raises for a wrong command line: click's class, or its own copy of it in newer versions.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+def _unsafe_mark() -> str:
+    from selfdev.report.terminal import UNSAFE_MARK
+
+    return UNSAFE_MARK
+
+
+def _say(mark: str, message: str, code: int) -> int:
+    for line in message.splitlines():
+        print(f"{mark}{line}", file=sys.stderr)
+    return code
+
+
+def _explain(error: OSError | sqlite3.OperationalError) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error):
+        return "the disk is full; make room, and `selfdev resume RUN` goes on: what was archived is safe"
+    return str(error)
+
+
+def _terminal(unsafe: bool = False, *, to_stderr: bool = False) -> "Terminal":
+    from selfdev.report.terminal import Terminal
+
+    terminal = Terminal(to_stderr=to_stderr, unsafe=unsafe)
+    if unsafe:
+        terminal.say(_UNSAFE_NOTICE)
+    return terminal
+
+
+def _print_run(opened: "Run", unsafe: bool, as_json: bool) -> None:
+    from selfdev.report.result import result
+    from selfdev.report.terminal import Terminal
+
+    if as_json:
+        _print_json(opened.summary())
+    else:
+        Terminal(unsafe=unsafe).say("", result(opened))
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """The first Ctrl-C ends the command in order, the second at once: nothing archived is lost by either."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, second)
+        raise KeyboardInterrupt
+
+    def second(number: int, frame: FrameType | None) -> None:
+        if sys.stdout.isatty():
+            os.write(1, b"\x1b[?25h\n")  # the live display hides the cursor
+        os._exit(3)
+
+    try:
+        signal.signal(signal.SIGINT, first)
+    except ValueError:  # not the main thread: whoever runs that one handles its signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is first:
+            signal.signal(signal.SIGINT, before)

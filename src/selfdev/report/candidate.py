@@ -1,0 +1,110 @@
+"""One candidate: everything that the archive knows of it."""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from selfdev.algorithms.source import unwrap_short
+from selfdev.archive import Evaluation
+from selfdev.report.terminal import facts, percent, python, table, visible
+
+if TYPE_CHECKING:
+    from selfdev.run import Run
+
+
+def describe(run: "Run", name: str) -> dict[str, Any]:
+    """What `selfdev show RUN CANDIDATE --json` prints; scores in 0..1, iterations from 1.
+
+    Raises:
+        UserError: the run has no such candidate.
+    """
+    candidate = run.candidate(name)
+    [iteration] = [i for i in run.archive.iterations(candidate.arm) if i.iteration == candidate.iteration]
+    rounds = range(run.config.iterations)
+    pairs = [pair for t in rounds for pair in run.archive.pairs(candidate.arm, t)]
+    scored = [
+        e for split in ("development", "test") for e in run.archive.evaluations("candidate", name, split)
+    ]
+    return {
+        "name": candidate.name,
+        "arm": candidate.arm,
+        "iteration": candidate.iteration + 1,
+        "temperature": iteration.temperature,
+        "status": candidate.status,
+        "failure": candidate.failure,
+        "error": candidate.error,
+        "nearest": candidate.nearest,
+        "distance": candidate.distance,
+        "canonical": candidate.canonical,
+        "source": candidate.source,
+        "text": candidate.text,
+        "prompt": iteration.prompts[candidate.prompt],
+        "tokens": len(candidate.tokens),
+        "log_prob": candidate.log_prob,
+        "finished": candidate.finished,
+        "evaluations": [_evaluation(run, e) for e in scored],
+        "pairs": {
+            "chosen": sum(pair.chosen == name for pair in pairs),
+            "rejected": sum(pair.rejected == name for pair in pairs),
+            "reasons": sorted({pair.reason for pair in pairs if pair.rejected == name}),
+        },
+    }
+
+
+def _evaluation(run: "Run", evaluation: Evaluation) -> dict[str, Any]:
+    groups = run.archive.groups(evaluation.split)
+    asked, right = Counter(groups), Counter[str]()
+    for group, outcome in zip(groups, evaluation.outcomes or (), strict=False):
+        right[group] += outcome
+    return {
+        "split": evaluation.split,
+        "score": evaluation.score,
+        "questions": evaluation.questions,
+        "failure": evaluation.failure,
+        "seconds": evaluation.seconds,
+        "groups": {}
+        if evaluation.outcomes is None
+        else {group: right[group] / asked[group] for group in asked},
+    }
+
+
+def page(known: dict[str, Any]) -> RenderableType:
+    """The same for people."""
+    rows: dict[str, RenderableType] = {
+        "candidate": Text(visible(known["name"]), style="bold"),
+        "written_by": f"{known['arm']}, iteration {known['iteration']}, at T={known['temperature']:.2f}",
+        "status": Text(visible(_status(known))),
+    }
+    if known["distance"] is not None:
+        rows["nearest"] = Text(visible(f"{known['nearest']}, distance {100 * known['distance']:.1f} %"))
+    rows["text"] = f"{known['tokens']} tokens{'' if known['finished'] else ', cut off at the limit'}"
+    if known["log_prob"] is not None:
+        rows["log_prob"] = f"{known['log_prob']:.1f} nats"
+    pairs = known["pairs"]
+    reasons = f" ({', '.join(pairs['reasons'])})" if pairs["reasons"] else ""
+    rows["pairs"] = Text(visible(f"chosen in {pairs['chosen']}, rejected in {pairs['rejected']}{reasons}"))
+    parts: list[RenderableType] = [facts(**rows), ""]
+    if known["evaluations"]:
+        parts += [_scores(known["evaluations"]), ""]
+    if known["source"] is None:
+        return Group(
+            *parts, "No function could be read from what was written:", "", Text(visible(known["text"]))
+        )
+    return Group(*parts, python(unwrap_short(known["source"])))
+
+
+def _status(known: dict[str, Any]) -> str:
+    status = known["status"] or "not screened yet"
+    why = ": ".join(part for part in (known["failure"], known["error"]) if part)
+    return f"{status}: {why}" if why else status
+
+
+def _scores(evaluations: list[dict[str, Any]]) -> RenderableType:
+    groups = list(dict.fromkeys(group for e in evaluations for group in e["groups"]))
+    rows = table("accuracy in %", "score", *groups, "questions", "time")
+    for e in evaluations:
+        shares = [percent(e["groups"].get(group)) for group in groups]
+        rows.add_row(e["split"], percent(e["score"]), *shares, str(e["questions"]), f"{e['seconds']:.1f} s")
+    return rows

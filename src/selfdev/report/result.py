@@ -1,0 +1,168 @@
+"""What a run came to: the headline, who scored what, the winning program, where it lies and how to go on."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from selfdev.algorithms.source import unwrap_short
+from selfdev.evaluation.verdict import LEARNING
+from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
+
+if TYPE_CHECKING:
+    from selfdev.run import Run
+
+YIELD = ("written", "working", "trivial", "known", "repeated", "new")
+"""Counts of an iteration, in the order in which they are shown."""
+
+_SHOWN = 5
+"""Finalists in the table; `--json` has all of them."""
+
+_SECTIONS = {
+    "rival": "rivals, tuned on dev",
+    "control": "controls, their best new",
+    "discovered": "discovered",
+}
+
+
+def result(run: "Run") -> RenderableType:
+    """The whole page of a run, finished or not."""
+    summary = run.summary()
+    parts: list[RenderableType] = [_headline(summary, run), ""]
+    if summary["table"]:
+        parts += [_scores(summary, run), ""]
+    if summary["iterations"]:
+        parts += [_iterations(summary), ""]
+    if summary["best"] is not None:
+        parts += [*_winner(summary), ""]
+    return Group(*parts, _where(summary, run))
+
+
+def _headline(summary: dict[str, Any], run: "Run") -> RenderableType:
+    record = summary["run"]
+    title = f"{record['name']}: {record['preset']}, seed {record['seed']}, {duration(record['seconds'])}"
+    lines = [(visible(title) + "\n", "dim")]
+    if record["unsafe_sandbox"]:
+        lines.append(("This run's programs ran with resource limits alone, without the jail.\n", "bold red"))
+    if record["status"] != "done":
+        unfinished = f"Not finished (status: {record['status']}). The test questions decide at the end."
+        lines.append((unfinished, "bold yellow"))
+    elif summary["best"] is None:
+        lines.append((_no_winner(summary, run), "bold yellow"))
+    else:
+        lines.append((visible(f"{summary['headline']}."), "bold"))
+    return Text.assemble(*lines)
+
+
+def _no_winner(summary: dict[str, Any], run: "Run") -> str:
+    mine = [i for i in summary["iterations"] if i["arm"] == LEARNING]
+    count = {kind: sum(i[kind] for i in mine) for kind in YIELD}
+    failures = Counter(c.failure for c in run.candidates(LEARNING) if c.failure)
+    common = ", ".join(f"{visible(name)} {times}" for name, times in failures.most_common(_SHOWN))
+    return (
+        "There is no winner: no new program was found. "
+        f"The learning factory wrote {count['written']} programs. {count['working']} of them work: "
+        f"{count['trivial']} trivial, {count['known']} known, {count['repeated']} repeated, {count['new']} new."
+        + (f" Most of the others failed by {common}." if common else "")
+    )
+
+
+def _scores(summary: dict[str, Any], run: "Run") -> RenderableType:
+    level = f"{100 * run.config.verdict.level:.0f} %"
+    rows = table("accuracy in %", "dev", "test", level, "diff", level, "p")
+    best = (run.verdict or {}).get("best_rival")
+    kind, finalists = "seed", 0
+    for row in summary["table"]:
+        finalists += row["kind"] == "discovered"
+        if finalists > _SHOWN:
+            break
+        if row["kind"] != kind:
+            kind = row["kind"]
+            rows.add_row(Text(_SECTIONS[kind], style="dim"))
+        rows.add_row(*_row(row, is_best_rival=kind == "rival" and row["name"] == best))
+    return Group(rows, Text("\n".join(_notes(summary, run, best)), style="dim"))
+
+
+def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Iterator[str]:
+    """What the table of scores leaves open."""
+    finalists = [row for row in summary["table"] if row["kind"] == "discovered"]
+    if best_rival is not None:
+        yield f"diff: points from {best_rival}, the rival that was best on development (dev)."
+    if any((row["against_best_rival"] or {}).get("p_adjusted") is not None for row in finalists):
+        yield "p of a discovered program is Holm's, for all finalists together; the others' is not adjusted."
+    if len(finalists) > _SHOWN:
+        yield f"{len(finalists) - _SHOWN} more finalists were measured: --json lists them."
+    if finalists and summary["best_on_test"] not in (None, finalists[0]["name"]):
+        yield f"Best finalist on test, which is a selection on test: {summary['best_on_test']}."
+    for arm in run.config.controls:
+        if not any(row["name"].startswith(f"{arm}/") for row in summary["table"]):
+            yield f"The control '{arm}' has no new program."
+
+
+def _row(row: dict[str, Any], *, is_best_rival: bool) -> list[RenderableType]:
+    test, against = row["test"], row["against_best_rival"]
+    indent = "" if row["kind"] == "seed" else "  "
+    cells = [
+        indent + row["name"],
+        percent(row["dev"]["score"]),
+        "-",
+        "",
+        "best" if is_best_rival else "-",
+        "",
+        "",
+    ]
+    if test is not None:
+        cells[2:4] = percent(test["score"]), f"{percent(test['low'])}..{percent(test['high'])}"
+    if against is not None:
+        p = against["p"] if against["p_adjusted"] is None else against["p_adjusted"]
+        interval = f"{points(against['low'])}..{points(against['high'])}"
+        cells[4:] = points(against["difference"]), interval, "<0.001" if p < 0.001 else f"{p:.3f}"
+    style = "green" if row["kind"] == "discovered" else "bold" if is_best_rival else ""
+    return [Text(visible(cell), style=style) for cell in cells]
+
+
+def _iterations(summary: dict[str, Any]) -> RenderableType:
+    rows = table("iteration", "T", *YIELD, "best", "pairs")
+    ordered = sorted(summary["iterations"], key=lambda i: (i["iteration"], i["arm"] != LEARNING, i["arm"]))
+    for i in ordered:
+        rows.add_row(
+            f"{i['iteration']} {i['arm']}",
+            f"{i['temperature']:.2f}",
+            *(str(i[count]) for count in YIELD),
+            percent(i["best_dev"]),
+            str(i["pairs"]) if i["pairs"] else "-",
+        )
+    for arm in dict.fromkeys(i["arm"] for i in ordered):
+        totals = [str(sum(i[kind] for i in ordered if i["arm"] == arm)) for kind in YIELD]
+        rows.add_row(*(Text(cell, style="bold") for cell in (f"all {arm}", "", *totals)))
+    return rows
+
+
+def _winner(summary: dict[str, Any]) -> list[RenderableType]:
+    best = summary["best"]
+    distance = "unknown" if best["distance"] is None else f"{100 * best['distance']:.0f} %"
+    title = Text.assemble(("Best new program on development: ", ""), (visible(best["candidate"]), "bold"))
+    near = f"Nearest trivial or known program: {best['nearest'] or '-'}, distance {distance} of the output."
+    return [title, Text(visible(near), style="dim"), "", python(unwrap_short(best["source"]))]
+
+
+def _where(summary: dict[str, Any], run: "Run") -> Table:
+    record, folder = summary["run"], str(run.folder)
+    steps = record["warm_start"]
+    warm = (
+        f"yes: {steps} supervised steps on the library's worked examples, before the first iteration"
+        if steps
+        else "none"
+    )
+    lies = f"{folder}: archive.db (everything), adapters/ (what the factory learned)"
+    rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
+    if record["status"] != "done":
+        rows["go_on"] = Text(f"selfdev resume {folder}")
+    if summary["best"] is not None:
+        rows["one_program"] = Text(f"selfdev show {folder} {summary['best']['candidate']}")
+    rows["all_figures"] = Text(f"selfdev show {folder} --json")
+    rows["another_seed"] = Text(f"the command that began this run, with --set seed={record['seed'] + 1}")
+    return facts(**rows)

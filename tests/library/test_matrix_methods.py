@@ -1,0 +1,125 @@
+"""Methods that take a matrix apart, on matrices whose decomposition is known by heart."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfdev.algorithms.library import method
+from selfdev.errors import UserError
+
+
+def diagonals(*experts: list[float]) -> Tensor:
+    return torch.stack([torch.diag(torch.tensor(values, dtype=torch.float32)) for values in experts])
+
+
+def check(merged: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-5)
+
+
+def diagonal(*values: float) -> Tensor:
+    return torch.diag(torch.tensor(values, dtype=torch.float32))
+
+
+def test_tsv_m_keeps_the_strongest_directions_of_each_expert():
+    check(method("tsv_m").merge(diagonals([3, 1], [1, 2])), diagonal(3, 2))
+
+
+def test_tsv_m_shares_a_direction_between_experts_that_both_use_it():
+    # Two columns e1 become e1 / sqrt(2) each, so that 2 and 2 give 2 / 2 + 2 / 2.
+    check(method("tsv_m").merge(diagonals([2, 0], [2, 0])), diagonal(2, 0))
+
+
+def test_tsv_m_makes_directions_orthogonal():
+    experts = torch.zeros(2, 4, 4)
+    experts[0, 0, 0] = 1.0
+    experts[1, 0, 0] = experts[1, 1, 0] = 1.0
+    merged = method("tsv_m").merge(experts)
+    # Left vectors at 0 and 45 degrees turn into the nearest orthonormal pair, at -22.5 and 67.5 degrees. The
+    # right ones are both e1 and share it with 1 / sqrt(2) each. The singular values are 1 and sqrt(2).
+    angle = torch.tensor(22.5).deg2rad()
+    first = torch.stack([torch.cos(angle), -torch.sin(angle)])
+    second = torch.stack([torch.sin(angle), torch.cos(angle)])
+    expected = torch.zeros(4, 4)
+    expected[:2, 0] = (first + 2**0.5 * second) / 2**0.5
+    check(merged, expected)
+
+
+def test_tsv_m_of_one_expert_is_that_expert():
+    matrix = torch.randn(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    check(method("tsv_m").merge(matrix), matrix[0])
+
+
+def test_iso_c_makes_all_singular_values_equal():
+    check(method("iso_c").merge(diagonals([2, 1], [1, 0])), diagonal(2, 2))
+
+
+def test_iso_c_keeps_the_directions_of_a_matrix_that_is_not_square():
+    experts = torch.tensor([[[3.0, 0.0, 0.0], [0.0, -1.0, 0.0]]])
+    check(method("iso_c").merge(experts, scale=0.5), torch.tensor([[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]))
+
+
+def test_iso_c_adds_no_direction_that_the_sum_lacks():
+    check(method("iso_c").merge(diagonals([4, 2, 0], [0, 0, 0])), diagonal(2, 2, 0))
+
+
+def test_iso_cts_adds_a_direction_of_each_expert():
+    # Common: 8 along the first axis. Left of the experts: 1 along the second, 2 along the third. Mean 11 / 3.
+    merged = method("iso_cts").merge(diagonals([4, 1, 0], [4, 0, 2]), common_share=1 / 3)
+    check(merged, diagonal(11 / 3, 11 / 3, 11 / 3))
+
+
+def test_iso_cts_with_all_in_common_is_iso_c():
+    experts = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(1))
+    check(method("iso_cts").merge(experts, common_share=1.0), method("iso_c").merge(experts))
+
+
+def test_iso_cts_refuses_an_impossible_share():
+    with pytest.raises(UserError, match="common_share"):
+        method("iso_cts").merge(diagonals([1, 1]), common_share=1.5)
+
+
+def test_wudi_leaves_the_sum_where_experts_do_not_interfere():
+    check(method("wudi").merge(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])), torch.tensor([[1.0, 1.0]]))
+
+
+def test_wudi_counts_what_experts_share_once():
+    # Losses (m - 2)^2 and (m - 1)^2 along the first input: 1.5. The second input belongs to one expert alone.
+    experts = torch.tensor([[[2.0, 0.0]], [[1.0, 0.0]], [[0.0, 7.0]]])
+    check(method("wudi").merge(experts), torch.tensor([[1.5, 7.0]]))
+
+
+def test_wudi_leaves_weak_directions_to_the_sum():
+    experts = torch.stack([diagonal(2, 0.01), diagonal(1, 0.01)])
+    check(method("wudi").merge(experts, cutoff=0.1), diagonal(1.5, 0.02))
+    check(method("wudi").merge(experts, cutoff=1e-6), diagonal(1.5, 0.01))
+
+
+def test_knots_merges_in_the_common_basis():
+    check(
+        method("knots").merge(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]), density=1.0),
+        torch.tensor([[1.0, 2.0]]),
+    )
+    check(
+        method("knots").merge(torch.tensor([[[1.0, 4.0]], [[3.0, 0.0]]]), density=1.0),
+        torch.tensor([[2.0, 4.0]]),
+    )
+
+
+def test_svc_counts_a_shared_direction_once():
+    check(method("svc").merge(diagonals([3, 1], [3, 1])), diagonal(3, 1))
+
+
+def test_svc_leaves_directions_of_one_expert_alone():
+    check(method("svc").merge(diagonals([3, 0], [0, 2])), diagonal(3, 2))
+
+
+def test_svc_calibrates_by_the_mean_coefficient():
+    # Along the first axis the sum is 3: 1.5 times the first expert, 3 times the second. 2 / 4.5 stays.
+    check(method("svc").merge(diagonals([2, 0], [1, 1])), diagonal(4 / 3, 1))
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "svc"])
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 2)])
+def test_tensors_that_are_no_matrices_are_averaged(name, shape):
+    experts = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
+    check(method(name).merge(experts, scale=0.5), 0.5 * experts.mean(dim=0))

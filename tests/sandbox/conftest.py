@@ -1,0 +1,49 @@
+"""One warm sandbox for all tests, and the canaries."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from canaries import Listeners, Room
+
+from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[Sandbox]:
+    try:
+        with Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=1024**3)) as running:
+            yield running
+    except SandboxUnavailable as reason:
+        pytest.fail(f"the jail cannot be built on this machine: {reason}")
+
+
+@pytest.fixture(scope="session")
+def strict_box() -> Iterator[Sandbox]:
+    """Small budgets, for what would use them up."""
+    with Sandbox(Limits(wall_seconds=0.5, cpu_seconds=20, memory_bytes=64 * 1024**2)) as running:
+        yield running
+
+
+@pytest.fixture
+def model_dict() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(12, 8, generator=generator) for name in "abcd"}
+
+
+@pytest.fixture
+def room() -> Iterator[Room]:
+    # Not pytest's tmp_path, whose parents are closed to other users: the jail may run as another one, and the
+    # lock must be the jail's and not a mode bit's.
+    with tempfile.TemporaryDirectory(prefix="room") as path:
+        yield Room(Path(path))
+
+
+@pytest.fixture
+def listeners(room: Room) -> Iterator[Listeners]:
+    opened = Listeners(room.path)
+    room.remember()
+    yield opened
+    opened.close()

@@ -1,0 +1,175 @@
+# ruff: noqa: E501 (a program is one line, however long)
+"""Attacks by and on processes: none is made, none is replaced, none is signalled, looked into or changed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from canaries import Room, program, repelled, succeeds_outside
+
+from selfdev.sandbox import Sandbox
+
+CTYPES = "ctypes = sys.modules['ctypes']; libc = ctypes.CDLL(None)\n"
+VECTOR = "import struct\nvector = struct.pack('QQ', $ADDRESS, $LENGTH)\n".replace(
+    "import struct", "struct = sys.modules['struct']"
+)
+
+STARTS = {
+    "fork": "pid = os.fork()\nif pid == 0:\n    open('$ROOM/new', 'w'); os._exit(0)\nos.waitpid(pid, 0); got = True",
+    "forkpty": "pid, fd = os.forkpty()\nif pid == 0:\n    open('$ROOM/new', 'w'); os._exit(0)\nos.waitpid(pid, 0); got = True",
+    "fork_by_libc": CTYPES
+    + "pid = libc.fork()\nif pid == 0:\n    open('$ROOM/new', 'w'); os._exit(0)\nif pid > 0:\n    os.waitpid(pid, 0); got = True",
+    "system": "got = os.system('echo > $ROOM/new') == 0",
+    "system_by_libc": CTYPES + "got = libc.system(b'echo > $ROOM/new') == 0",
+    "posix_spawn": "pid = os.posix_spawn('/bin/sh', ['sh', '-c', 'echo > $ROOM/new'], {})\nos.waitpid(pid, 0); got = True",
+    "execve": "os.execve('/bin/sh', ['sh', '-c', 'echo > $ROOM/new'], {})",
+    "execveat_by_number": CTYPES
+    + "argv = (ctypes.c_char_p * 4)(b'sh', b'-c', b'echo > $ROOM/new', None)\nlibc.syscall(322, -100, b'/bin/sh', argv, None, 0)",
+    "subprocess": "got = sys.modules['subprocess'].run(['touch', '$ROOM/new']).returncode == 0",
+    "popen": "got = os.popen('echo > $ROOM/new; echo x').read()",
+    "thread": "t = sys.modules['threading'].Thread(target=lambda: open('$ROOM/new', 'w')); t.start(); t.join(); got = True",
+    "raw_thread": "import itertools\nsys.modules['_thread'].start_new_thread(lambda: open('$ROOM/new', 'w').close(), ())\n"
+    "got = next(i for i in itertools.count() if os.path.exists('$ROOM/new')) + 1",
+}
+
+REACHES = {
+    "signal_zero": "got = os.kill($VICTIM, 0) is None",
+    "signal_by_number": CTYPES + "got = libc.syscall(62, $VICTIM, 0) == 0",
+    "signal_thread": CTYPES + "got = libc.syscall(234, $VICTIM, $VICTIM, 0) == 0",
+    "terminate": "got = os.kill($VICTIM, 15) is None",
+    "kill_group": "got = os.killpg($VICTIM, 15) is None",
+    "process_descriptor": "got = os.pidfd_open($VICTIM) > 0",
+    "priority": "got = os.setpriority(os.PRIO_PROCESS, $VICTIM, 19) is None",
+    "affinity": "got = os.sched_setaffinity($VICTIM, {0}) is None",
+    "session_of": "got = os.getsid($VICTIM) > 0",
+    "limits_of": "got = sys.modules['resource'].prlimit($VICTIM, 7)",
+    "trace": CTYPES + "got = libc.ptrace(0x4206, ctypes.c_long($VICTIM), None, None) == 0",
+    "read_memory": CTYPES
+    + VECTOR
+    + "mine = ctypes.create_string_buffer($LENGTH)\nlocal = struct.pack('QQ', ctypes.addressof(mine), $LENGTH)\n"
+    "got = libc.process_vm_readv($VICTIM, local, 1, vector, 1, 0) > 0",
+    "write_memory": CTYPES
+    + VECTOR
+    + "mine = ctypes.create_string_buffer($LENGTH)\nlocal = struct.pack('QQ', ctypes.addressof(mine), $LENGTH)\n"
+    "got = libc.process_vm_writev($VICTIM, local, 1, vector, 1, 0) > 0",
+    "memory_file": "got = open('/proc/$VICTIM/mem', 'rb')",
+    "environment": "got = open('/proc/$VICTIM/environ', 'rb').read()",
+    "descriptors": "got = os.listdir('/proc/$VICTIM/fd')",
+    "compare": CTYPES + "got = libc.syscall(312, $VICTIM, $VICTIM, 1, 0, 0) == 0",
+}
+
+
+class Victim:
+    """A process of this user, with a known place in its memory, that any signal would end."""
+
+    CODE = (
+        "import ctypes, sys, time; b = ctypes.create_string_buffer(b'the-canary-sings');"
+        "ctypes.CDLL(None).prctl(0x59616d61, ctypes.c_ulong(2**64 - 1), 0, 0, 0);"
+        "print(ctypes.addressof(b), flush=True); sys.stdin.read(); print(b.value.decode(), flush=True)"
+    )
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-S", "-c", self.CODE],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        self.places = {
+            "VICTIM": self.process.pid,
+            "ADDRESS": int(self.process.stdout.readline()),
+            "LENGTH": len("the-canary-sings"),
+        }
+
+    def unharmed(self) -> bool:
+        """Whether it lives, with its memory as it was. Ends it."""
+        said, _ = self.process.communicate()
+        return self.process.returncode == 0 and said.strip() == "the-canary-sings"
+
+
+@pytest.fixture
+def victims() -> Iterator[list[Victim]]:
+    both = [Victim(), Victim()]
+    yield both
+    for victim in both:
+        if victim.process.poll() is None:
+            victim.process.kill()
+        victim.process.communicate()
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_no_process_starts(name: str, box: Sandbox, room: Room, model_dict: dict[str, torch.Tensor]) -> None:
+    source = program(STARTS[name], ROOM=room.path)
+    succeeds_outside(source)
+    assert (room.path / "new").exists(), "the attack does not work even without a jail"
+    (room.path / "new").unlink()
+    room.remember()
+    outcome = box.merge(source, model_dict)
+    assert repelled(outcome), outcome
+    assert room.untouched
+
+
+@pytest.mark.parametrize("name", REACHES)
+def test_no_process_is_reached(
+    name: str, box: Sandbox, victims: list[Victim], model_dict: dict[str, torch.Tensor]
+) -> None:
+    outside, inside = victims
+    assert succeeds_outside(program(REACHES[name], **outside.places)), "the attack does not work"
+    outcome = box.merge(program(REACHES[name], **inside.places), model_dict)
+    assert repelled(outcome), outcome
+    assert inside.unharmed()
+
+
+SELF = {
+    "become_root": "got = os.setuid(0) is None and os.getuid() == 0",
+    "unshare": CTYPES + "got = libc.unshare(0x10000000) == 0",
+    "dumpable_again": CTYPES + "got = libc.prctl(4, 1, 0, 0, 0) == 0",
+    "outlive_the_parent": CTYPES + "got = libc.prctl(1, 0, 0, 0, 0) == 0",
+    "another_filter": CTYPES + "got = libc.prctl(22, 1, 0, 0, 0) == 0",
+    "raise_a_limit": "got = sys.modules['resource'].setrlimit(9, (-1, -1)) is None",
+    "personality": CTYPES + "got = libc.personality(0x0040000) != -1",
+    "namespace": CTYPES + "got = libc.setns(0, 0) == 0",
+    "perf_event": CTYPES + "got = libc.syscall(298, ctypes.create_string_buffer(128), 0, -1, -1, 0) >= 0",
+    "bpf": CTYPES + "got = libc.syscall(321, 0, ctypes.create_string_buffer(128), 128) >= 0",
+    "userfault": CTYPES + "got = libc.syscall(323, 0) >= 0",
+    "keyring": CTYPES + "got = libc.syscall(250, 0, -3, 1) >= 0",
+    "shared_memory_segment": CTYPES + "got = libc.shmget(0, 4096, 0o1600) >= 0",
+    "memory_file": "got = os.memfd_create('x') >= 0",
+    "pipe": "got = os.pipe()",
+    "duplicate_descriptor": "got = os.dup(0) >= 0",
+    "descriptor_flags": "got = sys.modules['fcntl'].fcntl(0, 1) is not None",
+    "device_control": "got = sys.modules['fcntl'].ioctl(1, 0x5401) is not None",
+    "alarm": CTYPES + "got = libc.setitimer(0, ctypes.create_string_buffer(32), None) == 0",
+    "executable_mapping": "got = sys.modules['mmap'].mmap(-1, 4096, prot=5) is not None",
+    "writable_and_executable": "got = sys.modules['mmap'].mmap(-1, 4096, prot=7) is not None",
+    "make_executable": CTYPES
+    + "m = sys.modules['mmap'].mmap(-1, 4096)\na = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+    "got = libc.mprotect(ctypes.c_void_p(a), 4096, 5) == 0",
+    "make_executable_by_key": CTYPES
+    + "m = sys.modules['mmap'].mmap(-1, 4096)\na = ctypes.addressof(ctypes.c_char.from_buffer(m))\n"
+    "got = libc.syscall(329, ctypes.c_void_p(a), 4096, 5, -1) == 0",
+}
+
+
+@pytest.mark.parametrize("name", SELF)
+def test_nothing_is_regained(name: str, box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+    outcome = box.merge(program(SELF[name]), model_dict)
+    assert repelled(outcome), outcome
+
+
+def test_a_call_of_the_x32_interface_kills(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+    outcome = box.merge(program(CTYPES + "got = libc.syscall(0x40000000 + 39) > 0"), model_dict)
+    assert (outcome.status, outcome.failure) == ("crashed", "Signal SIGSYS")
+
+
+def test_parent_and_forkserver_survive_a_massacre(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+    source = program(
+        f"for pid in (1, os.getppid(), {os.getpid()}, -1, 0):\n    try: os.kill(pid, 9)\n    except Exception: pass"
+    )
+    box.merge(source, model_dict)
+    assert box.merge("def merge_models(model_dict, device):\n    return model_dict['a']", model_dict).ok

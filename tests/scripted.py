@@ -1,0 +1,152 @@
+"""A run whose factory is scripted, and whose process can be killed anywhere.
+
+As a program: `python tests/scripted.py RUN [KILL_AT]` begins or resumes the run, and ends itself with SIGKILL when the
+progress reports reach `KILL_AT`, such as `judge:3` (the third report of that phase's kind).
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from selfdev.config import Config, parse_config
+from selfdev.factory.prompt import Prompt
+from selfdev.factory.sampling import Sample
+from selfdev.report.silent import Silent, Tick
+from selfdev.run import Run, resume, run
+
+PROGRAMS = [
+    # New: none of them is in the library, among the examples or a constant combination.
+    "a(deltas):\n    s = torch.stack(deltas)\n    return 0.3 * s.sum(0) * (1 + torch.tanh(s.abs().mean(0) / s.abs().mean()))\n",
+    "b(deltas):\n    s = torch.stack(deltas)\n    w = s.abs().amax(0)\n    return 0.35 * s.sum(0) * w / (w + s.abs().mean())\n",
+    "c(deltas):\n    m = sum(deltas)\n    return 0.3 * torch.roll(m, 1, 0)\n",
+    "d(deltas):\n    m = sum(deltas)\n    return 0.3 * m * (m.abs() < 2 * m.abs().mean()) + 0.1 * m.abs().mean() * m.sign()\n",
+    # Trivial, known, known with another constant, repeated, repeated with other names.
+    "e(deltas):\n    return 0.3 * sum(deltas)\n",
+    "f(deltas):\n    return torch.stack(deltas).median(dim=0).values\n",
+    "g(deltas):\n    index = torch.stack(deltas).abs().argmax(dim=0, keepdim=True)\n"
+    "    return 0.5 * torch.stack(deltas).gather(0, index).squeeze(0)\n",
+    "c2(deltas):\n    m = sum(deltas)\n    return 0.3 * torch.roll(m, 1, 0)\n",
+    # Failing: syntax, type, shape, time, not a number, no function.
+    "h(deltas):\n    return (\n",
+    "i(deltas):\n    return deltas + 1\n",
+    "j(deltas):\n    return deltas[0].sum()\n",
+    "k(deltas):\n    while True:\n        pass\n",
+    "l(deltas):\n    return deltas[0] / 0\n",
+    "this is no function",
+    # Random: seeded by itself, and as the jail seeds it.
+    "n(deltas):\n    torch.seed()\n    return 0.3 * sum(deltas) * torch.rand_like(deltas[0])\n",
+    "o(deltas):\n    s = torch.stack(deltas)\n    return 0.3 * s.sum(0) * torch.rand_like(s[0])\n",
+]
+"""What a short program's opening is continued with; iteration t writes a variation on it."""
+
+VARIATION = "v{t}_{i}(deltas):\n    s = torch.stack(deltas)\n    m = s.sum(0)\n    return 0.3 * m{suffix}\n"
+
+
+class ScriptedFactory:
+    """Writes a fixed list in the first iteration and, once refined, mostly variations that are new."""
+
+    facts = {"model": "scripted"}
+
+    def __init__(self, programs: Sequence[str] = PROGRAMS):
+        self.programs = list(programs)
+
+    def prepare(self, tick: Any) -> None:
+        tick(1, 1, "")
+
+    def prompts(self, iteration: int) -> list[Prompt]:
+        return [Prompt(f"prompt {i}", (), form="short") for i in range(2)]  # type: ignore[arg-type]
+
+    def write(
+        self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Any
+    ) -> list[tuple[int, Sample]]:
+        texts = list(self.programs)
+        if adapters:
+            learned = int((adapters[-1] / "adapter.txt").read_text())
+            for i in range(4):
+                suffix = f" * torch.tanh(m.abs() / m.abs().mean()) ** {i + 1 + 4 * iteration}" + " * m.abs()" * (iteration + i)
+                texts[8 + i] = VARIATION.format(t=iteration, i=i, suffix=suffix) + f"# {learned}"
+        written = []
+        for i, text in enumerate(texts):
+            tick(i, len(texts), "")
+            written.append((i % 2, Sample(tuple(range(i + 1)), text, -float(i), True)))
+        return written
+
+    def refine(
+        self, pairs: Sequence[Any], prompts: Sequence[Prompt], iteration: int, adapters: Sequence[Path], out: Path, tick: Any
+    ) -> dict[str, Any]:
+        tick(0, 1, "")
+        out.mkdir(parents=True, exist_ok=True)
+        tick(1, 2, "")
+        (out / "adapter.txt").write_text(str(len(pairs)))
+        tick(2, 2, "")
+        return {"pairs": len(pairs)}
+
+
+class Killer(Silent):
+    """Ends the process with SIGKILL at a given report."""
+
+    def __init__(self, kill_at: str):
+        self.phase_name, _, number = kill_at.partition(":")
+        self.left = int(number)
+
+    @contextmanager
+    def phase(self, name: str, arm: str | None = None, iteration: int | None = None) -> Iterator[Tick]:
+        with super().phase(name, arm, iteration) as tick:
+            yield _Counting(self, tick) if name == self.phase_name else tick
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Counting(Tick):
+    def __init__(self, killer: Killer, tick: Tick):
+        self.killer, self.tick = killer, tick
+        super().__init__()
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        self.killer.count()
+
+
+def scripted_config(**changes: Any) -> Config:
+    """A small run on the real nano zoo."""
+    return parse_config(
+        {
+            "name": "scripted",
+            "iterations": 2,
+            "programs": len(PROGRAMS),
+            "factory": {"model": "scripted"},
+            "prompt": {"form": "short"},
+            "merge": {
+                "seed": "zoo:nano/seed",
+                "experts": {name: f"zoo:nano/{name}" for name in ("add", "sub", "sum", "max")},
+            },
+            "task": {"name": "nano", "development": 120, "test": 240},
+            "preferences": {
+                "chosen_floor": 2,
+                "failures_as_rejected": True,
+                "copies_as_rejected": True,
+                "pairs": 8,
+            },
+            "rivals": ["task_arithmetic", "ties", "model_stock"],
+            "jail": {"wall_seconds": 1.0},
+        }
+        | changes,
+        "scripted",
+    )
+
+
+def begin_or_resume(folder: Path, kill_at: str | None = None) -> Run:
+    watch = Killer(kill_at) if kill_at else None
+    if (folder / "archive.db").exists():
+        return resume(folder, factory=ScriptedFactory(), watch=watch)
+    return run(scripted_config(), folder, factory=ScriptedFactory(), watch=watch)
+
+
+if __name__ == "__main__":
+    begin_or_resume(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)

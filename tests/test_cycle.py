@@ -1,0 +1,185 @@
+"""The whole cycle with a scripted factory on the real zoo, jail, screening and evaluation."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
+
+from selfdev.archive import Archive, TestSealed
+from selfdev.errors import Interrupted, UserError
+from selfdev.report.silent import Silent, Tick
+from selfdev.run import Run, open_run, resume, run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return begin_or_resume(tmp_path_factory.mktemp("unbroken") / "run")
+
+
+def statuses(run: Run, arm: str, iteration: int) -> list[str]:
+    return [c.failure or str(c.status) for c in run.archive.candidates(arm, iteration)]
+
+
+def test_every_program_ends_in_one_status(finished: Run) -> None:
+    assert statuses(finished, "learning", 0) == [
+        *("new", "new", "new", "new", "trivial", "known", "known", "repeated"),
+        *("SyntaxError", "TypeError", "ShapeMismatch", "Timeout", "NonFinite", "NoFunction", "RuntimeError", "new"),
+    ]
+
+
+def test_the_control_has_the_same_first_iteration_and_a_history_of_its_own(finished: Run) -> None:
+    assert statuses(finished, "frozen", 0) == statuses(finished, "learning", 0)
+    repeated = [c for c in finished.candidates("frozen") if c.status == "repeated"]
+    assert repeated
+    assert all(c.nearest and c.nearest.startswith("frozen/") for c in repeated)
+    # What the frozen factory wrote once, it writes again: nothing is new.
+    assert "new" not in statuses(finished, "frozen", 1)
+
+
+def test_the_learning_arm_writes_from_its_adapter_and_no_round_follows_the_last(finished: Run) -> None:
+    assert statuses(finished, "learning", 1)[8:12] == ["new"] * 4
+    rounds = finished.archive.refinements("learning")
+    assert [r.iteration for r in rounds] == [0]
+    assert rounds[0].adapter == "adapters/learning-1"
+    assert (finished.folder / "adapters/learning-1/adapter.txt").is_file()
+
+
+def test_only_new_programs_are_scored_chosen_and_reported(finished: Run) -> None:
+    status = {c.name: c.status for c in finished.candidates()}
+    evaluated = {e.subject for e in finished.archive.evaluations("candidate")}
+    assert evaluated == {name for name, s in status.items() if s == "new"}
+    pairs = finished.archive.pairs("learning", 0)
+    assert {status[pair.chosen] for pair in pairs} == {"new"}
+    assert {pair.reason for pair in pairs} == {"score", "copy", "failure"}
+    discovered = [row for row in finished.verdict["table"] if row["kind"] == "discovered"]
+    assert {status[row["name"]] for row in discovered} == {"new"}
+
+
+def test_failing_programs_have_no_score(finished: Run) -> None:
+    for evaluation in finished.archive.evaluations("candidate"):
+        assert evaluation.score is not None
+        assert evaluation.failure is None
+    failed = [c for c in finished.candidates() if c.status == "failed"]
+    assert all(c.failure and c.error for c in failed)
+
+
+def test_rivals_are_tuned_as_often_as_the_learning_arm_evaluated(finished: Run) -> None:
+    spent = [e for e in finished.archive.evaluations("candidate") if e.subject.startswith("learning/")]
+    for name in ("task_arithmetic", "ties", "model_stock"):
+        assert len(finished.archive.evaluations("rival", name)) == len(spent)
+
+
+def test_the_verdict_is_reached_once_on_questions_of_its_own(finished: Run) -> None:
+    archive = finished.archive
+    assert len(archive.openings()) == 1
+    assert len(archive.groups("test")) == 240
+    fixed, result = archive.verdict()
+    assert result["best"] == fixed["best"] == finished.best.name
+    kinds = {row["kind"] for row in result["table"]}
+    assert kinds == {"seed", "rival", "control", "discovered"}
+    best = next(row for row in result["table"] if row["name"] == result["best"])
+    against = best["against_best_rival"]
+    assert against["low"] <= against["difference"] <= against["high"]
+    assert against["p_adjusted"] >= against["p"]
+    assert best["test"]["low"] <= best["test"]["score"] <= best["test"]["high"]
+
+
+def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Path) -> None:
+    record = replace(finished.archive.run, status="running")
+    with Archive.create(tmp_path / "archive.db", record) as archive:
+        with pytest.raises(TestSealed, match="last iteration is not over"):
+            archive.opened("nano")
+        assert archive.openings() == []
+    with pytest.raises(TestSealed, match="verdict has been reached"):
+        finished.archive.opened("nano")
+
+
+@pytest.mark.parametrize(
+    "kill_at",
+    ["warm start:1", "write:9", "write:17", "judge:4", "judge:23", "judge:40", "rivals:3", "refine:2", "verdict:4"],
+)
+def test_killed_anywhere_it_resumes_to_the_same_archive(kill_at: str, finished: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": str(threads())}
+    killed = subprocess.run([sys.executable, here / "scripted.py", folder, kill_at], env=environment, check=False)
+    assert killed.returncode == -9
+    assert open_run(folder).archive.run.status != "done"
+    resumed = begin_or_resume(folder)
+    assert resumed.archive.run.status == "done"
+    assert resumed.archive.digest() == digest_under_name(finished, resumed)
+
+
+def digest_under_name(finished: Run, resumed: Run) -> str:
+    assert finished.folder.name == resumed.folder.name
+    return finished.archive.digest()
+
+
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def test_control_c_ends_cleanly_and_names_the_way_on(tmp_path: Path) -> None:
+    class Impatient(Silent):
+        def screened(self, candidate, evaluation) -> None:  # type: ignore[no-untyped-def]
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="selfdev resume") as stopped:
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Impatient())
+    assert stopped.value.exit_code == 3
+
+
+def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path) -> None:
+    config = scripted_config(programs=3)
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory(["nonsense", "h(deltas):\n    return (\n", ""]))
+    assert ended.best is None
+    assert "no new program" in ended.verdict["headline"]
+    assert [r.adapter for r in ended.archive.refinements("learning")] == [None]
+    assert {row["kind"] for row in ended.verdict["table"]} == {"seed"}
+
+
+def test_a_second_run_does_not_touch_the_first(finished: Run) -> None:
+    before = finished.archive.digest()
+    with pytest.raises(UserError, match="selfdev resume"):
+        run(scripted_config(), finished.folder, factory=ScriptedFactory())
+    assert resume(finished.folder, factory=ScriptedFactory()).archive.digest() == before
+
+
+def test_a_run_whose_factory_has_changed_does_not_go_on(tmp_path: Path) -> None:
+    class Stop(Silent):
+        def phase(self, name, arm=None, iteration=None):  # type: ignore[no-untyped-def]
+            if name == "judge":
+                raise KeyboardInterrupt
+            return super().phase(name, arm, iteration)
+
+    with pytest.raises(Interrupted):
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Stop())
+    other = ScriptedFactory()
+    other.facts = {"model": "another"}
+    with pytest.raises(UserError, match="factory has changed"):
+        resume(tmp_path / "run", factory=other)
+
+
+def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "other")
+    config = scripted_config(
+        merge={"seed": "zoo:nano/seed", "experts": {"add": "zoo:nano/add", "other": str(tmp_path / "other")}}
+    )
+    with pytest.raises(UserError, match="expert 'other'"):
+        run(config, tmp_path / "run", factory=ScriptedFactory())
+    assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_the_script_is_as_long_as_the_configuration_says() -> None:
+    assert scripted_config().programs == len(PROGRAMS)
+    assert isinstance(Tick(), Tick)

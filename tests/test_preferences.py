@@ -1,0 +1,75 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdev.archive import Candidate
+from selfdev.config import Preferences
+from selfdev.preferences import prefer
+
+STATUSES = ["new", "trivial", "known", "repeated", "failed"]
+
+
+def candidate(number: int, status: str, iteration: int = 0, nearest: str | None = None) -> Candidate:
+    return Candidate(f"{iteration}/{number}", "learning", iteration, number, 0, "", status=status, nearest=nearest)
+
+
+def test_the_papers_shares() -> None:
+    written = [candidate(i, "new") for i in range(100)]
+    scores = {c.name: i / 100 for i, c in enumerate(written)}
+    pairs = prefer(written, scores, 0, Preferences(pairs=30), seed=0)
+    assert {p.chosen for p in pairs} == {"0/99", "0/98", "0/97"}
+    assert {p.rejected for p in pairs} == {f"0/{i}" for i in range(10)}
+    assert len(pairs) == 30  # every pairing of 3 and 10 once
+
+
+def test_elites_of_earlier_iterations_are_chosen_again() -> None:
+    old = [candidate(i, "new", 0) for i in range(5)]
+    now = [candidate(i, "new", 1) for i in range(5)]
+    scores = {c.name: c.number / 10 for c in old + now}
+    pairs = prefer(old + now, scores, 1, Preferences(elites=2), seed=0)
+    assert {p.chosen for p in pairs} == {"1/4", "0/4", "0/3"}
+    assert {p.rejected for p in pairs} == {"1/0"}
+
+
+def test_failing_programs_are_rejected_only_if_asked_and_up_to_their_cap() -> None:
+    written = [candidate(i, "new") for i in range(6)] + [candidate(i, "failed") for i in range(10, 60)]
+    scores = {c.name: c.number / 10 for c in written if c.status == "new"}
+    without = prefer(written, scores, 0, Preferences(chosen_floor=3, rejected_floor=3), seed=0)
+    assert {p.reason for p in without} == {"score"}
+    settings = Preferences(chosen_floor=3, rejected_floor=3, failures_as_rejected=True, pairs=10, failing_cap=0.3)
+    reasons = [p.reason for p in prefer(written, scores, 0, settings, seed=0)]
+    assert reasons.count("failure") == 3
+    assert reasons.count("score") == 7
+
+
+def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
+    written = [candidate(0, "new"), candidate(1, "repeated", nearest="0/0")]
+    settings = Preferences(copies_as_rejected=True)
+    assert prefer(written, {"0/0": 0.5}, 0, settings, seed=0) == []
+    other = candidate(2, "trivial")
+    assert [p.rejected for p in prefer([*written, other], {"0/0": 0.5}, 0, settings, seed=0)] == ["0/2"]
+
+
+def test_nobody_to_choose_makes_no_pairs() -> None:
+    written = [candidate(0, "trivial"), candidate(1, "failed")]
+    assert prefer(written, {}, 0, Preferences(failures_as_rejected=True, copies_as_rejected=True), seed=0) == []
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(STATUSES), st.floats(0, 1)), max_size=30),
+    st.integers(1, 40),
+    st.floats(0, 1),
+    st.integers(0, 5),
+)
+def test_only_new_programs_are_chosen_and_no_pair_comes_twice(
+    drawn: list[tuple[str, float]], count: int, cap: float, seed: int
+) -> None:
+    written = [candidate(i, status) for i, (status, _) in enumerate(drawn)]
+    scores = {f"0/{i}": score for i, (status, score) in enumerate(drawn) if status == "new"}
+    settings = Preferences(
+        pairs=count, failing_cap=cap, failures_as_rejected=True, copies_as_rejected=True, chosen_floor=4, rejected_floor=2
+    )
+    pairs = prefer(written, scores, 0, settings, seed)
+    assert len(pairs) <= count
+    assert len({(p.chosen, p.rejected) for p in pairs}) == len(pairs)
+    assert all(p.chosen in scores and p.chosen != p.rejected for p in pairs)
+    assert sum(p.reason == "failure" for p in pairs) <= cap * count

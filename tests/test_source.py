@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdev.algorithms.examples import examples
+from selfdev.algorithms.source import Form, Unreadable, canonical, read_program, unwrap_short, wrap_short
+
+SHORT = 'mean(deltas):\n    """Mean."""\n    return torch.stack(deltas).mean(dim=0)\n'
+
+
+def test_a_short_program_is_wrapped_and_unwrapped() -> None:
+    source = read_program(SHORT + "\n\ndef merge_next(deltas):\n    return 1", Form.SHORT)
+    assert "merge_next" not in source
+    assert source.endswith("def merge_models(model_dict, device):\n    return merge_mean(list(model_dict.values()))\n")
+    assert unwrap_short(source) == "def merge_" + SHORT
+    compile(source, "program", "exec")
+
+
+def test_a_short_program_that_takes_the_contracts_name_still_has_one_entry() -> None:
+    source = read_program("models(deltas):\n    return deltas[0]\n", Form.SHORT)
+    assert source.count("def merge_models(") == 1
+
+
+@pytest.mark.parametrize("text", ["", "x", "x(deltas)", "x = 3\n    return 4", "\n\n\n"])
+def test_text_without_a_function_is_unreadable(text: str) -> None:
+    with pytest.raises(Unreadable):
+        read_program(text, Form.SHORT)
+
+
+def test_the_contracts_form_is_taken_from_its_block() -> None:
+    answer = "Here:\n```python\nx = 1\n```\nand\n```python\ndef merge_models(model_dict, device):\n    return 1\n```\nDone."
+    assert read_program(answer, Form.CONTRACT) == "def merge_models(model_dict, device):\n    return 1\n"
+    cut = "```python\ndef merge_models(model_dict, device):\n    return 1"
+    assert read_program(cut, Form.CONTRACT).startswith("def merge_models")
+    with pytest.raises(Unreadable):
+        read_program("I cannot do that.", Form.CONTRACT)
+
+
+def test_canonical_form_forgets_names_constants_docstrings_and_comments() -> None:
+    a = 'def f(deltas, k=2):\n    """Doc."""\n    total = sum(deltas)  # add\n    return 0.5 * total.clamp(min=-1)\n'
+    b = "def g(xs: list, n: int = 3) -> object:\n    y: int = sum(xs)\n    return -2 * y.clamp(min=0.1)\n"
+    assert canonical(a) == canonical(b)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "def f(deltas):\n    return sum(deltas).abs()\n",
+        "def f(deltas):\n    return max(deltas)\n",
+        "def f(deltas):\n    return sum(deltas, deltas)\n",
+        'def f(deltas):\n    return sum(deltas) + "a"\n',
+    ],
+)
+def test_canonical_form_keeps_what_is_called(other: str) -> None:
+    assert canonical("def f(deltas):\n    return sum(deltas)\n") != canonical(other)
+
+
+def test_every_worked_example_has_a_canonical_form_of_its_own() -> None:
+    forms = {canonical(wrap_short(source)) for source in examples().values()}
+    assert len(forms) == len(examples())
+
+
+@given(st.text(max_size=300))
+def test_reading_never_fails_in_another_way(text: str) -> None:
+    for form in Form:
+        try:
+            assert "merge_" in read_program(text, form)
+        except Unreadable:
+            pass

@@ -1,0 +1,208 @@
+"""Intervals and p values: hand-worked numbers first, then what must hold for any outcomes."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from selfdev.evaluation.statistics import Difference, holm, mcnemar, paired_difference, wilson
+
+OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
+SHARES = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+P_VALUES = st.lists(st.floats(0, 1), max_size=12)
+
+
+def outcomes(both: int, only_a: int, only_b: int, neither: int) -> tuple[Tensor, Tensor]:
+    """Outcomes of two models with these counts of questions."""
+    a = [True] * both + [True] * only_a + [False] * only_b + [False] * neither
+    b = [True] * both + [False] * only_a + [True] * only_b + [False] * neither
+    return torch.tensor(a), torch.tensor(b)
+
+
+def split(pairs: list[tuple[bool, bool]]) -> tuple[Tensor, Tensor]:
+    a, b = zip(*pairs, strict=True)
+    return torch.tensor(a), torch.tensor(b)
+
+
+# --- wilson ---
+
+
+def test_wilson_of_8_in_10():
+    # z^2 = 3.8415; centre (0.8 + 0.19207) / 1.38415; half width 1.95996 * sqrt(0.016 + 0.0096036) / 1.38415
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94331), abs=1e-5)
+
+
+def test_wilson_at_the_ends():
+    # none right: low is 0 and high is z^2 / (n + z^2)
+    assert wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-6)
+    assert wilson(10, 10) == pytest.approx((10 / 13.841459, 1), abs=1e-6)
+
+
+@given(SHARES, st.floats(0.5, 0.999))
+def test_wilson_holds_the_share_and_mirrors(share, level):
+    right, n = share
+    low, high = wilson(right, n, level)
+    assert 0 <= low <= right / n <= high <= 1
+    assert wilson(n - right, n, level) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "level"), [(0, 0, 0.95), (3, 2, 0.95), (-1, 2, 0.95), (1, 2, 0.0), (1, 2, 1.0)]
+)
+def test_wilson_refuses_what_is_no_share(right, n, level):
+    with pytest.raises(ValueError, match=r".+"):
+        wilson(right, n, level)
+
+
+# --- paired difference ---
+
+
+def test_difference_is_that_of_the_shares():
+    result = paired_difference(*outcomes(both=40, only_a=15, only_b=5, neither=40))
+    assert result.difference == pytest.approx(0.10)
+    # The differences have variance 0.2 - 0.1^2 = 0.19, so the mean of 100 has the standard error 0.0436, and
+    # the interval is near 0.10 -+ 1.96 * 0.0436. Resampled means are whole hundredths.
+    assert result.low == pytest.approx(0.0146, abs=0.011)
+    assert result.high == pytest.approx(0.1854, abs=0.011)
+
+
+def test_pairing_narrows_the_interval():
+    """The same two scores; where the models err on the same questions, their difference is better known."""
+    alike = paired_difference(*outcomes(both=500, only_a=100, only_b=0, neither=400))
+    apart = paired_difference(*outcomes(both=100, only_a=500, only_b=400, neither=0))
+    assert alike.difference == pytest.approx(apart.difference)
+    assert alike.high - alike.low < 0.5 * (apart.high - apart.low)
+
+
+def test_groups_count_alike_whatever_their_size():
+    easy = outcomes(both=0, only_a=10, only_b=0, neither=0)
+    hard = outcomes(both=90, only_a=0, only_b=0, neither=0)
+    a, b = (torch.cat(pair) for pair in zip(easy, hard, strict=True))
+    groups = ["easy"] * 10 + ["hard"] * 90
+    assert paired_difference(a, b).difference == pytest.approx(0.1)
+    # In either group all questions have the same outcome, so drawing them anew changes nothing.
+    assert paired_difference(a, b, groups) == Difference(0.5, 0.5, 0.5)
+
+
+def test_groups_may_be_interleaved():
+    a, b = outcomes(both=3, only_a=3, only_b=1, neither=1)
+    groups = ["x", "y"] * 4
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+    assert paired_difference(a, b, groups) == paired_difference(a[order], b[order], ["x"] * 4 + ["y"] * 4)
+
+
+def test_the_seed_decides_the_interval():
+    a, b = outcomes(both=300, only_a=80, only_b=60, neither=60)
+    assert paired_difference(a, b, seed=1) == paired_difference(a, b, seed=1)
+    assert len({paired_difference(a, b, seed=seed).low for seed in range(20)}) > 1
+
+
+def test_drawing_leaves_the_global_streams_alone():
+    before = torch.get_rng_state()
+    paired_difference(*outcomes(4, 3, 2, 1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@settings(deadline=None)
+@given(OUTCOMES, st.floats(0.5, 0.99))
+def test_interval_holds_the_difference_of_many_and_widens_with_the_level(pairs, level):
+    a, b = split(pairs)
+    narrow, wide = paired_difference(a, b, level=level), paired_difference(a, b, level=0.999)
+    assert narrow.difference == pytest.approx(a.float().mean().item() - b.float().mean().item(), abs=1e-6)
+    assert -1 <= wide.low <= narrow.low <= narrow.high <= wide.high <= 1
+    assert wide.low <= narrow.difference + 1e-9
+    assert wide.high >= narrow.difference - 1e-9
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for number in range(400):
+        draw = torch.rand(200, generator=generator)  # a true difference of 0.2 - 0.1
+        result = paired_difference(draw < 0.2, (draw >= 0.2) & (draw < 0.3), seed=number)
+        held += result.low <= 0.1 <= result.high
+    # 380 expected, with a standard deviation of 4.4
+    assert 364 <= held <= 396
+
+
+@pytest.mark.parametrize("statistic", [paired_difference, mcnemar])
+@pytest.mark.parametrize(
+    ("a", "b", "reason"),
+    [
+        (torch.tensor([True]), torch.tensor([True, False]), "shapes"),
+        (torch.tensor([], dtype=torch.bool), torch.tensor([], dtype=torch.bool), "at least one"),
+        (torch.ones(1, 2, dtype=torch.bool), torch.ones(1, 2, dtype=torch.bool), "shapes"),
+        (torch.tensor([1.0]), torch.tensor([True]), "bool"),
+    ],
+)
+def test_outcomes_that_are_no_pair_are_refused(statistic, a, b, reason):
+    with pytest.raises(ValueError, match=reason):
+        statistic(a, b)
+
+
+def test_groups_and_level_are_checked():
+    a, b = outcomes(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="3 groups for 4 questions"):
+        paired_difference(a, b, groups=["x"] * 3)
+    with pytest.raises(ValueError, match="level 95"):
+        paired_difference(a, b, level=95)
+
+
+# --- mcnemar ---
+
+
+def test_mcnemar_counts_the_discordant_questions():
+    # 1 against 9: twice the probability of at most 1 head in 10, 2 * (1 + 10) / 1024
+    assert mcnemar(*outcomes(both=50, only_a=9, only_b=1, neither=3)) == pytest.approx(22 / 1024)
+    # Agreement says nothing.
+    assert mcnemar(*outcomes(both=0, only_a=9, only_b=1, neither=0)) == pytest.approx(22 / 1024)
+    # 5 against 0: 2 / 32
+    assert mcnemar(*outcomes(both=0, only_a=0, only_b=5, neither=7)) == pytest.approx(2 / 32)
+
+
+def test_mcnemar_without_a_difference():
+    assert mcnemar(*outcomes(both=3, only_a=0, only_b=0, neither=4)) == 1
+    assert mcnemar(*outcomes(both=0, only_a=6, only_b=6, neither=0)) == 1
+
+
+@given(OUTCOMES)
+def test_mcnemar_is_symmetric(pairs):
+    a, b = split(pairs)
+    assert 0 < mcnemar(a, b) <= 1
+    assert mcnemar(a, b) == pytest.approx(mcnemar(b, a))
+
+
+# --- holm ---
+
+
+def test_holm_by_hand():
+    # sorted: 0.01 * 4, 0.02 * 3, 0.03 * 2, 0.04 * 1; none below the one before
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+@given(P_VALUES)
+def test_holm_raises_values_at_most_as_bonferroni_and_keeps_their_order(p_values):
+    adjusted = holm(p_values)
+    for p, q in zip(p_values, adjusted, strict=True):
+        assert p <= q <= min(1.0, len(p_values) * p)
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    assert [adjusted[i] for i in order] == sorted(adjusted)
+
+
+@given(P_VALUES.flatmap(lambda p: st.tuples(st.just(p), st.permutations(range(len(p))))))
+def test_holm_does_not_depend_on_the_order(case):
+    p_values, order = case
+    adjusted = holm(p_values)
+    assert holm([p_values[i] for i in order]) == [adjusted[i] for i in order]
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
+def test_holm_refuses_what_is_no_probability(p):
+    with pytest.raises(ValueError, match="no p value"):
+        holm([0.5, p])
