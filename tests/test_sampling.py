@@ -62,8 +62,8 @@ def test_frequencies_follow_the_model_and_top_p_cuts_the_tail() -> None:
     drawn = torch.bincount(torch.tensor([sample.tokens[0] for sample in group]), minlength=64) / 4000
     # Five standard errors of a share of 4,000.
     assert (drawn - probability).abs().max() < 5 * 0.5 / 4000**0.5
-    best = int(probability.argmax())
-    [group] = sampler(max_new_tokens=1, top_p=float(probability[best]) * 0.9)(model, tokenizer, PROMPTS[:1], [[1, 2, 3]])
+    best = int(probability.argmax().item())
+    [group] = sampler(max_new_tokens=1, top_p=probability[best].item() * 0.9)(model, tokenizer, PROMPTS[:1], [[1, 2, 3]])
     assert {sample.tokens for sample in group} == {(best,)}
 
 

@@ -217,29 +217,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     mark = _unsafe_mark() if _UNSAFE in arguments else ""
     with _interruptible():
         try:
-            code = app(args=arguments, prog_name="selfdev", standalone_mode=False)
-            sys.stdout.flush()
-            return code if isinstance(code, int) else 0
+            code = app(args=arguments, prog_name="selfdev", standalone_mode=False) or 0
         except Interrupted as stopped:
             return _say(mark, str(stopped), stopped.exit_code)
-        except (KeyboardInterrupt, typer.Abort):
-            return _say(mark, "stopped before there was anything to resume; give the same command again", 3)
         except SelfdevError as error:
             return _say(mark, f"error: {error}", error.exit_code)
         except _UsageError as error:
-            return _say(
-                mark,
-                f"error: {error.format_message()} `selfdev --help` and `selfdev COMMAND --help` tell more.",
-                2,
-            )
-        except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # or Python complains when it leaves
-            return 1
+            hint = "`selfdev --help` and `selfdev COMMAND --help` tell more"
+            return _say(mark, f"error: {error.format_message()} {hint}", 2)
         except (OSError, sqlite3.OperationalError) as error:
             return _say(mark, f"error: {_explain(error)}", 1)
+        except (KeyboardInterrupt, typer.Abort):
+            code = _STOPPED
+        if code == _STOPPED:
+            return _say(mark, "stopped before there was anything to resume; give the same command again", 3)
+        return int(code)
 
+
+_STOPPED = 130
+"""Typer's exit code for a KeyboardInterrupt, which older versions turn into `typer.Abort`."""
 
 # What typer raises for a wrong command line: click's class, or its own copy of it in newer versions.
 _UsageError: Any = typer.BadParameter.__base__

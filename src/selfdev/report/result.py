@@ -65,8 +65,8 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
     return (
         "There is no winner: no new program was found. "
         f"The learning factory wrote {count['written']} programs. {count['working']} of them work: "
-        f"{count['trivial']} trivial, {count['known']} known, {count['repeated']} repeated, {count['new']} new."
-        + (f" Most of the others failed by {common}." if common else "")
+        f"{count['trivial']} trivial, {count['known']} known, {count['repeated']} repeated, "
+        f"{count['new']} new." + (f" Most of the others failed by {common}." if common else "")
     )
 
 

@@ -18,8 +18,8 @@ from rich.table import Table
 UNSAFE_MARK = "UNSAFE SANDBOX "
 """Begins every line of a command that runs model-written code without the jail."""
 
-_LOG_WIDTH = 100
-"""Columns where there is no terminal; rich's own 80 would fold some tables."""
+_LOG_WIDTH = 200
+"""Columns where there is no terminal: whoever shows a log folds it, and a folded command cannot be copied."""
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode's control, format, surrogate, private and unassigned characters, and its separators of lines."""

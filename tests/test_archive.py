@@ -1,0 +1,93 @@
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from selfdev.archive import Archive, ArchiveError, Candidate, Evaluation, Iteration, Pair, Refinement, Run
+
+RUN = Run("r", "p", 1, "running", {"a": 1}, {}, "2026-01-01T00:00:00+00:00")
+WRITTEN = [
+    Candidate("learning/1/001", "learning", 0, 0, 0, "text", (3, 1, 2), -1.5, True, "def merge_models(m, d): ..."),
+    Candidate("learning/1/002", "learning", 0, 1, 1, "\x00\ud83d", (), None, False, None, "failed", "NoFunction", "none"),
+]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Archive:
+    made = Archive.create(tmp_path / "run" / "archive.db", RUN)
+    made.add_written(Iteration("learning", 0, 1.2, ("one", "two"), 3.0), [replace(c, text=c.text[:4]) for c in WRITTEN[:1]])
+    return made
+
+
+def test_what_is_written_is_read_back(archive: Archive) -> None:
+    assert archive.run == RUN
+    assert archive.iterations() == [Iteration("learning", 0, 1.2, ("one", "two"), 3.0)]
+    assert archive.candidates() == WRITTEN[:1]
+    screened = replace(WRITTEN[0], status="new", canonical="c", behaviour=b"\x01", nearest="n", distance=0.5)
+    outcomes = tuple(i % 3 == 0 for i in range(21))
+    evaluation = Evaluation("candidate", "learning/1/001", 0, "development", outcomes, 1 / 3, 21, {}, None, 0.1)
+    archive.set_screened(screened, evaluation)
+    assert archive.candidate("learning/1/001") == screened
+    assert archive.evaluations("candidate") == [evaluation]
+    archive.add_pairs("learning", 0, [Pair("learning/1/001", "learning/1/001", "score")])
+    assert archive.pairs("learning", 0) == [Pair("learning/1/001", "learning/1/001", "score")]
+    refinement = Refinement("learning", 0, "adapters/x", {"losses": [1.0]}, 2.0)
+    archive.add_refinement(refinement)
+    assert archive.refinements("learning") == [refinement]
+    archive.close()
+    with Archive.open(archive.path, read_only=True) as again:
+        assert again.candidate("learning/1/001") == screened
+
+
+def test_a_failure_inside_a_transaction_leaves_nothing(archive: Archive) -> None:
+    before = archive.digest()
+    bad = Pair("learning/1/001", "nobody", "score")
+    with pytest.raises(sqlite3.IntegrityError):
+        archive.add_pairs("learning", 0, [Pair("learning/1/001", "learning/1/001", "x"), bad])
+    assert archive.pairs("learning", 0) == []
+    assert archive.digest() == before
+
+
+def test_the_digest_ignores_the_clock_and_nothing_else(archive: Archive, tmp_path: Path) -> None:
+    other = Archive.create(tmp_path / "other.db", replace(RUN, created="2027"))
+    other.add_written(Iteration("learning", 0, 1.2, ("one", "two"), 99.0), WRITTEN[:1])
+    other.add_seconds(5.0)
+    assert other.digest() == archive.digest()
+    other.set_status("verdict")
+    assert other.digest() != archive.digest()
+
+
+def test_questions_are_fixed_once(archive: Archive) -> None:
+    archive.set_questions("development", [("a", "x"), ("b", "y")])
+    archive.set_questions("development", [("a", "x"), ("b", "y")])
+    assert archive.groups("development") == ["x", "y"]
+    with pytest.raises(ArchiveError, match="the task has changed"):
+        archive.set_questions("development", [("b", "y"), ("a", "x")])
+
+
+def test_facts_are_written_once_and_insisted_on(archive: Archive) -> None:
+    archive.check_facts({"weights": "abc"})
+    archive.check_facts({"weights": "abc", "more": 1})
+    with pytest.raises(ArchiveError, match="weights has changed"):
+        archive.check_facts({"weights": "abd"})
+
+
+def test_bad_files_are_named_with_the_way_out(archive: Archive, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="selfdev resume"):
+        Archive.create(archive.path, RUN)
+    with pytest.raises(ArchiveError, match="holds no run"):
+        Archive.open(tmp_path / "nothing" / "archive.db")
+    corrupt = tmp_path / "corrupt.db"
+    corrupt.write_bytes(b"SQLite format 3\x00" + b"\x07" * 5000)
+    with pytest.raises(ArchiveError, match="corrupt"):
+        Archive.open(corrupt)
+    empty = tmp_path / "empty.db"
+    empty.touch()
+    with pytest.raises(ArchiveError, match="cut off"):
+        Archive.open(empty)
+    archive.close()
+    with sqlite3.connect(archive.path) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(ArchiveError, match="install a newer selfdev"):
+        Archive.open(archive.path)

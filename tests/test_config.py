@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+
+from selfdev.config import load_config, presets
+from selfdev.errors import UserError
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_loads(name: str) -> None:
+    assert load_config(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("preset", "change", "says"),
+    [
+        ("quikstart", "seed=1", "nearest known one is 'quickstart'"),
+        ("quickstart", "factory.temprature=1", "unknown key 'factory.temprature'; the nearest known one is 'temperature'"),
+        ("quickstart", "progams=1", "nearest known one is 'programs'"),
+        ("quickstart", "programs=0", "programs"),
+        ("quickstart", "programs=many", "programs"),
+        ("quickstart", "rivals=[tie]", "nearest known one is 'ties'"),
+        ("quickstart", "rivals=[nuslerp]", "takes 2 experts"),
+        ("quickstart", "task.name=nona", "nearest known one is 'nano'"),
+        ("quickstart", "task.test=999999", "999999 test questions"),
+        ("quickstart", "prompt.names=[madian]", "nearest known one is 'median'"),
+        ("quickstart", "prompt.form=contract", "the warm start teaches the short form"),
+        ("quickstart", "factory", "KEY=VALUE"),
+        ("quickstart", "factory=[", "not YAML"),
+        ("quickstart", "seed.a=1", "seed"),
+        ("absent.yaml", "seed=1", "No such file"),
+    ],
+)
+def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says: str) -> None:
+    with pytest.raises(UserError, match=says.replace("[", r"\[")):
+        load_config(preset, [change])
+
+
+def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: quickstart\nname: mine\nfactory: {temperature: 0.5}\nmerge: {experts: {a: x, b: y}}\nrivals: []\n")
+    config = load_config(str(file), ["programs=7"])
+    assert (config.name, config.programs, config.factory.temperature) == ("mine", 7, 0.5)
+    assert config.factory.model == load_config("quickstart").factory.model
+    assert list(config.merge.experts) == ["a", "b"]
+
+
+def test_the_temperature_falls_as_in_the_paper() -> None:
+    factory = load_config("quickstart", ["factory.temperature=1.2"]).factory
+    assert [round(factory.temperature_at(t), 3) for t in range(3)] == [1.2, 1.0, 0.857]
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_config("quickstart").seed = 2

@@ -1,0 +1,122 @@
+"""The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from scripted import PROGRAMS, scripted_config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from selfdev.algorithms.examples import examples
+from selfdev.algorithms.source import Form
+from selfdev.config import Config
+from selfdev.factory.factory import LocalFactory
+from selfdev.factory.prompt import ask
+from selfdev.run import resume, run
+
+LESSONS = [PROGRAMS[0], PROGRAMS[1], PROGRAMS[3], PROGRAMS[4], PROGRAMS[9]]
+"""What the tiny model is taught to write: three new programs, a trivial one, a failing one."""
+
+
+@pytest.fixture(scope="module")
+def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 0.3 M parameters that has been taught the lessons by heart, more or less."""
+    folder = tmp_path_factory.mktemp("writer") / "model"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([*examples().values(), *PROGRAMS], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(fast),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=512,
+            eos_token_id=fast.eos_token_id,
+            bos_token_id=None,
+        )
+    )
+    prompt = ask(("vote",), examples(), Form.SHORT).tokens(fast)
+    lessons = [prompt + fast(text + "\n\n").input_ids for text in LESSONS]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(200):
+        ids = torch.tensor([lessons[step % len(lessons)]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def config(folder: Path, **changes: object) -> Config:
+    return scripted_config(
+        programs=10,
+        factory={"model": str(folder), "temperature": 0.5, "max_new_tokens": 120, "batch": 5},
+        prompt={"form": "short", "names": ["vote"]},
+        refinement={"rank": 8, "learning_rate": 2e-2, "epochs": 3, "beta": 0.1, "supervised": 0.5, "refit": "fresh"},
+        rivals=["task_arithmetic"],
+        **changes,
+    )
+
+
+def test_the_cycle_with_a_real_transformer(tiny_writer: Path, tmp_path: Path) -> None:
+    ended = run(config(tiny_writer), tmp_path / "run")
+    [refinement] = ended.archive.refinements("learning")
+    assert refinement.adapter is not None
+    losses = refinement.facts["losses"][0]
+    assert 0 < losses["dpo"] < 2
+    assert refinement.facts["reference"] == "first"
+    assert (ended.folder / refinement.adapter / "adapter_model.safetensors").is_file()
+    first = {arm: [c.text for c in ended.archive.candidates(arm, 0)] for arm in ("learning", "frozen")}
+    assert first["learning"] == first["frozen"]
+    assert any(c.status == "new" for c in ended.archive.candidates("learning", 0))
+    second = {arm: [c.text for c in ended.archive.candidates(arm, 1)] for arm in ("learning", "frozen")}
+    assert second["learning"] != second["frozen"]
+    assert ended.best is not None
+    assert len(ended.archive.run.facts["factory"]["weights"]) == 64
+
+    # The same again from the start is the same archive, and a finished run stays as it is.
+    again = run(config(tiny_writer), tmp_path / "again" / "run")
+    assert again.archive.digest() == ended.archive.digest()
+    assert resume(again.folder).archive.digest() == ended.archive.digest()
+
+
+def test_what_is_written_is_a_function_of_the_index(tiny_writer: Path) -> None:
+    factory = LocalFactory(config(tiny_writer))
+    prompts = factory.prompts(0)
+    written = factory.write(prompts, 0, 0.8, [], lambda *_: None)
+    assert factory.write(prompts, 0, 0.8, [], lambda *_: None) == written
+    assert factory.write(prompts, 1, 0.8, [], lambda *_: None) != written
+    assert len(written) == 10
+    assert {prompt for prompt, _ in written} == {0}
+
+
+def test_the_warm_start_is_cached_and_changes_what_is_written(
+    tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
+    settings = config(tiny_writer).factory.model_dump() | {"warm_start": {"steps": 2, "rank": 2, "targets": 2}}
+    warm = LocalFactory(config(tiny_writer).model_copy(update={"factory": type(config(tiny_writer).factory)(**settings)}))
+    ticks: list[int] = []
+    warm.prepare(lambda done, total, note: ticks.append(done))
+    assert ticks == [1, 2]
+    assert warm.facts["warm_start"]
+    warm.prepare(lambda done, total, note: ticks.append(done))
+    assert ticks == [1, 2]
+    cold = LocalFactory(config(tiny_writer))
+    assert cold.facts["warm_start"] is None
+    prompts = cold.prompts(0)
+    assert warm.write(prompts, 0, 0.8, [], lambda *_: None) != cold.write(prompts, 0, 0.8, [], lambda *_: None)
