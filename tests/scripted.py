@@ -49,10 +49,9 @@ VARIATION = "v{t}_{i}(deltas):\n    s = torch.stack(deltas)\n    m = s.sum(0)\n 
 class ScriptedFactory:
     """Writes a fixed list in the first iteration and, once refined, mostly variations that are new."""
 
-    facts = {"model": "scripted"}
-
-    def __init__(self, programs: Sequence[str] = PROGRAMS):
+    def __init__(self, programs: Sequence[str] = PROGRAMS, name: str = "scripted"):
         self.programs = list(programs)
+        self.facts = {"model": name}
 
     def prepare(self, tick: Any) -> None:
         tick(1, 1, "")
@@ -61,13 +60,21 @@ class ScriptedFactory:
         return [Prompt(f"prompt {i}", (), form="short") for i in range(2)]  # type: ignore[arg-type]
 
     def write(
-        self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Any
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        temperature: float,
+        adapters: Sequence[Path],
+        tick: Any,
     ) -> list[tuple[int, Sample]]:
         texts = list(self.programs)
         if adapters:
             learned = int((adapters[-1] / "adapter.txt").read_text())
             for i in range(4):
-                suffix = f" * torch.tanh(m.abs() / m.abs().mean()) ** {i + 1 + 4 * iteration}" + " * m.abs()" * (iteration + i)
+                suffix = (
+                    f" * torch.tanh(m.abs() / m.abs().mean()) ** {i + 1 + 4 * iteration}"
+                    + " * m.abs()" * (iteration + i)
+                )
                 texts[8 + i] = VARIATION.format(t=iteration, i=i, suffix=suffix) + f"# {learned}"
         written = []
         for i, text in enumerate(texts):
@@ -76,7 +83,13 @@ class ScriptedFactory:
         return written
 
     def refine(
-        self, pairs: Sequence[Any], prompts: Sequence[Prompt], iteration: int, adapters: Sequence[Path], out: Path, tick: Any
+        self,
+        pairs: Sequence[Any],
+        prompts: Sequence[Prompt],
+        iteration: int,
+        adapters: Sequence[Path],
+        out: Path,
+        tick: Any,
     ) -> dict[str, Any]:
         tick(0, 1, "")
         out.mkdir(parents=True, exist_ok=True)

@@ -8,15 +8,33 @@ from selfdev.archive import Archive, ArchiveError, Candidate, Evaluation, Iterat
 
 RUN = Run("r", "p", 1, "running", {"a": 1}, {}, "2026-01-01T00:00:00+00:00")
 WRITTEN = [
-    Candidate("learning/1/001", "learning", 0, 0, 0, "text", (3, 1, 2), -1.5, True, "def merge_models(m, d): ..."),
-    Candidate("learning/1/002", "learning", 0, 1, 1, "\x00\ud83d", (), None, False, None, "failed", "NoFunction", "none"),
+    Candidate(
+        "learning/1/001", "learning", 0, 0, 0, "text", (3, 1, 2), -1.5, True, "def merge_models(m, d): ..."
+    ),
+    Candidate(
+        "learning/1/002",
+        "learning",
+        0,
+        1,
+        1,
+        "\x00\ud83d",
+        (),
+        None,
+        False,
+        None,
+        "failed",
+        "NoFunction",
+        "none",
+    ),
 ]
 
 
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
     made = Archive.create(tmp_path / "run" / "archive.db", RUN)
-    made.add_written(Iteration("learning", 0, 1.2, ("one", "two"), 3.0), [replace(c, text=c.text[:4]) for c in WRITTEN[:1]])
+    made.add_written(
+        Iteration("learning", 0, 1.2, ("one", "two"), 3.0), [replace(c, text=c.text[:4]) for c in WRITTEN[:1]]
+    )
     return made
 
 
@@ -26,7 +44,9 @@ def test_what_is_written_is_read_back(archive: Archive) -> None:
     assert archive.candidates() == WRITTEN[:1]
     screened = replace(WRITTEN[0], status="new", canonical="c", behaviour=b"\x01", nearest="n", distance=0.5)
     outcomes = tuple(i % 3 == 0 for i in range(21))
-    evaluation = Evaluation("candidate", "learning/1/001", 0, "development", outcomes, 1 / 3, 21, {}, None, 0.1)
+    evaluation = Evaluation(
+        "candidate", "learning/1/001", 0, "development", outcomes, 1 / 3, 21, {}, None, 0.1
+    )
     archive.set_screened(screened, evaluation)
     assert archive.candidate("learning/1/001") == screened
     assert archive.evaluations("candidate") == [evaluation]

@@ -15,7 +15,11 @@ def test_every_preset_loads(name: str) -> None:
     ("preset", "change", "says"),
     [
         ("quikstart", "seed=1", "nearest known one is 'quickstart'"),
-        ("quickstart", "factory.temprature=1", "unknown key 'factory.temprature'; the nearest known one is 'temperature'"),
+        (
+            "quickstart",
+            "factory.temprature=1",
+            "unknown key 'factory.temprature'; the nearest known one is 'temperature'",
+        ),
         ("quickstart", "progams=1", "nearest known one is 'programs'"),
         ("quickstart", "programs=0", "programs"),
         ("quickstart", "programs=many", "programs"),
@@ -38,7 +42,9 @@ def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says:
 
 def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("preset: quickstart\nname: mine\nfactory: {temperature: 0.5}\nmerge: {experts: {a: x, b: y}}\nrivals: []\n")
+    file.write_text(
+        "preset: quickstart\nname: mine\nfactory: {temperature: 0.5}\nmerge: {experts: {a: x, b: y}}\nrivals: []\n"
+    )
     config = load_config(str(file), ["programs=7"])
     assert (config.name, config.programs, config.factory.temperature) == ("mine", 7, 0.5)
     assert config.factory.model == load_config("quickstart").factory.model

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
 
+from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
 from selfdev.report.silent import Silent, Tick
@@ -27,7 +27,16 @@ def statuses(run: Run, arm: str, iteration: int) -> list[str]:
 def test_every_program_ends_in_one_status(finished: Run) -> None:
     assert statuses(finished, "learning", 0) == [
         *("new", "new", "new", "new", "trivial", "known", "known", "repeated"),
-        *("SyntaxError", "TypeError", "ShapeMismatch", "Timeout", "NonFinite", "NoFunction", "RuntimeError", "new"),
+        *(
+            "SyntaxError",
+            "TypeError",
+            "ShapeMismatch",
+            "Timeout",
+            "NonFinite",
+            "NoFunction",
+            "RuntimeError",
+            "new",
+        ),
     ]
 
 
@@ -100,13 +109,25 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "kill_at",
-    ["warm start:1", "write:9", "write:17", "judge:4", "judge:23", "judge:40", "rivals:3", "refine:2", "verdict:4"],
+    [
+        "warm start:1",
+        "write:9",
+        "write:17",
+        "judge:4",
+        "judge:23",
+        "judge:40",
+        "rivals:3",
+        "refine:2",
+        "verdict:4",
+    ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_archive(kill_at: str, finished: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     here = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": str(threads())}
-    killed = subprocess.run([sys.executable, here / "scripted.py", folder, kill_at], env=environment, check=False)
+    killed = subprocess.run(
+        [sys.executable, here / "scripted.py", folder, kill_at], env=environment, check=False
+    )
     assert killed.returncode == -9
     assert open_run(folder).archive.run.status != "done"
     resumed = begin_or_resume(folder)
@@ -137,7 +158,9 @@ def test_control_c_ends_cleanly_and_names_the_way_on(tmp_path: Path) -> None:
 
 def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path) -> None:
     config = scripted_config(programs=3)
-    ended = run(config, tmp_path / "run", factory=ScriptedFactory(["nonsense", "h(deltas):\n    return (\n", ""]))
+    ended = run(
+        config, tmp_path / "run", factory=ScriptedFactory(["nonsense", "h(deltas):\n    return (\n", ""])
+    )
     assert ended.best is None
     assert "no new program" in ended.verdict["headline"]
     assert [r.adapter for r in ended.archive.refinements("learning")] == [None]
@@ -160,8 +183,7 @@ def test_a_run_whose_factory_has_changed_does_not_go_on(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Stop())
-    other = ScriptedFactory()
-    other.facts = {"model": "another"}
+    other = ScriptedFactory(name="another")
     with pytest.raises(UserError, match="factory has changed"):
         resume(tmp_path / "run", factory=other)
 
@@ -170,7 +192,9 @@ def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: P
     from transformers import LlamaConfig, LlamaForCausalLM
 
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     ).save_pretrained(tmp_path / "other")
     config = scripted_config(
         merge={"seed": "zoo:nano/seed", "experts": {"add": "zoo:nano/add", "other": str(tmp_path / "other")}}

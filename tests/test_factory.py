@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripted import PROGRAMS, scripted_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from scripted import PROGRAMS, scripted_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
 from selfdev.config import Config
@@ -27,7 +27,10 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([*examples().values(), *PROGRAMS], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
@@ -66,7 +69,14 @@ def config(folder: Path, **changes: object) -> Config:
         programs=10,
         factory={"model": str(folder), "temperature": 0.5, "max_new_tokens": 120, "batch": 5},
         prompt={"form": "short", "names": ["vote"]},
-        refinement={"rank": 8, "learning_rate": 2e-2, "epochs": 3, "beta": 0.1, "supervised": 0.5, "refit": "fresh"},
+        refinement={
+            "rank": 8,
+            "learning_rate": 2e-2,
+            "epochs": 3,
+            "beta": 0.1,
+            "supervised": 0.5,
+            "refit": "fresh",
+        },
         rivals=["task_arithmetic"],
         **changes,
     )
@@ -108,8 +118,12 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
-    settings = config(tiny_writer).factory.model_dump() | {"warm_start": {"steps": 2, "rank": 2, "targets": 2}}
-    warm = LocalFactory(config(tiny_writer).model_copy(update={"factory": type(config(tiny_writer).factory)(**settings)}))
+    settings = config(tiny_writer).factory.model_dump() | {
+        "warm_start": {"steps": 2, "rank": 2, "targets": 2}
+    }
+    warm = LocalFactory(
+        config(tiny_writer).model_copy(update={"factory": type(config(tiny_writer).factory)(**settings)})
+    )
     ticks: list[int] = []
     warm.prepare(lambda done, total, note: ticks.append(done))
     assert ticks == [1, 2]
@@ -119,4 +133,6 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     cold = LocalFactory(config(tiny_writer))
     assert cold.facts["warm_start"] is None
     prompts = cold.prompts(0)
-    assert warm.write(prompts, 0, 0.8, [], lambda *_: None) != cold.write(prompts, 0, 0.8, [], lambda *_: None)
+    assert warm.write(prompts, 0, 0.8, [], lambda *_: None) != cold.write(
+        prompts, 0, 0.8, [], lambda *_: None
+    )

@@ -9,7 +9,9 @@ STATUSES = ["new", "trivial", "known", "repeated", "failed"]
 
 
 def candidate(number: int, status: str, iteration: int = 0, nearest: str | None = None) -> Candidate:
-    return Candidate(f"{iteration}/{number}", "learning", iteration, number, 0, "", status=status, nearest=nearest)
+    return Candidate(
+        f"{iteration}/{number}", "learning", iteration, number, 0, "", status=status, nearest=nearest
+    )
 
 
 def test_the_papers_shares() -> None:
@@ -35,7 +37,9 @@ def test_failing_programs_are_rejected_only_if_asked_and_up_to_their_cap() -> No
     scores = {c.name: c.number / 10 for c in written if c.status == "new"}
     without = prefer(written, scores, 0, Preferences(chosen_floor=3, rejected_floor=3), seed=0)
     assert {p.reason for p in without} == {"score"}
-    settings = Preferences(chosen_floor=3, rejected_floor=3, failures_as_rejected=True, pairs=10, failing_cap=0.3)
+    settings = Preferences(
+        chosen_floor=3, rejected_floor=3, failures_as_rejected=True, pairs=10, failing_cap=0.3
+    )
     reasons = [p.reason for p in prefer(written, scores, 0, settings, seed=0)]
     assert reasons.count("failure") == 3
     assert reasons.count("score") == 7
@@ -51,7 +55,9 @@ def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
 
 def test_nobody_to_choose_makes_no_pairs() -> None:
     written = [candidate(0, "trivial"), candidate(1, "failed")]
-    assert prefer(written, {}, 0, Preferences(failures_as_rejected=True, copies_as_rejected=True), seed=0) == []
+    assert (
+        prefer(written, {}, 0, Preferences(failures_as_rejected=True, copies_as_rejected=True), seed=0) == []
+    )
 
 
 @given(
@@ -66,7 +72,12 @@ def test_only_new_programs_are_chosen_and_no_pair_comes_twice(
     written = [candidate(i, status) for i, (status, _) in enumerate(drawn)]
     scores = {f"0/{i}": score for i, (status, score) in enumerate(drawn) if status == "new"}
     settings = Preferences(
-        pairs=count, failing_cap=cap, failures_as_rejected=True, copies_as_rejected=True, chosen_floor=4, rejected_floor=2
+        pairs=count,
+        failing_cap=cap,
+        failures_as_rejected=True,
+        copies_as_rejected=True,
+        chosen_floor=4,
+        rejected_floor=2,
     )
     pairs = prefer(written, scores, 0, settings, seed)
     assert len(pairs) <= count

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_model
 
 from selfdev.factory.packing import completion_log_probs
 from selfdev.factory.refinement import Diverged, Step, dpo_loss, plan, refine
+from tiny import tiny_model
 
 PROMPT = (1, 2, 3, 4, 5)
 COMPLETIONS = ((6, 7, 8), (9,), (10, 11, 12, 13), (6, 7, 9))
@@ -93,4 +93,11 @@ def test_a_loss_that_is_not_finite_ends_the_round() -> None:
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
     with pytest.raises(Diverged, match=r"lower refinement\.learning_rate"):
-        refine(model, [Step(PROMPT, COMPLETIONS, ((0, 1),))], beta=0.1, learning_rate=1e-3, epochs=1, supervised=0)
+        refine(
+            model,
+            [Step(PROMPT, COMPLETIONS, ((0, 1),))],
+            beta=0.1,
+            learning_rate=1e-3,
+            epochs=1,
+            supervised=0,
+        )

@@ -2,10 +2,10 @@ import re
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
 
 from selfdev.errors import UserError
 from selfdev.factory.sampling import Sampler
+from tiny import tiny_model, tiny_tokenizer
 
 NEVER = re.compile(r"(?!)")
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
@@ -20,7 +20,11 @@ def test_cold_sampling_writes_what_greedy_generate_writes() -> None:
     groups = sampler(temperature=1e-4)(model, tokenizer, PROMPTS, [[0, 1, 2], [3, 4]])
     for prompt, group in zip(PROMPTS, groups, strict=True):
         greedy = model.generate(
-            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
         )[0, len(prompt) :].tolist()
         assert [list(sample.tokens) for sample in group] == [greedy] * len(group)
 
@@ -63,7 +67,9 @@ def test_frequencies_follow_the_model_and_top_p_cuts_the_tail() -> None:
     # Five standard errors of a share of 4,000.
     assert (drawn - probability).abs().max() < 5 * 0.5 / 4000**0.5
     best = int(probability.argmax().item())
-    [group] = sampler(max_new_tokens=1, top_p=probability[best].item() * 0.9)(model, tokenizer, PROMPTS[:1], [[1, 2, 3]])
+    [group] = sampler(max_new_tokens=1, top_p=probability[best].item() * 0.9)(
+        model, tokenizer, PROMPTS[:1], [[1, 2, 3]]
+    )
     assert {sample.tokens for sample in group} == {(best,)}
 
 
@@ -71,7 +77,9 @@ def test_a_row_ends_at_the_stop_pattern_and_the_others_go_on() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     [free] = sampler()(model, tokenizer, PROMPTS[:1], [[1, 2, 3, 4]])
     digit = next(c for c in free[0].text if c.strip())
-    [stopped] = sampler(stop=re.compile(re.escape(digit) + "$"))(model, tokenizer, PROMPTS[:1], [[1, 2, 3, 4]])
+    [stopped] = sampler(stop=re.compile(re.escape(digit) + "$"))(
+        model, tokenizer, PROMPTS[:1], [[1, 2, 3, 4]]
+    )
     assert stopped[0].finished
     assert stopped[0].text == free[0].text[: free[0].text.index(digit) + 1]
     for before, after in zip(free, stopped, strict=True):

@@ -87,7 +87,9 @@ def test_repeated_by_form_and_by_behaviour(screen: Screen) -> None:
     first = screened(screen, NEW["rolled"])
     history.add("first", first)
     by_form = screened(screen, "    return torch.roll(sum(deltas), 2, 0)  # further\n", history)
-    by_behaviour = screened(screen, "    s = torch.stack(deltas).mean(0)\n    return s.roll(1, dims=0)\n", history)
+    by_behaviour = screened(
+        screen, "    s = torch.stack(deltas).mean(0)\n    return s.roll(1, dims=0)\n", history
+    )
     assert [by_form.novelty, by_behaviour.novelty] == [Novelty.REPEATED] * 2
     assert by_form.nearest == by_behaviour.nearest == "first"
     assert by_form.canonical == first.canonical != by_behaviour.canonical
@@ -100,7 +102,10 @@ def test_repeated_by_form_and_by_behaviour(screen: Screen) -> None:
         ("    return deltas[9]\n", "IndexError"),
         ("    return deltas[0].sum()\n", "ShapeMismatch"),
         ("    return deltas[0] / 0\n", "NonFinite"),
-        ("    return sum(d.T for d in deltas).T + deltas[0].shape[1]\n", "IndexError"),  # no columns in a vector
+        (
+            "    return sum(d.T for d in deltas).T + deltas[0].shape[1]\n",
+            "IndexError",
+        ),  # no columns in a vector
         ("    return deltas[0] + deltas[3]\n", "IndexError"),  # two experts are too few
     ],
 )
@@ -122,7 +127,10 @@ def test_seeded_randomness_is_allowed_and_the_same_again(screen: Screen) -> None
 def test_a_program_whose_runs_differ_is_rejected(screen: Screen) -> None:
     # An object's address differs from run to run of one function, since the first run's result is still alive.
     body = "    x = [object() for _ in range(1 + len(kept))]\n    kept.append(x)\n    return sum(deltas) * (1 + len(kept))\n\n"
-    source = "import torch\nkept = []\n\ndef merge_models(model_dict, device):\n    deltas = list(model_dict.values())\n" + body
+    source = (
+        "import torch\nkept = []\n\ndef merge_models(model_dict, device):\n    deltas = list(model_dict.values())\n"
+        + body
+    )
     found = screen(source, History())
     # Every call sees the program defined anew, so state does not survive and this one is a scaled sum.
     assert found.novelty is Novelty.TRIVIAL
@@ -136,7 +144,12 @@ def test_probes_vary_as_promised() -> None:
     assert {probe.task_vectors[0].dim() for probe in PROBES} == {1, 2}
     assert any(probe.task_vectors[0].numel() > 1000 for probe in PROBES)
     assert any((probe.task_vectors == 0).float().mean() > 0.3 for probe in PROBES)
-    assert all(a != b for probe in PROBES if probe.task_vectors[0].dim() == 2 for a, b in [probe.task_vectors[0].shape])
+    assert all(
+        a != b
+        for probe in PROBES
+        if probe.task_vectors[0].dim() == 2
+        for a, b in [probe.task_vectors[0].shape]
+    )
 
 
 @given(st.integers(0, 9), st.floats(0.01, 100))
@@ -152,7 +165,8 @@ def test_distance_ignores_a_factor_and_survives_the_archive(seed: int, factor: f
 def test_real_tensors_are_checked_again() -> None:
     stream = torch.Generator().manual_seed(0)
     vectors = {
-        name: {e: torch.randn(shape, generator=stream) for e in "abc"} for name, shape in {"x": (4, 6), "y": (9, 5)}.items()
+        name: {e: torch.randn(shape, generator=stream) for e in "abc"}
+        for name, shape in {"x": (4, 6), "y": (9, 5)}.items()
     }
     same = {name: 0.2 * v["a"] + 0.5 * v["c"] for name, v in vectors.items()}
     assert explained_by_combination(same, vectors) < 1e-6

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,9 @@ SHORT = 'mean(deltas):\n    """Mean."""\n    return torch.stack(deltas).mean(dim
 def test_a_short_program_is_wrapped_and_unwrapped() -> None:
     source = read_program(SHORT + "\n\ndef merge_next(deltas):\n    return 1", Form.SHORT)
     assert "merge_next" not in source
-    assert source.endswith("def merge_models(model_dict, device):\n    return merge_mean(list(model_dict.values()))\n")
+    assert source.endswith(
+        "def merge_models(model_dict, device):\n    return merge_mean(list(model_dict.values()))\n"
+    )
     assert unwrap_short(source) == "def merge_" + SHORT
     compile(source, "program", "exec")
 
@@ -63,7 +67,5 @@ def test_every_worked_example_has_a_canonical_form_of_its_own() -> None:
 @given(st.text(max_size=300))
 def test_reading_never_fails_in_another_way(text: str) -> None:
     for form in Form:
-        try:
+        with contextlib.suppress(Unreadable):
             assert "merge_" in read_program(text, form)
-        except Unreadable:
-            pass

@@ -75,7 +75,7 @@ def test_the_card_tells_the_truth(accuracy):
     card = (zoo_path("nano") / "CARD.md").read_text()
     assert "Apache-2.0" in card
     for name, by_group in accuracy.items():
-        row = re.search(rf"^\| {name} \| (\d.*) \|$", card, re.MULTILINE)
+        row = re.search(rf"^\| {name} \| (\d.*) \|$", card, re.MULTILINE)  # the first table has the accuracy
         claimed = [float(cell) for cell in row.group(1).split("|")]
         measured = [100 * share for share in (*by_group.values(), aggregate(by_group))]
         # Rounding, and a question or two that another processor's arithmetic tips over.
@@ -111,7 +111,7 @@ SMALL = Recipe(
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A small zoo, built twice, with what it reported and the state of the global random streams around it."""
+    """A small zoo, built twice, with what it reported and the global random streams before and after."""
     folder = tmp_path_factory.mktemp("zoos")
     lines = []
     before = torch.random.get_rng_state(), random.getstate()

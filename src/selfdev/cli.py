@@ -52,10 +52,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run,
 Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo; `selfdev zoo list` names them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
 Unsafe = Annotated[
-    bool,
-    typer.Option(
-        _UNSAFE, help="Where the jail cannot be built, run model-written code with resource limits alone."
-    ),
+    bool, typer.Option(_UNSAFE, help="Run model-written code with resource limits alone, without the jail.")
 ]
 
 
@@ -116,6 +113,7 @@ def resume(folder: RunFolder, unsafe_sandbox: Unsafe = False, as_json: AsJson = 
         return
     with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), earlier.config) as watch:
         watch.recall(earlier)
+        earlier.archive.close()
         finished = go_on(folder, watch=watch, unsafe_sandbox=unsafe_sandbox)
     _print_run(finished, unsafe_sandbox, as_json)
 

@@ -24,9 +24,11 @@ class _Section(BaseModel):
 
 
 class WarmStart(_Section):
-    """Supervised steps on the human-designed worked examples before the first iteration; see `factory/warm_start.py`."""
+    """Supervised steps on the worked examples before the first iteration; see `factory/warm_start.py`."""
 
-    steps: int = Field(0, ge=0, description="Optimiser steps; 0 leaves the warm start out, as the paper does.")
+    steps: int = Field(
+        0, ge=0, description="Optimiser steps; 0 leaves the warm start out, as the paper does."
+    )
     learning_rate: float = Field(3e-4, gt=0, description="Peak rate of AdamW.")
     rank: int = Field(32, ge=1, description="LoRA rank.")
     targets: int = Field(8, ge=1, description="Worked examples that one step learns to write.")
@@ -52,9 +54,12 @@ class Factory(_Section):
 class PromptSettings(_Section):
     """What the factory is asked."""
 
-    form: Form = Field(Form.CONTRACT, description="`contract`: merge_models(model_dict, device); `short`: merge_NAME.")
+    form: Form = Field(
+        Form.CONTRACT, description="`contract`: merge_models(model_dict, device); `short`: merge_NAME."
+    )
     examples: Literal["fixed", "drawn"] = Field(
-        "fixed", description="`fixed`: one prompt for the whole run, the paper's way; `drawn`: dealt out anew."
+        "fixed",
+        description="`fixed`: one prompt for the whole run, the paper's way; `drawn`: dealt out anew.",
     )
     names: tuple[str, ...] = Field(
         ("inverse_distance",), description="The worked examples of a fixed prompt, in their order."
@@ -67,7 +72,9 @@ class Merge(_Section):
     """What is merged."""
 
     seed: str = Field(description="M0: where its weights come from.")
-    experts: dict[str, str] = Field(min_length=2, description="Name of each expert, and where its weights come from.")
+    experts: dict[str, str] = Field(
+        min_length=2, description="Name of each expert, and where its weights come from."
+    )
     targets: str = Field("mlp", description="Which tensors: mlp, attention, all, or a regular expression.")
 
 
@@ -82,14 +89,26 @@ class TaskSettings(_Section):
 class Preferences(_Section):
     """From scores to pairs. The paper: 3 % chosen, 10 % rejected, 3 elites, no failures."""
 
-    chosen_share: float = Field(0.03, gt=0, le=1, description="Best share of the iteration's programs that is chosen.")
-    chosen_floor: int = Field(1, ge=1, description="At least so many programs are chosen, if there are any new ones.")
-    rejected_share: float = Field(0.10, gt=0, le=1, description="Worst share of the programs that is rejected.")
-    rejected_floor: int = Field(1, ge=1, description="At least so many new programs may be rejected for their score.")
+    chosen_share: float = Field(
+        0.03, gt=0, le=1, description="Best share of the iteration's programs that is chosen."
+    )
+    chosen_floor: int = Field(
+        1, ge=1, description="At least so many programs are chosen, if there are any new ones."
+    )
+    rejected_share: float = Field(
+        0.10, gt=0, le=1, description="Worst share of the programs that is rejected."
+    )
+    rejected_floor: int = Field(
+        1, ge=1, description="At least so many new programs may be rejected for their score."
+    )
     elites: int = Field(3, ge=0, description="Best programs of each earlier iteration that are chosen again.")
     failures_as_rejected: bool = Field(False, description="Programs that fail may be the rejected side.")
-    copies_as_rejected: bool = Field(False, description="Trivial, known and repeated ones may be the rejected side.")
-    failing_cap: float = Field(0.5, ge=0, le=1, description="Largest share of pairs whose rejected side fails.")
+    copies_as_rejected: bool = Field(
+        False, description="Trivial, known and repeated ones may be the rejected side."
+    )
+    failing_cap: float = Field(
+        0.5, ge=0, le=1, description="Largest share of pairs whose rejected side fails."
+    )
     pairs: int = Field(64, ge=1, description="Pairs of one round.")
 
 
@@ -101,10 +120,12 @@ class RefinementSettings(_Section):
     rank: int = Field(256, ge=1, description="LoRA rank; alpha is the same.")
     epochs: int = Field(1, ge=1, description="Passes over the pairs.")
     supervised: float = Field(0.0, ge=0, description="Factor on the chosen side's loss in nats a token.")
-    pairs_a_step: int = Field(4, ge=1, description="Pairs that share one packed prompt and one optimiser step.")
+    pairs_a_step: int = Field(
+        4, ge=1, description="Pairs that share one packed prompt and one optimiser step."
+    )
     refit: Literal["continue", "fresh"] = Field(
         "continue",
-        description="`continue`: on top of the last adapter, which is the reference (the paper). `fresh`: a new adapter "
+        description="`continue`: on top of the last adapter, which is the reference (the paper). `fresh`: a new one "
         "on the first factory, which is the reference, from the pairs of all rounds.",
     )
 
@@ -112,7 +133,9 @@ class RefinementSettings(_Section):
 class Verdict(_Section):
     """The final test."""
 
-    finalists: int = Field(15, ge=1, description="Discovered programs measured on test, best on development first.")
+    finalists: int = Field(
+        15, ge=1, description="Discovered programs measured on test, best on development first."
+    )
     level: float = Field(0.95, gt=0, lt=1, description="Of every interval.")
 
 
@@ -137,7 +160,9 @@ class Config(_Section):
     preferences: Preferences = Preferences()
     refinement: RefinementSettings = RefinementSettings()
     rivals: tuple[str, ...] = Field((), description="Human-designed methods, tuned on the development split.")
-    controls: tuple[Literal["frozen"], ...] = Field(("frozen",), description="`frozen`: the same without learning.")
+    controls: tuple[Literal["frozen"], ...] = Field(
+        ("frozen",), description="`frozen`: the same without learning."
+    )
     verdict: Verdict = Verdict()
     jail: Jail = Jail()
 
@@ -151,15 +176,21 @@ class Config(_Section):
         if self.prompt.examples == "drawn" and self.prompt.shown > len(known):
             raise ValueError(f"prompt.shown: {self.prompt.shown} examples of {len(known)}")
         if self.factory.warm_start.steps and self.prompt.form is not Form.SHORT:
-            raise ValueError("factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short")
+            raise ValueError(
+                "factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short"
+            )
         if self.factory.warm_start.targets + self.prompt.shown > len(known):
-            raise ValueError(f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples")
+            raise ValueError(
+                f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples"
+            )
         if self.prompt.examples == "drawn" and self.prompt.prompts > self.programs:
             raise ValueError(f"prompt.prompts: {self.prompt.prompts} prompts for {self.programs} programs")
         for name in self.rivals:
             rival = method(name)
             if rival.experts is not None and rival.experts != len(self.merge.experts):
-                raise ValueError(f"rivals: {name} takes {rival.experts} experts and merge.experts has {len(self.merge.experts)}")
+                raise ValueError(
+                    f"rivals: {name} takes {rival.experts} experts and merge.experts has {len(self.merge.experts)}"
+                )
         task = load_task(self.task.name)
         task.check_count(Split.DEVELOPMENT, self.task.development)
         task.check_count(Split.TEST, self.task.test)
@@ -169,7 +200,9 @@ class Config(_Section):
 def presets() -> list[str]:
     """Names of the presets that come with the package."""
     folder = resources.files("selfdev") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_config(preset: str, changes: Sequence[str] = ()) -> Config:
@@ -202,7 +235,9 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(dict(problem)) for problem in error.errors())) from None
+        raise UserError(
+            f"{where}: " + "; ".join(_explain(dict(problem)) for problem in error.errors())
+        ) from None
 
 
 def _read(preset: str) -> dict[str, Any]:
@@ -211,7 +246,9 @@ def _read(preset: str) -> dict[str, Any]:
         return dict(yaml.safe_load(text))
     path = Path(preset)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"no preset '{preset}'; {_nearest(preset, presets())}; a file of your own ends in .yaml")
+        raise UserError(
+            f"no preset '{preset}'; {_nearest(preset, presets())}; a file of your own ends in .yaml"
+        )
     try:
         data = _yaml(path.read_text(encoding="utf-8"), preset)
     except OSError as error:

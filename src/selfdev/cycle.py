@@ -29,10 +29,21 @@ class Factory(Protocol):
     def prepare(self, tick: Any) -> None: ...
     def prompts(self, iteration: int) -> list[Prompt]: ...
     def write(
-        self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Any
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        temperature: float,
+        adapters: Sequence[Path],
+        tick: Any,
     ) -> list[tuple[int, Sample]]: ...
     def refine(
-        self, pairs: Sequence[Any], prompts: Sequence[Prompt], iteration: int, adapters: Sequence[Path], out: Path, tick: Any
+        self,
+        pairs: Sequence[Any],
+        prompts: Sequence[Prompt],
+        iteration: int,
+        adapters: Sequence[Path],
+        out: Path,
+        tick: Any,
     ) -> dict[str, Any]: ...
 
 
@@ -80,7 +91,9 @@ class Cycle:
                     self._learn(t)
         if self.archive.run.status != "done":
             with self.watch.phase("verdict") as tick:
-                reach_verdict(self.archive, self.config, self.scorer, lambda done, total: tick(done, total, ""))
+                reach_verdict(
+                    self.archive, self.config, self.scorer, lambda done, total: tick(done, total, "")
+                )
 
     def _begin(self) -> None:
         questions = self.scorer.questions("development")
@@ -105,7 +118,9 @@ class Cycle:
             samples = self.factory.write(prompts, t, temperature, adapters, tick)
         texts = tuple(prompt.text for prompt in prompts)
         form = self.config.prompt.form
-        written = [_read(arm, t, number, prompt, sample, form) for number, (prompt, sample) in enumerate(samples)]
+        written = [
+            _read(arm, t, number, prompt, sample, form) for number, (prompt, sample) in enumerate(samples)
+        ]
         self.archive.add_written(Iteration(arm, t, temperature, texts, tick.seconds), written)
 
     def _same_factory(
@@ -113,7 +128,12 @@ class Cycle:
     ) -> tuple[Iteration, list[Candidate]] | None:
         """What another arm's equal factory wrote in this iteration: the same streams make it the same text."""
         for other in self.archive.iterations():
-            if other.iteration == t and other.arm != arm and not adapters and not self._adapters(other.arm, t):
+            if (
+                other.iteration == t
+                and other.arm != arm
+                and not adapters
+                and not self._adapters(other.arm, t)
+            ):
                 candidates = self.archive.candidates(other.arm, t)
                 return other, [_unscreened(c) for c in candidates]
         return None
@@ -168,7 +188,9 @@ class Cycle:
                 for number, parameters in settings_to_try(name, len(spent), experts, self.config.seed):
                     if number not in known:
                         tick(index * len(spent) + number, len(spent) * len(self.config.rivals), name)
-                        self.archive.add_evaluation(self.scorer.rival(name, number, parameters, "development"))
+                        self.archive.add_evaluation(
+                            self.scorer.rival(name, number, parameters, "development")
+                        )
                 self.watch.rival(best_rival(self.archive))
 
     def _learn(self, t: int) -> None:
@@ -208,7 +230,15 @@ def _name(arm: str, t: int, number: int) -> str:
 
 def _read(arm: str, t: int, number: int, prompt: int, sample: Sample, form: Form) -> Candidate:
     candidate = Candidate(
-        _name(arm, t, number), arm, t, number, prompt, sample.text, sample.tokens, sample.log_prob, sample.finished
+        _name(arm, t, number),
+        arm,
+        t,
+        number,
+        prompt,
+        sample.text,
+        sample.tokens,
+        sample.log_prob,
+        sample.finished,
     )
     try:
         return replace(candidate, source=read_program(sample.text, form))
@@ -220,7 +250,14 @@ def _unscreened(candidate: Candidate) -> Candidate:
     if candidate.source is None:
         return candidate
     return replace(
-        candidate, status=None, failure=None, error=None, canonical=None, behaviour=None, nearest=None, distance=None
+        candidate,
+        status=None,
+        failure=None,
+        error=None,
+        canonical=None,
+        behaviour=None,
+        nearest=None,
+        distance=None,
     )
 
 

@@ -65,7 +65,7 @@ def _pair_up(
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
-    """Deal the rejected out as shuffled decks, one a reason, and give each the partner that has had the fewest pairs."""
+    """Deal the rejected out as shuffled decks, one a reason; each gets the partner with the fewest pairs so far."""
     decks = {reason: draw.sample(list(pool), len(pool)) for reason, pool in pools.items() if pool}
     # Beyond a share of pairs against failing programs a weak model learns only not to crash.
     failing = int(settings.failing_cap * settings.pairs) if "failure" in decks else 0
@@ -89,9 +89,9 @@ def _pair_up(
     return list(pairs.values())
 
 
-def _partners(
-    chosen: Iterable[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]
-) -> list[str]:
+def _partners(chosen: Iterable[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]) -> list[str]:
     """Who may be preferred to the rejected program: not itself or what it copies, and nobody twice."""
     copied = rejected.nearest if rejected.status == "repeated" else None
-    return [name for name in chosen if name not in (rejected.name, copied) and (name, rejected.name) not in pairs]
+    return [
+        name for name in chosen if name not in (rejected.name, copied) and (name, rejected.name) not in pairs
+    ]

@@ -55,7 +55,7 @@ def run(
         preset: where the config came from, for the archive.
         factory: who writes and learns; by default the model that the config names, in this process.
         watch: is told what happens.
-        unsafe_sandbox: run model-written code with resource limits alone where the jail cannot be built.
+        unsafe_sandbox: leave the jail out and run model-written code with resource limits alone.
 
     Raises:
         UserError: the folder, a model or a setting cannot be used; nothing has been started.
@@ -63,7 +63,9 @@ def run(
     """
     folder = out or Path("runs") / f"{config.name}-{config.seed}"
     if (folder / ARCHIVE).exists():
-        raise UserError(f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out")
+        raise UserError(
+            f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out"
+        )
     _check_space(folder.parent)
     return _carry_out(folder, config, preset, factory, watch or Silent(), unsafe_sandbox)
 
@@ -81,7 +83,7 @@ def resume(
         UserError: the folder holds no run that can be read, or what it stands on has changed.
         Interrupted: Ctrl-C.
     """
-    with _archive_errors(), Archive.open(folder / ARCHIVE, read_only=True) as archive:
+    with _told(folder), Archive.open(folder / ARCHIVE, read_only=True) as archive:
         record = archive.run
     config = parse_config(record.config, str(folder))
     if record.status == "done":
@@ -108,53 +110,47 @@ def _carry_out(
 ) -> "Run":
     began = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(_archive_errors())
+        stack.enter_context(_told(folder))
         limits = Limits(
             wall_seconds=config.jail.wall_seconds,
             cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
             memory_bytes=config.jail.memory_mb * 1000**2,
         )
-        try:
-            box = stack.enter_context(Sandbox(limits, unsafe=unsafe_sandbox))
-        except SandboxUnavailable as error:
-            raise SelfdevError(
-                f"{error}\nModel-written code runs in the jail or not at all; `selfdev doctor` says what is missing, and "
-                "--unsafe-sandbox goes on with resource limits alone."
-            ) from error
         with watch.phase("models") as tick:
-            tick(0, 3, "seed and experts")
+            tick(0, 4, "jail")
+            box = stack.enter_context(Sandbox(limits, unsafe=unsafe_sandbox))
+            tick(1, 4, "seed and experts")
             seed = resolve(config.merge.seed)
             experts = {name: resolve(source) for name, source in config.merge.experts.items()}
             vectors = read_task_vectors(seed, experts, config.merge.targets)
-            scorer = Evaluator(seed, vectors, load_task(config.task.name), config.task.development, box, config.seed)
-            tick(1, 3, f"factory {config.factory.model}")
+            scorer = Evaluator(
+                seed, vectors, load_task(config.task.name), config.task.development, box, config.seed
+            )
+            tick(2, 4, f"factory {config.factory.model}")
             factory = factory or LocalFactory(config)
-            tick(2, 3, "known methods on the probes")
+            tick(3, 4, "known methods on the probes")
             screen = Screen(box)
-            tick(3, 3, "")
+            tick(4, 4, "")
         archive = stack.enter_context(_open_or_create(folder, config, preset))
         stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
-        try:
-            with watch.phase("warm start") as tick:
-                factory.prepare(tick)
-            archive.check_facts(
-                {
-                    "factory": factory.facts,
-                    "seed": weights_hash(seed),
-                    "experts": {name: weights_hash(path) for name, path in experts.items()},
-                    "versions": {
-                        "selfdev": selfdev.__version__,
-                        "torch": torch.__version__,
-                        "transformers": transformers.__version__,
-                        "python": platform.python_version(),
-                    },
-                    "threads": torch.get_num_threads(),
-                    "unsafe_sandbox": unsafe_sandbox,
-                }
-            )
-            Cycle(config, archive, factory, screen, scorer, watch, folder).run()
-        except KeyboardInterrupt:
-            raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}") from None
+        with watch.phase("warm start") as tick:
+            factory.prepare(tick)
+        archive.check_facts(
+            {
+                "factory": factory.facts,
+                "seed": weights_hash(seed),
+                "experts": {name: weights_hash(path) for name, path in experts.items()},
+                "versions": {
+                    "selfdev": selfdev.__version__,
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "python": platform.python_version(),
+                },
+                "threads": torch.get_num_threads(),
+                "unsafe_sandbox": unsafe_sandbox,
+            }
+        )
+        Cycle(config, archive, factory, screen, scorer, watch, folder).run()
     return Run(folder)
 
 
@@ -185,12 +181,21 @@ def _check_space(folder: Path) -> None:
 
 
 @contextmanager
-def _archive_errors() -> Iterator[None]:
-    """The archive knows nobody, so its errors become the user's here."""
+def _told(folder: Path) -> Iterator[None]:
+    """What archive, jail and keyboard raise, as errors that tell the user the way out."""
     try:
         yield
     except ArchiveError as error:
         raise UserError(str(error)) from error
+    except SandboxUnavailable as error:
+        raise SelfdevError(
+            f"{error}\nModel-written code runs in the jail or not at all; `selfdev doctor` says what is missing. "
+            "--unsafe-sandbox leaves the jail out and goes on with resource limits alone."
+        ) from error
+    except KeyboardInterrupt:
+        if not (folder / ARCHIVE).exists():
+            raise Interrupted("stopped before the run began; there is nothing to resume") from None
+        raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}") from None
 
 
 class Run:
@@ -202,7 +207,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with _archive_errors():
+        with _told(folder):
             self.archive = Archive.open(folder / ARCHIVE, read_only=True)
 
     @cached_property
@@ -272,8 +277,15 @@ class Run:
         [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
         written = self.archive.candidates(arm, t)
         names = {c.name for c in written}
-        scores = [e.score for e in self.archive.evaluations("candidate") if e.subject in names and e.score is not None]
-        count = {status: sum(c.status == status for c in written) for status in ("trivial", "known", "repeated", "new")}
+        scores = [
+            e.score
+            for e in self.archive.evaluations("candidate")
+            if e.subject in names and e.score is not None
+        ]
+        count = {
+            status: sum(c.status == status for c in written)
+            for status in ("trivial", "known", "repeated", "new")
+        }
         return {
             "iteration": t + 1,
             "arm": arm,

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a program is one line, however long)
 """Real merging algorithms that use torch broadly. All of them must work in the jail with the numbers of outside.
 
 Each takes four task vectors of shape (12, 8).

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a program is one line, however long)
 """Attacks on files: nothing is read, listed, looked at, made, changed or removed.
 
 Each attack runs first without a jail, where it must succeed (else it would prove nothing), and then in the

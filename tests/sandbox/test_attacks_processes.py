@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a program is one line, however long)
 """Attacks by and on processes: none is made, none is replaced, none is signalled, looked into or changed."""
 
 import os

@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a program is one line, however long)
 """Attacks on the machine's time and memory, and floods. What is used up is the child's own budget."""
 
 from collections.abc import Iterator

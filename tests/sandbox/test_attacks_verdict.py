@@ -1,4 +1,3 @@
-# ruff: noqa: E501 (a program is one line, however long)
 """Attacks on the verdict: leaving early, forging the record, patching torch, and outputs that lie."""
 
 import math

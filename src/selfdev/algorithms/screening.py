@@ -107,7 +107,10 @@ _REPEAT = 0
 
 _SIZES = [probe.task_vectors[0].numel() for probe in PROBES]
 _HALF = len(PROBES) // 2
-_GROUPS = ((slice(0, _HALF), slice(0, sum(_SIZES[:_HALF]))), (slice(_HALF, None), slice(sum(_SIZES[:_HALF]), None)))
+_GROUPS = (
+    (slice(0, _HALF), slice(0, sum(_SIZES[:_HALF]))),
+    (slice(_HALF, None), slice(sum(_SIZES[:_HALF]), None)),
+)
 """For each number of experts: its probes, and its entries in a behaviour. One fit must explain all of a group."""
 
 
@@ -284,7 +287,9 @@ class Screen:
             if outcome.tensor is None:
                 return Screening(None, outcome.failure, f"on probe '{probe.name}': {outcome.error}")
             merged.append(outcome.tensor)
-        if not torch.equal(merged[_REPEAT], merged.pop()):
+        again = merged.pop()
+        # Some LAPACK routines differ in the last bits from call to call.
+        if (again - merged[_REPEAT]).norm() > 1e-5 * again.norm():
             return Screening(None, "NonDeterministic", "two runs on one probe with one seed differ")
         return Behaviour.of(merged)
 
@@ -297,7 +302,8 @@ def _library_behaviours() -> Iterable[tuple[str, Behaviour]]:
         grids = [method.grid(len(probe.task_vectors)) for probe in PROBES]
         for point in range(min(map(len, grids))):
             merged = [
-                method.merge(probe.task_vectors, **grid[point]) for probe, grid in zip(PROBES, grids, strict=True)
+                method.merge(probe.task_vectors, **grid[point])
+                for probe, grid in zip(PROBES, grids, strict=True)
             ]
             yield f"{name} {grids[0][point]}", Behaviour.of(merged)
 

@@ -49,7 +49,9 @@ class Archive:
             ArchiveError: there is one already, or the disk is full.
         """
         if path.exists():
-            raise ArchiveError(f"{path} exists: `selfdev resume {path.parent}` goes on with it; or choose another --out")
+            raise ArchiveError(
+                f"{path} exists: `selfdev resume {path.parent}` goes on with it; or choose another --out"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < SPACE_NEEDED:
@@ -60,13 +62,24 @@ class Archive:
         db = _connect(path)
         # All or nothing: a kill in here leaves a file without tables, which `open` calls unfinished.
         db.executescript(
-            "BEGIN;" + resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8") + "COMMIT;"
+            "BEGIN;"
+            + resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
+            + "COMMIT;"
         )
         archive = cls(db, path)
         with archive.transaction():
             db.execute(
                 "INSERT INTO run VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (run.name, run.preset, run.seed, run.status, _json(run.config), _json(run.facts), run.created, 0.0),
+                (
+                    run.name,
+                    run.preset,
+                    run.seed,
+                    run.status,
+                    _json(run.config),
+                    _json(run.facts),
+                    run.created,
+                    0.0,
+                ),
             )
             db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             db.execute(f"PRAGMA user_version = {VERSION}")
@@ -80,16 +93,22 @@ class Archive:
             ArchiveError: there is none, it is corrupt, or a newer version wrote it.
         """
         if not path.is_file():
-            raise ArchiveError(f"{path.parent} holds no run: there is no {path.name}; `selfdev run` starts one")
+            raise ArchiveError(
+                f"{path.parent} holds no run: there is no {path.name}; `selfdev run` starts one"
+            )
         try:
             db = _connect(path, read_only=read_only)
-            identity, version = (db.execute(f"PRAGMA {key}").fetchone()[0] for key in ("application_id", "user_version"))
+            identity, version = (
+                db.execute(f"PRAGMA {key}").fetchone()[0] for key in ("application_id", "user_version")
+            )
             if identity == APPLICATION_ID and version > VERSION:
                 raise ArchiveError(
                     f"{path} has format {version} and this selfdev reads up to {VERSION}; install a newer selfdev"
                 )
             if identity != APPLICATION_ID:
-                raise ArchiveError(f"{path} is no archive of a run, or its creation was cut off; remove it and run anew")
+                raise ArchiveError(
+                    f"{path} is no archive of a run, or its creation was cut off; remove it and run anew"
+                )
             if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("quick_check failed")
         except sqlite3.DatabaseError as error:
@@ -164,7 +183,9 @@ class Archive:
             ArchiveError: the split is archived already with other questions.
         """
         rows = [(split, i, question, group) for i, (question, group) in enumerate(questions)]
-        before = self._db.execute("SELECT * FROM question WHERE split = ? ORDER BY position", (split,)).fetchall()
+        before = self._db.execute(
+            "SELECT * FROM question WHERE split = ? ORDER BY position", (split,)
+        ).fetchall()
         if before:
             if [tuple(row) for row in before] != rows:
                 raise ArchiveError(
@@ -208,7 +229,9 @@ class Archive:
 
     def iterations(self, arm: str | None = None) -> list[Iteration]:
         """The iterations whose programs are written, in order."""
-        rows = self._db.execute("SELECT * FROM iteration WHERE ? IS NULL OR arm = ? ORDER BY iteration, arm", (arm, arm))
+        rows = self._db.execute(
+            "SELECT * FROM iteration WHERE ? IS NULL OR arm = ? ORDER BY iteration, arm", (arm, arm)
+        )
         return [Iteration(**dict(row) | {"prompts": tuple(json.loads(row["prompts"]))}) for row in rows]
 
     def candidates(self, arm: str | None = None, iteration: int | None = None) -> list[Candidate]:
@@ -292,7 +315,8 @@ class Archive:
         r = refinement
         with self.transaction():
             self._db.execute(
-                "INSERT INTO refinement VALUES (?, ?, ?, ?, ?)", (r.arm, r.iteration, r.adapter, _json(r.facts), r.seconds)
+                "INSERT INTO refinement VALUES (?, ?, ?, ?, ?)",
+                (r.arm, r.iteration, r.adapter, _json(r.facts), r.seconds),
             )
 
     def refinements(self, arm: str) -> list[Refinement]:
@@ -353,14 +377,16 @@ class Archive:
                 continue
             columns = [row["name"] for row in self._db.execute(f"PRAGMA table_info({table})")]
             kept = ", ".join(column for column in columns if column not in CLOCKS)
-            for row in self._db.execute(f"SELECT {kept} FROM {table} ORDER BY {kept}"):  # noqa: S608
+            for row in self._db.execute(f"SELECT {kept} FROM {table} ORDER BY {kept}"):
                 content.update(repr(tuple(row)).encode())
         return content.hexdigest()
 
 
 def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     mode = "ro" if read_only else "rwc"
-    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30)
+    db = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
+    )
     if not read_only:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")
@@ -383,5 +409,3 @@ def _evaluation(row: sqlite3.Row) -> Evaluation:
         bits = np.unpackbits(np.frombuffer(row["outcomes"], dtype=np.uint8), count=row["questions"])
         outcomes = tuple(bool(bit) for bit in bits)
     return Evaluation(**dict(row) | {"outcomes": outcomes, "parameters": json.loads(row["parameters"])})
-
-

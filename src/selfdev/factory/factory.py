@@ -85,7 +85,12 @@ class LocalFactory:
         return [ask(names, self._sources, settings.form) for names in hands]
 
     def write(
-        self, prompts: Sequence[Prompt], iteration: int, temperature: float, adapters: Sequence[Path], tick: Tick
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        temperature: float,
+        adapters: Sequence[Path],
+        tick: Tick,
     ) -> list[tuple[int, Sample]]:
         """Write the programs of one iteration.
 
@@ -183,7 +188,8 @@ class LocalFactory:
         warm = self._warm_folder()
         for folder in ([] if warm is None else [warm]) + list(adapters):
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-        return model.eval()  # type: ignore[no-any-return]
+        built: PreTrainedModel = model.eval()
+        return built
 
     def _warm_key(self) -> str | None:
         settings = self.config.factory.warm_start
@@ -202,7 +208,8 @@ def _with_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, lora)  # type: ignore[no-any-return]
+        adapted: PeftModel = get_peft_model(model, lora)
+    return adapted
 
 
 def _save(model: PeftModel, folder: Path) -> None:
@@ -213,5 +220,3 @@ def _save(model: PeftModel, folder: Path) -> None:
     model.save_pretrained(aside)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
-
-

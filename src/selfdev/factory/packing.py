@@ -65,7 +65,7 @@ def completion_log_probs(
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal.device
     ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
-    before, target = [], []  # where each completion token is predicted, and what it is
+    before, target = list[int](), list[int]()  # where each completion token is predicted, and what it is
     for number, completion in enumerate(completions, start=1):
         before += [len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
         target += completion
@@ -78,7 +78,7 @@ def completion_log_probs(
         attention_mask=_mask(torch.tensor(segments, device=device), causal.dtype),
         use_cache=False,
     ).last_hidden_state[0]
-    flat = _TokenLogProbs.apply(
+    flat = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden[torch.tensor(before, device=device)],
         causal.get_output_embeddings().weight,
         torch.tensor(target, device=device),

@@ -5,7 +5,6 @@ function of the index alone, never on timing.
 """
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

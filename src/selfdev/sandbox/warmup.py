@@ -48,7 +48,7 @@ def warm() -> None:
     """Bring this process to the state in which every child is born: one thread, no JIT, all imported."""
     torch.set_num_threads(1)
     # oneDNN writes code into memory and runs it, which the jail forbids.
-    torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]
+    torch.backends.mkldnn.set_flags(False)
     state = torch.get_rng_state()
     compiler_standin.install()
     try:
@@ -158,11 +158,11 @@ def _gradients(x: Tensor) -> None:
     for optimizer in (torch.optim.Adam([w]), torch.optim.SGD([w], momentum=0.9), torch.optim.LBFGS([w])):
         optimizer.zero_grad()
         value = loss(w)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step(lambda value=value: value)  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_([w], 1.0)
     torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([w], lr=0.1), T_max=2).step()
-    torch.autograd.functional.hessian(loss, torch.ones(8))  # type: ignore[no-untyped-call]
+    torch.autograd.functional.hessian(loss, torch.ones(8))
 
 
 def _transforms(x: Tensor) -> None:

@@ -3,8 +3,8 @@
 What is trained decides whether merging is a real problem. The seed stops early, so that the experts have
 something to teach. An expert is the seed, trained on its own group with a share of general questions, so that
 it does not forget the rest. Only its MLP weights are trained: those are what merging touches by default. Where
-attention was trained too, the MLP weights alone carried little skill into the seed (this is measured by
-`benchmarks/nano_zoo.py --transplant add`).
+attention was trained too, the MLP weights alone carried little skill into the seed, which
+`benchmarks/nano_zoo.py --transplant add` measures.
 
 Every model is trained by one thread from random streams of its own, so that the same machine and the same
 versions give the same bits, however many models are trained side by side.
@@ -55,8 +55,8 @@ class Training:
     """Questions in one step."""
 
 
-def _expert(group: str, stream: int, steps: int = 400) -> Training:
-    return Training({group: 1}, steps=steps, rate=1e-3, stream=stream, general=0.3)
+def _expert(group: str, stream: int, steps: int, rate: float) -> Training:
+    return Training({group: 1}, steps=steps, rate=rate, stream=stream, general=0.3)
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,10 @@ class Recipe:
     )
     experts: Mapping[str, Training] = field(
         default_factory=lambda: {
-            group: _expert(group, stream)
-            for stream, group in enumerate(("add", "sub", "sum", "max"), start=1)
+            "add": _expert("add", stream=1, steps=400, rate=1e-3),
+            "sub": _expert("sub", stream=2, steps=500, rate=1.5e-3),
+            "sum": _expert("sum", stream=3, steps=400, rate=1e-3),
+            "max": _expert("max", stream=4, steps=400, rate=2e-3),
         }
     )
     development: int = 3072
@@ -138,7 +140,7 @@ def train(
         hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         loss = F.cross_entropy(model.lm_head(hidden[batch.row, batch.position]), batch.gold)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -222,10 +224,7 @@ def card(recipe: Recipe, accuracy: Mapping[str, Mapping[str, float]]) -> str:
         + f" | {100 * aggregate(each):.1f} |"
         for name, each in accuracy.items()
     ]
-    seed, expert = recipe.seed, next(iter(recipe.experts.values()))
-    shares = f"{1 - expert.general:.0%} its own group, {expert.general:.0%} all groups alike"
-    mixture = "in the proportions " + ", ".join(f"{group} {weight}" for group, weight in seed.weights.items())
-    streams = ", ".join(f"{name} {training.stream}" for name, training in recipe.experts.items())
+    trainings = [_training_row(name, each) for name, each in {"seed": recipe.seed, **recipe.experts}.items()]
     return f"""# The zoo `nano`
 
 A seed and {len(recipe.experts)} experts, on six exercises with digits (the task `nano`). Each is a Llama of
@@ -244,13 +243,13 @@ Percent of {recipe.development} development questions answered exactly, greedy; 
 
 ## How they were made
 
-`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of {seed.batch}
-generated questions of the training split, loss on the answers alone, one thread a model.
+`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of {recipe.seed.batch}
+generated questions of the training split, loss on the answers alone, one thread a model. The seed
+starts from random weights, each expert from the seed.
 
-| model | start | steps | learning rate | weights trained | questions |
+| model | random stream | steps | learning rate | weights trained | questions |
 | --- | --- | --- | --- | --- | --- |
-| seed | from scratch, stream {seed.stream} | {seed.steps} | {seed.rate:g} | all | {mixture} |
-| experts | the seed, streams {streams} | {expert.steps} | {expert.rate:g} | MLP only | {shares} |
+{chr(10).join(trainings)}
 
 The seed is deliberately half-trained, so that merging has room above it. The experts' attention is the
 seed's: merging touches MLP weights by default, and nothing of an expert should be out of its reach.
@@ -259,6 +258,14 @@ Made with torch {torch.__version__} and transformers {transformers.__version__} 
 The same versions on the same kind of processor give the same bits; elsewhere rounding differs, and the
 figures a little.
 """
+
+
+def _training_row(name: str, training: Training) -> str:
+    weights = "MLP only" if training.mlp_only else "all"
+    drawn = ", ".join(f"{group} {weight}" for group, weight in training.weights.items())
+    mixed = f"; {training.general:.0%} of each batch from all groups alike" if training.general else ""
+    cells = (name, training.stream, training.steps, f"{training.rate:g}", weights, drawn + mixed)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def _line(accuracy: Mapping[str, float]) -> str:

@@ -43,10 +43,11 @@ class Parameter:
 
     def _at(self, share: float) -> float:
         """Return the value that lies at `share` (0 to 1) of the range."""
-        if self.log:
-            value = self.low * (self.high / self.low) ** share
-        else:
-            value = self.low + share * (self.high - self.low)
+        value = (
+            self.low * (self.high / self.low) ** share
+            if self.log
+            else self.low + share * (self.high - self.low)
+        )
         # Six digits are enough to search with, and 0.1 + 2 * 0.1 is the 0.3 that someone would write.
         value = min(max(float(f"{value:.6g}"), self.low), self.high)
         return round(value) if self.integer else value
