@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from selfdev.run import Run, open_run
+from selfdev.runs import Run, open_run
 
 COLUMNS = ("written", "working", "trivial", "known", "repeated", "new")
 

@@ -12,7 +12,7 @@ from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
 from selfdev.report.silent import Silent, Tick
-from selfdev.run import Run, open_run, resume, run
+from selfdev.runs import Run, open_run, resume, run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from selfdev.algorithms.source import Form
 from selfdev.config import Config
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import ask
-from selfdev.run import resume, run
+from selfdev.runs import resume, run
 
 LESSONS = [PROGRAMS[0], PROGRAMS[1], PROGRAMS[3], PROGRAMS[4], PROGRAMS[9]]
 """What the tiny model is taught to write: three new programs, a trivial one, a failing one."""

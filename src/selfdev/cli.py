@@ -25,7 +25,7 @@ from selfdev.errors import Interrupted, SelfdevError
 
 if TYPE_CHECKING:
     from selfdev.report.terminal import Terminal
-    from selfdev.run import Run
+    from selfdev.runs import Run
 
 # Before torch is imported: OpenMP threads that spin at barriers made sampling 8 times slower whenever another
 # process used one of the cores (29 s against 3.8 s measured, 2 cores).
@@ -89,7 +89,7 @@ def run(
     """Start a run and carry it to its verdict."""
     from selfdev.config import load_config
     from selfdev.report.progress import Progress
-    from selfdev.run import run as start
+    from selfdev.runs import run as start
 
     config = load_config(preset, changes or ())
     with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), config) as watch:
@@ -104,8 +104,8 @@ def resume(folder: RunFolder, unsafe_sandbox: Unsafe = False, as_json: AsJson = 
     Of a run that is done the result is shown.
     """
     from selfdev.report.progress import Progress
-    from selfdev.run import open_run
-    from selfdev.run import resume as go_on
+    from selfdev.runs import open_run
+    from selfdev.runs import resume as go_on
 
     earlier = open_run(folder)
     if earlier.archive.run.status == "done":
@@ -128,7 +128,7 @@ def show(
 ) -> None:
     """Show a run, or one of its programs."""
     from selfdev.report.candidate import describe, page
-    from selfdev.run import open_run
+    from selfdev.runs import open_run
 
     opened = open_run(folder)
     if candidate is None:

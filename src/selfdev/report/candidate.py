@@ -11,7 +11,7 @@ from selfdev.archive import Evaluation
 from selfdev.report.terminal import facts, percent, python, table, visible
 
 if TYPE_CHECKING:
-    from selfdev.run import Run
+    from selfdev.runs import Run
 
 
 def describe(run: "Run", name: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from selfdev.report.silent import Tick
 from selfdev.report.terminal import Terminal, duration, percent, table, visible
 
 if TYPE_CHECKING:
-    from selfdev.run import Run
+    from selfdev.runs import Run
 
 STATUSES = ("trivial", "known", "repeated", "new")
 """What a working program can be, in the order in which it is shown."""

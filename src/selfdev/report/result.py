@@ -13,7 +13,7 @@ from selfdev.evaluation.verdict import LEARNING
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
 
 if TYPE_CHECKING:
-    from selfdev.run import Run
+    from selfdev.runs import Run
 
 YIELD = ("written", "working", "trivial", "known", "repeated", "new")
 """Counts of an iteration, in the order in which they are shown."""

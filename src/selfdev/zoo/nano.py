@@ -2,8 +2,8 @@
 
 What is trained decides whether merging is a real problem. The seed stops early, so that the experts have
 something to teach. An expert is the seed, trained on its own group with a share of general questions, so that
-it does not forget the rest. Only its MLP weights are trained: those are what merging touches by default. Where
-attention was trained too, the MLP weights alone carried little skill into the seed, which
+it does not forget the rest. Only its MLP weights are trained: those are what merging touches by default.
+Where attention was trained too, the MLP weights alone carried little skill into the seed, which
 `benchmarks/nano_zoo.py --transplant add` measures.
 
 Every model is trained by one thread from random streams of its own, so that the same machine and the same
@@ -243,9 +243,9 @@ Percent of {recipe.development} development questions answered exactly, greedy; 
 
 ## How they were made
 
-`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of {recipe.seed.batch}
-generated questions of the training split, loss on the answers alone, one thread a model. The seed
-starts from random weights, each expert from the seed.
+`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of
+{recipe.seed.batch} generated questions of the training split, loss on the answers alone, one thread a model.
+The seed starts from random weights, each expert from the seed.
 
 | model | random stream | steps | learning rate | weights trained | questions |
 | --- | --- | --- | --- | --- | --- |

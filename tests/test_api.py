@@ -1,0 +1,23 @@
+"""The names that the package offers, and what importing it costs."""
+
+import subprocess
+import sys
+
+import pytest
+
+import selfdev
+
+
+def test_importing_the_package_does_not_wait_for_torch() -> None:
+    code = "import sys, selfdev; assert 'torch' not in sys.modules; selfdev.load_config; selfdev.run"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", selfdev.__all__)
+def test_every_offered_name_is_there(name: str) -> None:
+    assert getattr(selfdev, name) is not None
+
+
+def test_an_unknown_name_is_named() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'rum'"):
+        _ = selfdev.rum
