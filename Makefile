@@ -1,6 +1,7 @@
 # Everything on a fresh machine with Python 3.11 or newer, make and a package index:
 #   make quickstart    the first discovery, with a real language model
 #   make test          the tests
+#   make test-unprivileged   those of the jail, as an ordinary user
 #   make check         what CI checks beside them: format, lint, types
 #   make proof         the tests that take minutes or real models
 
@@ -13,7 +14,7 @@ QUICKSTART = runs/quickstart-1
 # other down where cores are shared.
 TEST_ENVIRONMENT = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check proof clean
+.PHONY: quickstart test test-unprivileged check proof clean
 
 quickstart: $(VENV)/.installed
 	@if [ -e $(QUICKSTART)/archive.db ]; then $(BIN)/selfdev resume $(QUICKSTART); \
@@ -21,6 +22,10 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+# The jail once more as an ordinary user; asked for by root, the tests first give root up.
+test-unprivileged: $(VENV)/.installed-dev
+	$(TEST_ENVIRONMENT) $(BIN)/python tests/unprivileged.py tests/sandbox
 
 proof: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m proof

@@ -15,8 +15,8 @@ from typing import Any
 from selfdev.config import Config, parse_config
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
-from selfdev.report.silent import Silent, Tick
 from selfdev.runs import Run, resume, run
+from selfdev.watcher import Silent, Tick
 
 PROGRAMS = [
     # New: none of them is in the library, among the examples or a constant combination.

@@ -11,8 +11,8 @@ import pytest
 from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
-from selfdev.report.silent import Silent, Tick
 from selfdev.runs import Run, open_run, resume, run
+from selfdev.watcher import Silent, Tick
 
 
 @pytest.fixture(scope="module")

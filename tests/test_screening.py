@@ -124,8 +124,15 @@ def test_seeded_randomness_is_allowed_and_the_same_again(screen: Screen) -> None
     assert torch.equal(first.behaviour.entries, second.behaviour.entries)
 
 
-def test_a_program_whose_runs_differ_is_rejected(screen: Screen) -> None:
-    # An object's address differs from run to run of one function, since the first run's result is still alive.
+def test_a_program_whose_two_runs_differ_is_rejected(screen: Screen) -> None:
+    clock = "torch.serialization.sys.modules['time'].perf_counter_ns()"
+    found = screened(
+        screen, f"    s = torch.stack(deltas)\n    return s.abs().mean(0) * ({clock} % 9973 + 1)\n"
+    )
+    assert (found.novelty, found.failure) == (None, "NonDeterministic")
+
+
+def test_a_program_cannot_count_its_calls(screen: Screen) -> None:
     body = "    x = [object() for _ in range(1 + len(kept))]\n    kept.append(x)\n    return sum(deltas) * (1 + len(kept))\n\n"
     source = (
         "import torch\nkept = []\n\ndef merge_models(model_dict, device):\n    deltas = list(model_dict.values())\n"

@@ -19,6 +19,7 @@ from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
 from selfdev.preferences import prefer
 from selfdev.streams import stream_seed
+from selfdev.watcher import Watcher
 
 
 class Factory(Protocol):
@@ -51,19 +52,6 @@ class Screener(Protocol):
     """Does a program run, and is it new? `selfdev.algorithms.screening.Screen`."""
 
     def __call__(self, source: str, history: History) -> Screening: ...
-
-
-class Watcher(Protocol):
-    """Who is told what is happening, after it is archived."""
-
-    def phase(self, name: str, arm: str | None = None, iteration: int | None = None) -> Any:
-        """Enter a phase: a context manager that yields `tick(done, total, note)` and ends with the seconds it took."""
-
-    def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
-        """A candidate has its status."""
-
-    def rival(self, best: Evaluation | None) -> None:
-        """The best rival so far."""
 
 
 @dataclass(frozen=True)

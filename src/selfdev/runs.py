@@ -21,7 +21,7 @@ from selfdev.algorithms.screening import Screen
 from selfdev.archive import Archive, ArchiveError, Candidate
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
-from selfdev.cycle import Cycle, Factory, Watcher
+from selfdev.cycle import Cycle, Factory
 from selfdev.errors import Interrupted, SelfdevError, UserError
 from selfdev.evaluation.evaluator import Evaluator
 from selfdev.evaluation.tasks import load_task
@@ -30,8 +30,8 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
-from selfdev.report.silent import Silent
 from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
+from selfdev.watcher import Silent, Watcher
 
 ARCHIVE = "archive.db"
 ADAPTER_SPACE = 1024**3

@@ -20,8 +20,8 @@ from rich.text import Text
 from selfdev.archive import Candidate, Evaluation
 from selfdev.config import Config
 from selfdev.evaluation.verdict import LEARNING
-from selfdev.report.silent import Tick
 from selfdev.report.terminal import Terminal, duration, percent, table, visible
+from selfdev.watcher import Tick
 
 if TYPE_CHECKING:
     from selfdev.runs import Run
@@ -34,7 +34,7 @@ _REFRESHES = 4
 
 
 class Progress:
-    """Watches a cycle (`selfdev.cycle.Watcher`) and shows it while it is entered.
+    """Watches a cycle (`selfdev.watcher.Watcher`) and shows it while it is entered.
 
     Args:
         terminal: where.

@@ -1,8 +1,9 @@
-"""Watching without a word."""
+"""Who is told what is happening, after it is archived: the progress display, or nobody."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 from selfdev.archive import Candidate, Evaluation
 
@@ -19,6 +20,21 @@ class Tick:
 
     def __call__(self, done: int, total: int, note: str) -> None:
         """Progress was made."""
+
+
+class Watcher(Protocol):
+    """What the cycle tells."""
+
+    def phase(
+        self, name: str, arm: str | None = None, iteration: int | None = None
+    ) -> AbstractContextManager[Tick]:
+        """Enter a phase; what it yields is called with the progress and knows the time at the end."""
+
+    def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
+        """A candidate has its status."""
+
+    def rival(self, best: Evaluation | None) -> None:
+        """The best rival so far."""
 
 
 class Silent:
