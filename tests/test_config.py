@@ -32,6 +32,8 @@ def test_every_preset_loads(name: str) -> None:
         ("quickstart", "factory", "KEY=VALUE"),
         ("quickstart", "factory=[", "not YAML"),
         ("quickstart", "seed.a=1", "seed"),
+        ("quickstart", "factory.temperature=.inf", "factory.temperature"),
+        ("quickstart", "jail.wall_seconds=0.001", "jail.wall_seconds"),
         ("absent.yaml", "seed=1", "No such file"),
     ],
 )
@@ -59,3 +61,13 @@ def test_the_temperature_falls_as_in_the_paper() -> None:
 def test_a_config_does_not_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_config("quickstart").seed = 2
+
+
+def test_a_file_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "loop.yaml"
+    file.write_text(f"preset: {file}\n")
+    with pytest.raises(UserError, match="starts from itself"):
+        load_config(str(file))
+    file.write_bytes(b"name: \xff\xfe\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        load_config(str(file))

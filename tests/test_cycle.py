@@ -1,6 +1,7 @@
 """The whole cycle with a scripted factory on the real zoo, jail, screening and evaluation."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, scripted_config
+from scripted import ScriptedFactory, begin_or_resume, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
 from selfdev.runs import Run, open_run, resume, run
-from selfdev.watcher import Silent, Tick
+from selfdev.watcher import Silent
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +28,8 @@ def statuses(run: Run, arm: str, iteration: int) -> list[str]:
 def test_every_program_ends_in_one_status(finished: Run) -> None:
     assert statuses(finished, "learning", 0) == [
         *("new", "new", "new", "new", "trivial", "known", "known", "repeated"),
-        *(
-            "SyntaxError",
-            "TypeError",
-            "ShapeMismatch",
-            "Timeout",
-            "NonFinite",
-            "NoFunction",
-            "RuntimeError",
-            "new",
-        ),
+        *("SyntaxError", "TypeError", "ShapeMismatch", "Timeout"),
+        *("NonFinite", "NoFunction", "RuntimeError", "NonDeterministic"),
     ]
 
 
@@ -167,6 +160,40 @@ def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path
     assert {row["kind"] for row in ended.verdict["table"]} == {"seed"}
 
 
+def test_a_program_that_is_the_mean_on_real_tensors_is_trivial(tmp_path: Path) -> None:
+    softmax = (
+        "p(deltas):\n    s = torch.stack(deltas)\n    return 1.5 * (torch.softmax(s, dim=0) * s).sum(dim=0)\n"
+    )
+    ended = run(
+        scripted_config(programs=1, iterations=1), tmp_path / "run", factory=ScriptedFactory([softmax])
+    )
+    candidate = ended.candidate("learning/1/001")
+    assert candidate.distance is not None
+    assert candidate.distance > 0.5  # on probes it is far from everything
+    assert candidate.status == "trivial"
+    assert "on the real tensors" in str(candidate.error)
+    assert ended.best is None
+
+
+def test_too_little_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(UserError, match="5 MB are free"):
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory())
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path: Path) -> None:
+    class Second(Silent):
+        def screened(self, candidate, evaluation) -> None:  # type: ignore[no-untyped-def]
+            with pytest.raises(UserError, match="another process"):
+                resume(tmp_path / "run", factory=ScriptedFactory())
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Second())
+
+
 def test_a_second_run_does_not_touch_the_first(finished: Run) -> None:
     before = finished.archive.digest()
     with pytest.raises(UserError, match="selfdev resume"):
@@ -202,8 +229,3 @@ def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: P
     with pytest.raises(UserError, match="expert 'other'"):
         run(config, tmp_path / "run", factory=ScriptedFactory())
     assert not (tmp_path / "run" / "archive.db").exists()
-
-
-def test_the_script_is_as_long_as_the_configuration_says() -> None:
-    assert scripted_config().programs == len(PROGRAMS)
-    assert isinstance(Tick(), Tick)

@@ -7,16 +7,21 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripted import PROGRAMS, scripted_config
+from scripted import scripted_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
 from selfdev.config import Config
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import ask
-from selfdev.runs import resume, run
+from selfdev.runs import run
 
-LESSONS = [PROGRAMS[0], PROGRAMS[1], PROGRAMS[3], PROGRAMS[4], PROGRAMS[9]]
-"""What the tiny model is taught to write: three new programs, a trivial one, a failing one."""
+LESSONS = [
+    "r(deltas):\n    return torch.roll(sum(deltas), 1, 0)\n",
+    "a(deltas):\n    return sum(deltas).abs()\n",
+    "t(deltas):\n    return 0.3 * sum(deltas)\n",
+    "f(deltas):\n    return deltas + 1\n",
+]
+"""What the tiny model is taught to write: two new programs, a trivial one, a failing one."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,7 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*examples().values(), *PROGRAMS], trainer)
+    tokenizer.train_from_iterator([*examples().values(), *LESSONS], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -66,8 +71,8 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, **changes: object) -> Config:
     return scripted_config(
-        programs=10,
-        factory={"model": str(folder), "temperature": 0.5, "max_new_tokens": 120, "batch": 5},
+        programs=20,
+        factory={"model": str(folder), "temperature": 1.0, "max_new_tokens": 120, "batch": 8},
         prompt={"form": "short", "names": ["vote"]},
         refinement={
             "rank": 8,
@@ -98,10 +103,9 @@ def test_the_cycle_with_a_real_transformer(tiny_writer: Path, tmp_path: Path) ->
     assert ended.best is not None
     assert len(ended.archive.run.facts["factory"]["weights"]) == 64
 
-    # The same again from the start is the same archive, and a finished run stays as it is.
+    # The same again from the start is the same archive.
     again = run(config(tiny_writer), tmp_path / "again" / "run")
     assert again.archive.digest() == ended.archive.digest()
-    assert resume(again.folder).archive.digest() == ended.archive.digest()
 
 
 def test_what_is_written_is_a_function_of_the_index(tiny_writer: Path) -> None:
@@ -110,7 +114,7 @@ def test_what_is_written_is_a_function_of_the_index(tiny_writer: Path) -> None:
     written = factory.write(prompts, 0, 0.8, [], lambda *_: None)
     assert factory.write(prompts, 0, 0.8, [], lambda *_: None) == written
     assert factory.write(prompts, 1, 0.8, [], lambda *_: None) != written
-    assert len(written) == 10
+    assert len(written) == 20
     assert {prompt for prompt, _ in written} == {0}
 
 

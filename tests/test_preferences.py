@@ -53,6 +53,11 @@ def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
     assert [p.rejected for p in prefer([*written, other], {"0/0": 0.5}, 0, settings, seed=0)] == ["0/2"]
 
 
+def test_a_tie_is_no_preference() -> None:
+    written = [candidate(i, "new") for i in range(4)]
+    assert prefer(written, {c.name: 0.5 for c in written}, 0, Preferences(rejected_floor=3), seed=0) == []
+
+
 def test_nobody_to_choose_makes_no_pairs() -> None:
     written = [candidate(0, "trivial"), candidate(1, "failed")]
     assert (

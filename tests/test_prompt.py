@@ -34,6 +34,14 @@ def test_a_contract_prompt_names_the_signature_and_holds_a_worked_example() -> N
 def test_a_short_program_stops_at_its_end_and_not_at_an_empty_line_within() -> None:
     stop = STOP[Form.SHORT]
     assert stop.search("return x\n\n\n")
-    assert stop.search("return x\n\nd")
+    assert stop.search("return x\n\ndef")
+    assert stop.search("return x\n\nprint(x)")
     assert not stop.search("x = 1\n\n")
     assert not stop.search("x = 1\n\n    y")
+
+
+def test_an_answer_stops_at_the_end_of_its_code_block_and_not_at_its_beginning() -> None:
+    stop = STOP[Form.CONTRACT]
+    assert not stop.search("Here is one:\n\n```")
+    assert not stop.search("Here is one:\n\n```python\ndef merge_models(model_dict, device):\n    x = 1\n")
+    assert stop.search("Here is one:\n\n```python\ndef merge_models(model_dict, device):\n    return 1\n```")

@@ -93,6 +93,10 @@ def test_repeated_by_form_and_by_behaviour(screen: Screen) -> None:
     assert [by_form.novelty, by_behaviour.novelty] == [Novelty.REPEATED] * 2
     assert by_form.nearest == by_behaviour.nearest == "first"
     assert by_form.canonical == first.canonical != by_behaviour.canonical
+    # What repeats a repetition repeats the original.
+    history.add("second", by_behaviour)
+    third = screened(screen, "    s = torch.stack(deltas).mean(0)\n    return s.roll(3, dims=0)\n", history)
+    assert (third.novelty, third.nearest) == (Novelty.REPEATED, "first")
 
 
 @pytest.mark.parametrize(
@@ -115,13 +119,19 @@ def test_a_failure_has_a_class_and_no_novelty(screen: Screen, body: str, failure
     assert found.error
 
 
-def test_seeded_randomness_is_allowed_and_the_same_again(screen: Screen) -> None:
-    body = "    return sum(d * (torch.rand_like(d) < 0.5) for d in deltas)\n"
-    first, second = screened(screen, body), screened(screen, body)
-    assert first.novelty is Novelty.NEW
-    assert first.behaviour is not None
-    assert second.behaviour is not None
-    assert torch.equal(first.behaviour.entries, second.behaviour.entries)
+def test_a_program_that_draws_random_numbers_is_rejected(screen: Screen) -> None:
+    # Else DARE, with a mask of its own, would look like an invention.
+    found = screened(screen, "    return sum(d * (torch.rand_like(d) < 0.5) / 0.5 for d in deltas)\n")
+    assert (found.novelty, found.failure) == (None, "NonDeterministic")
+
+
+@pytest.mark.parametrize(
+    ("expression", "failure"),
+    [("-" * 600 + "sum(deltas)", "TooDeep"), ("sum(deltas) * 1e38", "NonFinite")],
+    ids=["nested", "huge"],
+)
+def test_what_cannot_be_compared_is_a_failure(screen: Screen, expression: str, failure: str) -> None:
+    assert screened(screen, f"    return {expression}\n").failure == failure
 
 
 def test_a_program_whose_two_runs_differ_is_rejected(screen: Screen) -> None:

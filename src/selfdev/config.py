@@ -20,7 +20,7 @@ from selfdev.evaluation.tasks import Split, load_task
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class WarmStart(_Section):
@@ -142,7 +142,7 @@ class Verdict(_Section):
 class Jail(_Section):
     """Limits of one jailed program."""
 
-    wall_seconds: float = Field(10.0, gt=0, description="Until it is killed.")
+    wall_seconds: float = Field(10.0, ge=0.1, le=3600, description="Until it is killed.")
     memory_mb: int = Field(1024, ge=64, description="Above what the bare process takes, in MB.")
 
 
@@ -240,7 +240,11 @@ def parse_config(data: Mapping[str, Any], where: str) -> Config:
         ) from None
 
 
-def _read(preset: str) -> dict[str, Any]:
+def _read(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if preset in seen:
+        raise UserError(
+            f"{preset}: it starts from itself, by way of {' and '.join(seen)}; name another preset"
+        )
     if preset in presets():
         text = (resources.files("selfdev") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
         return dict(yaml.safe_load(text))
@@ -253,11 +257,13 @@ def _read(preset: str) -> dict[str, Any]:
         data = _yaml(path.read_text(encoding="utf-8"), preset)
     except OSError as error:
         raise UserError(f"{preset}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{preset}: it is no text in UTF-8") from None
     if not isinstance(data, dict):
         raise UserError(f"{preset}: it holds no fields; a run needs at least factory, merge and task")
     if "preset" not in data:
         return data
-    return _merged(_read(str(data.pop("preset"))), data)
+    return _merged(_read(str(data.pop("preset")), (*seen, preset)), data)
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

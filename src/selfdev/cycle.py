@@ -131,7 +131,7 @@ class Cycle:
         history = History()
         with self.watch.phase("judge", arm, t) as tick:
             for earlier in self.archive.candidates(arm):
-                history.add(earlier.name, _screening(earlier))
+                _remember(history, earlier)
             candidates = self.archive.candidates(arm, t)
             for done, candidate in enumerate(candidates):
                 tick(done, len(candidates), "")
@@ -163,7 +163,7 @@ class Cycle:
         if evaluation is not None and evaluation.failure is not None:
             candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
         self.archive.set_screened(candidate, evaluation)
-        history.add(candidate.name, _screening(candidate))
+        _remember(history, candidate)
         return candidate, evaluation
 
     def _tune_rivals(self) -> None:
@@ -249,7 +249,13 @@ def _unscreened(candidate: Candidate) -> Candidate:
     )
 
 
-def _screening(candidate: Candidate) -> Screening:
-    """What the archive says of a program; of one that failed on the probes there is nothing to remember."""
-    behaviour = None if candidate.behaviour is None else Behaviour.from_bytes(candidate.behaviour)
-    return Screening(None, canonical=candidate.canonical or "", behaviour=behaviour)
+def _remember(history: History, candidate: Candidate) -> None:
+    """Add a program to its arm's history, as the archive knows it; one that failed may be tried again."""
+    if candidate.works and candidate.behaviour is not None:
+        found = Screening(
+            Novelty(str(candidate.status)),
+            canonical=candidate.canonical or "",
+            behaviour=Behaviour.from_bytes(candidate.behaviour),
+            nearest=candidate.nearest or "",
+        )
+        history.add(candidate.name, found)

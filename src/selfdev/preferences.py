@@ -43,7 +43,7 @@ def prefer(
         pools["copy"] = [c for c in written if c.status in ("trivial", "known", "repeated")]
     if settings.failures_as_rejected:
         pools["failure"] = [c for c in written if c.status == "failed"]
-    return _pair_up(chosen, pools, settings, random.Random(seed))
+    return _pair_up(chosen, pools, scores, settings, random.Random(seed))
 
 
 def _ranked(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> list[Candidate]:
@@ -62,6 +62,7 @@ def _elites(
 def _pair_up(
     chosen: Sequence[Candidate],
     pools: Mapping[str, Sequence[Candidate]],
+    scores: Mapping[str, float],
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
@@ -79,7 +80,8 @@ def _pair_up(
         deck, made, misses = decks[reason], 0, 0
         while made < count and misses < len(deck):
             deck.append(rejected := deck.pop(0))
-            partner = min(_partners(uses, rejected, pairs), key=uses.__getitem__, default=None)
+            better = (c for c in uses if reason != "score" or scores[c] > scores[rejected.name])
+            partner = min(_partners(better, rejected, pairs), key=uses.__getitem__, default=None)
             if partner is None:
                 misses += 1
                 continue

@@ -3,6 +3,7 @@
 A run is a folder: `archive.db`, and `adapters/` with what the factory learned.
 """
 
+import fcntl
 import platform
 import shutil
 import time
@@ -23,7 +24,7 @@ from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
 from selfdev.cycle import Cycle, Factory
 from selfdev.errors import Interrupted, SelfdevError, UserError
-from selfdev.evaluation.evaluator import Evaluator
+from selfdev.evaluation.evaluator import DISTANCE, Evaluator
 from selfdev.evaluation.tasks import load_task
 from selfdev.evaluation.verdict import LEARNING, ranked_new
 from selfdev.factory.factory import LocalFactory
@@ -66,7 +67,7 @@ def run(
         raise UserError(
             f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out"
         )
-    _check_space(folder.parent)
+    _check_space(folder)
     return _carry_out(folder, config, preset, factory, watch or Silent(), unsafe_sandbox)
 
 
@@ -110,7 +111,8 @@ def _carry_out(
 ) -> "Run":
     began = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(_told(folder))
+        stack.enter_context(_told(folder, " --unsafe-sandbox" if unsafe_sandbox else ""))
+        stack.enter_context(_alone(folder))
         limits = Limits(
             wall_seconds=config.jail.wall_seconds,
             cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
@@ -172,6 +174,8 @@ def _open_or_create(folder: Path, config: Config, preset: str) -> Archive:
 def _check_space(folder: Path) -> None:
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, and the run's folder would lie in it; choose another --out")
     free = shutil.disk_usage(folder).free
     if free < ADAPTER_SPACE:
         raise UserError(
@@ -181,7 +185,7 @@ def _check_space(folder: Path) -> None:
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _told(folder: Path, flags: str = "") -> Iterator[None]:
     """What archive, jail and keyboard raise, as errors that tell the user the way out."""
     try:
         yield
@@ -195,7 +199,21 @@ def _told(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         if not (folder / ARCHIVE).exists():
             raise Interrupted("stopped before the run began; there is nothing to resume") from None
-        raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}") from None
+        raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}{flags}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run's folder against a second process; the kernel lets go of it however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work on this run; wait for it, or stop it"
+            ) from None
+        yield
 
 
 class Run:
@@ -244,7 +262,8 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """All that `selfdev show --json` prints; scores in 0..1."""
-        record, verdict, best = self.archive.run, self.verdict, self.best
+        record, verdict = self.archive.run, self.verdict
+        best, scored = next(iter(ranked_new(self.archive, LEARNING)), (None, None))
         return {
             "run": {
                 "name": record.name,
@@ -259,13 +278,16 @@ class Run:
                 "test_opened": self.archive.openings(),
             },
             "best": None
-            if best is None
+            if best is None or scored is None
             else {
                 "candidate": best.name,
                 "source": best.source,
                 "non_trivial": best.status == "new",
                 "nearest": best.nearest,
                 "distance": best.distance,
+                "distance_on_real_tensors": self.archive.evaluations("candidate", best.name)[
+                    0
+                ].parameters.get(DISTANCE),
             },
             "headline": None if verdict is None else verdict["headline"],
             "best_on_test": None if verdict is None else verdict["best_on_test"],

@@ -78,14 +78,14 @@ class Evaluation:
     """One merged model on the questions of one split.
 
     Attributes:
-        kind: `seed`, `expert`, `rival` or `candidate`.
-        subject: name of the expert, method or candidate.
+        kind: `seed`, `rival` or `candidate`.
+        subject: `seed`, or the name of the method or candidate.
         number: which of a rival's settings; 0 for the others.
         split: `development` or `test`.
         outcomes: right or wrong for every question, in the archived order; None with a failure.
         score: in 0..1; None with a failure.
         questions: how many questions the score rests on.
-        parameters: of a rival.
+        parameters: of a rival; of a candidate what was measured beside the score.
         failure: class of the failure, if it failed.
         seconds: merging and scoring.
     """

@@ -52,11 +52,11 @@ CREATE TABLE candidate (
 ) STRICT;
 
 CREATE TABLE evaluation (
-    kind TEXT NOT NULL CHECK (kind IN ('seed', 'expert', 'rival', 'candidate')),
-    subject TEXT NOT NULL,            -- expert, method or candidate
+    kind TEXT NOT NULL CHECK (kind IN ('seed', 'rival', 'candidate')),
+    subject TEXT NOT NULL,            -- seed, method or candidate
     number INTEGER NOT NULL,          -- which setting of a rival; 0 elsewhere
     split TEXT NOT NULL,
-    parameters TEXT NOT NULL,         -- JSON
+    parameters TEXT NOT NULL,         -- JSON: a rival's setting, or what was measured beside a candidate's score
     score REAL,                       -- 0..1; NULL with a failure: invalid is a status, never a number
     outcomes BLOB,                    -- one bit a question, in the order of `question`
     questions INTEGER NOT NULL,

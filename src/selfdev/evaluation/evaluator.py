@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import method
-from selfdev.algorithms.screening import TOLERANCE, Box, explained_by_combination
+from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
 from selfdev.archive import Candidate, Evaluation
 from selfdev.evaluation.scoring import Encoded, ScoringError, aggregate, encode, mean_by_group, score_exact
 from selfdev.evaluation.tasks import Question, Seal, Task
@@ -22,6 +22,9 @@ from selfdev.merging.apply import applied
 from selfdev.merging.task_vectors import TaskVectors, merge_by_method
 from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
+
+DISTANCE = "distance_on_real_tensors"
+"""Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
 
 
 class Refused(Exception):
@@ -105,9 +108,10 @@ class Evaluator:
         began = time.perf_counter()
         merged = self.merge(candidate)
         distance = explained_by_combination(merged, self.vectors.vectors)
-        if distance <= TOLERANCE:
+        if distance <= REAL_TOLERANCE:
             raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
-        return self._evaluation("candidate", candidate.name, 0, split, {}, merged, began)
+        facts = {DISTANCE: float(f"{distance:.4g}")}
+        return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began)
 
     def merge(self, candidate: Candidate) -> dict[str, Tensor]:
         """Run a candidate in the jail on every selected tensor.

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
+from selfdev.errors import SelfdevError
 from selfdev.factory.prompt import STOP, Prompt, ask, deal
 from selfdev.factory.refinement import plan, refine
-from selfdev.factory.sampling import Sample, Sampler
+from selfdev.factory.sampling import Sample, Sampler, check_context
 from selfdev.factory.warm_start import warm_start
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
 from selfdev.models.sources import cache_dir, resolve
@@ -44,6 +46,8 @@ class LocalFactory:
         self.weights = weights_hash(self.folder)
         self._sources = examples()
         self._loaded: tuple[PreTrainedModel, tuple[Path, ...]] | None = None
+        longest = max(len(prompt.tokens(self.tokenizer)) for prompt in self.prompts(0))
+        check_context(AutoConfig.from_pretrained(self.folder), longest + config.factory.max_new_tokens)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -217,6 +221,9 @@ def _save(model: PeftModel, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(aside)
+    try:
+        model.save_pretrained(aside)
+    except SafetensorError as error:
+        raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

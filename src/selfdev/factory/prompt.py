@@ -53,10 +53,10 @@ Invent an algorithm that differs from the example in its idea. Answer with one P
 '''
 
 STOP = {
-    Form.SHORT: re.compile(r"\n\n\n|\n[^\s]$"),
-    Form.CONTRACT: re.compile(r"\n```\s*$"),
+    Form.SHORT: re.compile(r"\n\n\n|\n\S"),
+    Form.CONTRACT: re.compile(r"```\w*[ \t]*\n(?s:.*)\n```"),
 }
-"""What ends a program, matched on the end of what was written."""
+"""What ends a program, searched for in all that was written: the function's end, or that of the first code block."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def plan(
 
     Args:
         pairs: token ids of (chosen, rejected).
-        prompts: token ids of the prompts of the iteration that wrote them.
+        prompts: token ids of prompts; a pair is not tied to the prompt that it was written under.
         pairs_a_step: pairs that share one packed prompt.
         seed: of the shuffle.
     """

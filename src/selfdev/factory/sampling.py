@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdev.errors import UserError
 from selfdev.factory.shared_prefix import LayerCache, SharedPrefix, attending
@@ -44,7 +44,7 @@ class Sampler:
         temperature: above 0.
         top_p: in (0, 1]: the smallest set of tokens with at least this probability is drawn from.
         max_new_tokens: where a program that does not end is cut.
-        stop: a pattern; sampling of a row ends when it matches the end of what was written.
+        stop: a pattern; sampling of a row ends when it is found in what was written.
     """
 
     temperature: float
@@ -76,7 +76,7 @@ class Sampler:
         Raises:
             UserError: prompt and continuation do not fit the model's context.
         """
-        _check_context(model, max(map(len, prompts)) + self.max_new_tokens)
+        check_context(model.config, max(map(len, prompts)) + self.max_new_tokens)
         seeds = [seed for group in rows for seed in group]
         uniform = torch.stack([_uniform(seed, self.max_new_tokens) for seed in seeds]).to(model.device)
         position = torch.tensor(
@@ -98,7 +98,7 @@ class Sampler:
                     zip(alive.tolist(), chosen.tolist(), log_prob.tolist(), strict=True)
                 ):
                     written[row].add(token, lp, pieces[token])
-                    if token in ends or self.stop.search(written[row].tail):
+                    if token in ends or self.stop.search(written[row].text):
                         written[row].finished = True
                     else:
                         going.append(place)
@@ -138,13 +138,13 @@ class _Row:
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.log_prob = 0.0
-        self.tail = ""
+        self.text = ""
         self.finished = False
 
     def add(self, token: int, log_prob: float, piece: str) -> None:
         self.tokens.append(token)
         self.log_prob += log_prob
-        self.tail = (self.tail + piece)[-64:]
+        self.text += piece
 
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
@@ -152,7 +152,7 @@ class _Row:
 
 
 class _Pieces(dict[int, str]):
-    """Text of each token, decoded once: the stop pattern is matched on it, not on whole texts."""
+    """Text of each token, decoded once: the stop pattern needs no decoding of whole texts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -179,8 +179,9 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-def _check_context(model: PreTrainedModel, tokens: int) -> None:
-    config = model.config.get_text_config()
+def check_context(config: PreTrainedConfig, tokens: int) -> None:
+    """Raise UserError unless a model of this config can hold so many tokens."""
+    config = config.get_text_config()
     for field in ("max_position_embeddings", "sliding_window"):
         limit = getattr(config, field, None)
         if limit is not None and tokens > limit:

@@ -53,7 +53,7 @@ def warm_start(
     model.train()
     deck: list[str] = []
     for step in range(steps):
-        # Targets are dealt as cards, so that every example is written equally often.
+        # Targets are dealt as cards, so that all examples are written about equally often.
         if len(deck) < targets:
             deck = draw.sample(sorted(sources), len(sources))
         wanted = [deck.pop() for _ in range(targets)]

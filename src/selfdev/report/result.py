@@ -145,7 +145,11 @@ def _winner(summary: dict[str, Any]) -> list[RenderableType]:
     best = summary["best"]
     distance = "unknown" if best["distance"] is None else f"{100 * best['distance']:.0f} %"
     title = Text.assemble(("Best new program on development: ", ""), (visible(best["candidate"]), "bold"))
-    near = f"Nearest trivial or known program: {best['nearest'] or '-'}, distance {distance} of the output."
+    real = best["distance_on_real_tensors"]
+    near = (
+        f"Nearest trivial or known program on probes: {best['nearest'] or '-'}, distance {distance} of the output. "
+        f"On the experts themselves: {'unknown' if real is None else f'{100 * real:.0f} %'} from a linear combination."
+    )
     return [title, Text(visible(near), style="dim"), "", python(unwrap_short(best["source"]))]
 
 
@@ -160,7 +164,8 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     lies = f"{folder}: archive.db (everything), adapters/ (what the factory learned)"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
     if record["status"] != "done":
-        rows["go_on"] = Text(f"selfdev resume {folder}")
+        unsafe = " --unsafe-sandbox" if summary["run"]["unsafe_sandbox"] else ""
+        rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")
     if summary["best"] is not None:
         rows["one_program"] = Text(f"selfdev show {folder} {summary['best']['candidate']}")
     rows["all_figures"] = Text(f"selfdev show {folder} --json")

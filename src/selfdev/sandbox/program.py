@@ -69,7 +69,7 @@ def _merge(code: CodeType, call: Call) -> torch.Tensor:
     namespace: dict[str, Any] = {"__name__": "candidate", "__builtins__": __builtins__}
     exec(code, namespace)
     merge_models = namespace[ENTRY]
-    arguments: list[Any] = [dict(call.model_dict), torch.device("cpu")]
+    arguments: list[Any] = [dict(call.model_dict), "cpu"]
     if _takes_context(merge_models):
         arguments.append(call.context)
     return _checked(merge_models(*arguments), call.shape)
