@@ -2,6 +2,7 @@
 #   make quickstart    the first discovery, with a real language model
 #   make test          the tests
 #   make test-unprivileged   those of the jail, as an ordinary user
+#   make coverage      the tests, and which lines they leave out
 #   make check         what CI checks beside them: format, lint, types
 #   make proof         the tests that take minutes or real models
 
@@ -14,7 +15,7 @@ QUICKSTART = runs/quickstart-1
 # other down where cores are shared.
 TEST_ENVIRONMENT = OMP_WAIT_POLICY=passive OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-unprivileged check proof clean
+.PHONY: quickstart test test-unprivileged coverage check proof clean
 
 quickstart: $(VENV)/.installed
 	@if [ -e $(QUICKSTART)/archive.db ]; then $(BIN)/selfdev resume $(QUICKSTART); \
@@ -22,6 +23,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+coverage: $(VENV)/.installed-dev
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
 # The jail once more as an ordinary user; asked for by root, the tests first give root up.
 test-unprivileged: $(VENV)/.installed-dev

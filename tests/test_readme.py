@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import selfdev
 from selfdev.algorithms.library import methods
 from selfdev.algorithms.screening import PROBES, TOLERANCE
 from selfdev.algorithms.source import wrap_short
@@ -79,6 +80,12 @@ def test_the_python_names_exist(text: str) -> None:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(node.module or "")
             assert all(hasattr(module, name.name) for name in node.names)
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "selfdev"
+        ):
+            assert hasattr(selfdev, node.attr)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +101,7 @@ def test_ci_runs_the_test_command_of_the_readme_and_the_checks() -> None:
     assert "make test" in commands()
     assert re.search(r"^make test\b", script, re.MULTILINE)
     assert re.search(r"^make check\b", script, re.MULTILINE)
+    assert re.search(r"^make test-unprivileged\b", script, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

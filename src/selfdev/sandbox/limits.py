@@ -10,9 +10,9 @@ class Limits:
     Attributes:
         wall_seconds: wall-clock seconds from the moment when the child's layers stand until it is killed.
         cpu_seconds: processor seconds of the child, rounded up to whole ones, with one more of grace.
-        memory_bytes: address space in bytes above what the child occupies before the program is read
-            (interpreter, torch and the mapped tensors; an absolute limit would fail every program on builds
-            of torch with a large base size).
+        memory_bytes: address space, and writable private memory, in bytes above what the child occupies
+            before the program is read (interpreter, torch and the mapped tensors; an absolute limit would
+            fail every program on builds of torch with a large base size).
         source_bytes: longest accepted source in bytes of UTF-8. Parsing is superlinear in time and memory.
     """
 

@@ -1,6 +1,12 @@
 """Resource limits of one jailed child.
 
-Stops: memory, processor time, files and core dumps beyond the budget. Does not stop: wall-clock time (the
+Memory takes two limits. RLIMIT_AS bounds what is mapped, but what is mapped already can become the process's
+own: the kernel copies each page of a library that is made writable and written to, and libraries have
+hundreds of megabytes. RLIMIT_DATA bounds what is writable and private. It does not count shared mappings and
+growing stacks; the system-call filter refuses those, and RLIMIT_STACK bounds the one stack that is there.
+
+Stops: memory, processor time, files and core dumps beyond the budget. Does not stop: copies of what was
+    writable when the limits came (the forkserver's own data and the mapped inputs), wall-clock time (the
     parent kills at the deadline) and, for root, new processes (RLIMIT_NPROC does not bind root; the
     system-call filter refuses clone).
 """
@@ -9,26 +15,32 @@ import math
 import resource
 
 _SPARE_DESCRIPTORS = 16
+_STACK_BYTES = 8 * 1024**2  # what most systems give
 
 
-def address_space() -> int:
-    """Bytes of address space that this process occupies now."""
+def occupied() -> tuple[int, int]:
+    """Bytes that this process has mapped now, and how many of them are its own to write to."""
     with open("/proc/self/statm", "rb") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
+        size, _, _, _, _, data, _ = map(int, statm.read().split())
+    return size * resource.getpagesize(), data * resource.getpagesize()
 
 
 def restrict(memory_bytes: int, cpu_seconds: float) -> None:
     """Limit this process for good.
 
     Args:
-        memory_bytes: address space above what is occupied now, tensors mapped already.
+        memory_bytes: address space, and writable private memory, above what is occupied now, tensors mapped
+            already.
         cpu_seconds: processor time from the fork on; SIGXCPU then, SIGKILL one second later.
 
     Raises:
         OSError: where a limit cannot be set.
     """
     seconds = math.ceil(cpu_seconds)
-    _limit(resource.RLIMIT_AS, address_space() + memory_bytes)
+    mapped, own = occupied()
+    _limit(resource.RLIMIT_AS, mapped + memory_bytes)
+    _limit(resource.RLIMIT_DATA, own + memory_bytes)
+    _limit(resource.RLIMIT_STACK, _STACK_BYTES)
     _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)

@@ -14,7 +14,7 @@ class Table:
 
     Attributes:
         audit_arch: AUDIT_ARCH_* of linux/audit.h, which the filter compares first.
-        allowed: call name to number; ``mmap`` and ``mprotect`` without PROT_EXEC only.
+        allowed: call name to number; `seccomp` restricts the arguments of some.
         x32_bit: numbers from here on belong to another ABI of the same architecture; 0 where there is none.
     """
 
@@ -59,7 +59,6 @@ X86_64 = Table(
         "sched_getaffinity": 204,
         "getcpu": 309,
         "getrandom": 318,
-        "membarrier": 324,
         "exit": 60,
         "exit_group": 231,
     },
@@ -96,7 +95,6 @@ AARCH64 = Table(
         "sched_getaffinity": 123,
         "getcpu": 168,
         "getrandom": 278,
-        "membarrier": 283,
         "exit": 93,
         "exit_group": 94,
     },
