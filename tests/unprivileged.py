@@ -1,9 +1,14 @@
-"""Run pytest as an ordinary user: `python tests/unprivileged.py PATH...`. Root first becomes uid 65534."""
+"""Run pytest as an ordinary user: `python tests/unprivileged.py PATH...`. Root first becomes uid 65534.
+
+Where the interpreter lies in a folder of root's that others cannot enter, the tests keep the one capability that
+lets them read it; the jail drops that as every other.
+"""
 
 import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 NOBODY = 65534
 
@@ -11,23 +16,21 @@ NOBODY = 65534
 def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         os.chmod(home, 0o777)  # it is the new user's
-        privileged = os.geteuid() == 0
-        user = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if privileged else {}
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-p",
-                "no:cacheprovider",
-                f"--basetemp={home}/tests",
-                *sys.argv[1:],
-            ],
-            env=os.environ
-            | {"HOME": home, "TMPDIR": home, "HYPOTHESIS_STORAGE_DIRECTORY": f"{home}/hypothesis"},
-            check=False,
-            **user,  # type: ignore[call-overload]
-        ).returncode
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={home}/tests", *sys.argv[1:]]
+        environment = {"HOME": home, "TMPDIR": home, "HYPOTHESIS_STORAGE_DIRECTORY": f"{home}/hypothesis"}
+        return subprocess.run(_as_nobody() + command, env=os.environ | environment, check=False).returncode
+
+
+def _as_nobody() -> list[str]:
+    if os.geteuid() != 0:
+        return []
+    reading = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+    kept = [] if _everybody_enters(Path(sys.executable).resolve()) else reading
+    return ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *kept]
+
+
+def _everybody_enters(path: Path) -> bool:
+    return all(parent.stat().st_mode & 0o001 for parent in path.parents)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def test_no_server_is_reached(
 @pytest.mark.parametrize("name", OPENS)
 def test_no_socket_is_made(name: str, box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
     source = program(OPENS[name])
-    assert name in MAY_BE_CLOSED_OUTSIDE or succeeds_outside(source), "the attack does not work"
+    if not succeeds_outside(source):
+        assert name in MAY_BE_CLOSED_OUTSIDE, "the attack does not work even without a jail"
+        pytest.skip("this machine has it switched off")
     outcome = box.merge(source, model_dict)
     assert repelled(outcome), outcome

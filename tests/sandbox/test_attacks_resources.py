@@ -1,10 +1,11 @@
 """Attacks on the machine's time and memory, and floods. What is used up is the child's own budget."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from canaries import program
+from canaries import program, repelled, succeeds_outside
 
 from selfdev.sandbox import Limits, Sandbox
 
@@ -38,7 +39,7 @@ GREEDY = {
     "growing_list": "x = [0]\nwhile True: x += x",
     "growing_string": "x = 'x'\nwhile True: x += x",
     "many_tensors": "x = []\nwhile True: x.append(torch.ones(10**6))",
-    "anonymous_mappings": "x = []\nwhile True: x.append(sys.modules['mmap'].mmap(-1, 2**24))",
+    "anonymous_mappings": "x = []\nwhile True: x.append(sys.modules['mmap'].mmap(-1, 2**24, flags=0x22))",
     "huge_range_as_list": "list(range(10**11))",
     "huge_message": "raise RuntimeError('x' * 10**11)",
 }
@@ -66,6 +67,51 @@ def test_memory_is_counted_above_what_the_child_occupies_anyway(
     # An absolute limit of 64 MiB would fail everything: the warm interpreter alone has several hundred.
     assert strict_box.merge(program("got = torch.ones(8 * 2**20).sum()"), model_dict).ok
     assert strict_box.merge(program("got = torch.ones(32 * 2**20).sum()"), model_dict).status == "memory"
+
+
+def libraries(pid: int) -> list[tuple[int, int]]:
+    """Start and length of the mapped code of a process, the largest first. A fork has it in the same places."""
+    found = []
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        addresses, access, _, _, inode, *_ = line.split()
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        if access == "r-xp" and inode != "0":
+            found.append((start, end - start))
+    return sorted(found, key=lambda place: -place[1])
+
+
+def test_libraries_made_writable_count_against_the_budget(
+    strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+) -> None:
+    # The kernel copies each page that is written to, and no address space is added. What is asked for is torch's
+    # own code, which cannot run afterwards, so the program leaves by forging the record of its failure.
+    start, length = libraries(strict_box.pid)[0]
+    assert length > 128 * 2**20, "torch is too small for this test"
+    body = f"""
+    libc = sys.modules['ctypes'].CDLL(None)
+    address = sys.modules['ctypes'].c_void_p
+    frame = sys._getframe()
+    while 'results' not in frame.f_locals: frame = frame.f_back
+    results, Record = frame.f_locals['results'], sys.modules['__jail__.job'].Record
+    pack, leave, mine = Record.pack, os._exit, 0
+    for place in range({start}, {start + length - 2**20}, 2**20):
+        mine += libc.mprotect(address(place), 2**20, 3) == 0
+    results[:Record.SIZE] = pack(Record(2, 'error', 'ValueError', str(mine), 0.0))
+    leave(0)
+    """
+    outcome = strict_box.merge(program(body), model_dict)
+    assert outcome.failure == "ValueError", outcome
+    assert 0 < int(outcome.error) <= 64
+
+
+@pytest.mark.parametrize("flags", ["0x21", "0x122"], ids=["shared", "growing down"])
+def test_memory_that_no_limit_counts_is_refused(
+    flags: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+) -> None:
+    # With it a program could give libraries back and take as much address space that RLIMIT_DATA does not see.
+    source = program(f"got = sys.modules['mmap'].mmap(-1, 4096, flags={flags}) is not None")
+    assert succeeds_outside(source)
+    assert repelled(strict_box.merge(source, model_dict))
 
 
 def test_inputs_do_not_count_against_the_budget(strict_box: Sandbox) -> None:

@@ -1,11 +1,13 @@
 """Attacks on the verdict: leaving early, forging the record, patching torch, and outputs that lie."""
 
+import _ctypes
 import math
 import os
+import shutil
 
 import pytest
 import torch
-from canaries import SECRET, program
+from canaries import SECRET, Room, program, succeeded, succeeds_outside
 
 from selfdev.sandbox import Sandbox, Status
 
@@ -48,27 +50,29 @@ RAISES = {
     "generator_exit": ("raise GeneratorExit", "GeneratorExit"),
     "message_raises": (
         "class E(Exception):\n    def __str__(self): raise E\nraise E",
-        "HostileException",
+        "Exception",
     ),
     "message_is_no_string": (
         "class E(Exception):\n    def __str__(self): return 3\nraise E",
-        "HostileException",
+        "Exception",
     ),
     "message_is_a_strange_string": (
         "class S(str):\n    def __getitem__(self, i): raise SystemExit\n    def split(self): raise SystemExit\n"
         "class E(Exception):\n    def __str__(self): return S('x' * 5000)\nraise E",
-        "HostileException",
+        "Exception",
     ),
     "class_name_raises": (
         "class M(type):\n    __name__ = property(lambda self: 1 / 0)\nclass E(Exception, metaclass=M): pass\nraise E",
-        "HostileException",
+        "Exception",
     ),
-    "class_name_with_controls": ("raise type('\\x1b[31mok\\n', (Exception,), {})", "UnnamedError"),
-    "class_name_too_long": ("raise type('E' * 5000, (Exception,), {})", "E" * 64),
+    "class_name_with_controls": ("raise type('\\x1b[31mok\\n', (Exception,), {})", "Exception"),
+    "class_name_too_long": ("raise type('E' * 5000, (Exception,), {})", "Exception"),
     "raises_a_class_that_lies": (
         "class E(Exception):\n    __class__ = property(lambda self: SystemExit)\nraise E",
-        "E",
+        "Exception",
     ),
+    "class_of_a_library": ("torch.linalg.inv(torch.zeros(2, 2))", "Exception"),
+    "class_of_python": ("raise TimeoutError", "TimeoutError"),
 }
 
 
@@ -87,6 +91,9 @@ MESSAGES = {
     "lone_surrogates": "raise ValueError('\\ud800' * 500)",
     "astral": "raise ValueError('\\U0001f600' * 5000)",
     "address": "raise ValueError(object())",
+    "invisible": "raise ValueError('\\u3164\\u2800\\u00ad\\u034f' * 9)",
+    "piled_up": "raise ValueError('a' + '\\u0301' * 200)",
+    "right_to_left": "raise ValueError('\\u05d0\\u05d1')",
 }
 
 
@@ -98,6 +105,7 @@ def test_messages_are_short_clean_and_repeatable(
     assert (outcome.status, outcome.failure) == ("error", "ValueError")
     assert len(outcome.error) <= 300
     assert outcome.error.isprintable()
+    assert outcome.error.isascii()
     assert strict_box.merge(program(MESSAGES[name]), model_dict).error == outcome.error
 
 
@@ -170,9 +178,43 @@ def test_raising_the_jails_own_exceptions_gains_nothing(
     box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
     body = JAIL + "raise jail['__jail__.layers'].LayerMissing('no Landlock here')"
-    assert box.merge(program(body), model_dict).failure == "LayerMissing"
+    assert box.merge(program(body), model_dict).failure == "Exception"
     body = JAIL + "raise jail['__jail__.program'].BadOutput('Timeout', 'x')"
-    assert box.merge(program(body), model_dict).status == "bad_output"
+    outcome = box.merge(program(body), model_dict)
+    assert (outcome.status, outcome.failure) == ("bad_output", "ForgedRecord")
+
+
+# Every class that the jail itself gives, and one that it does not.
+OURS = [
+    *("Timeout", "CpuTime", "EarlyExit", "Signal SIGSEGV", "OutOfMemory", "ForgedRecord"),
+    *("NonFinite", "NotATensor", "ShapeMismatch", "DtypeMismatch", "DeviceMismatch"),
+    *("SourceTooLong", "TooComplex", "ImportNotAllowed", "NoEntryPoint", "WrongSignature", "SomethingElse"),
+]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_no_program_names_its_failure_as_the_jail_would(
+    name: str, box: Sandbox, model_dict: dict[str, torch.Tensor]
+) -> None:
+    raised = box.merge(program(f"raise type({name!r}, (Exception,), {{}})('words')"), model_dict)
+    assert (raised.status, raised.failure, raised.error) == ("error", "Exception", f"{name}: words (line 6)")
+    body = JAIL + f"record = Record(State.DONE, 'error', {name!r}, 'words', 0.0)\n"
+    written = box.merge(program(body + "results[: Record.SIZE] = record.pack()\nos._exit(0)"), model_dict)
+    assert (written.status, written.failure, written.error) == ("error", "Exception", "words")
+
+
+@pytest.mark.parametrize("status", ["rejected", "memory", "bad_output"])
+def test_a_failure_that_the_jail_does_not_give_is_a_forgery(
+    status: str, box: Sandbox, model_dict: dict[str, torch.Tensor]
+) -> None:
+    body = JAIL + f"record = Record(State.DONE, {status!r}, 'Timeout', 'words', 0.0)\n"
+    outcome = box.merge(program(body + "results[: Record.SIZE] = record.pack()\nos._exit(0)"), model_dict)
+    assert (outcome.status, outcome.failure) == ("bad_output", "ForgedRecord")
+
+
+def test_a_program_may_say_that_it_lacks_memory(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+    outcome = box.merge(program("raise MemoryError"), model_dict)
+    assert (outcome.status, outcome.failure) == ("memory", "OutOfMemory")  # as documented
 
 
 def test_writing_to_any_descriptor_reaches_no_one(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
@@ -349,40 +391,43 @@ def test_import_is_rejected_with_its_name(
 # The syntax check sees none of these; each reaches a module that it forbids, and the layers below stop what
 # it does.
 ESCAPES = {
-    "torch_os": "torch.os.open('$ROOM/secret', 0)",
-    "dunder_import": "__import__('os').open('$ROOM/secret', 0)",
-    "importlib": "torch.sys.modules['importlib'].import_module('os').open('$ROOM/secret', 0)",
-    "builtins_of_a_function": "math.sin.__self__.__loader__.load_module('posix').open('$ROOM/secret', 0)",
-    "subclasses": "[c for c in ().__class__.__base__.__subclasses__() if c.__name__ == '_wrap_close'][0]"
-    ".__init__.__globals__['system']('touch $ROOM/new')",
-    "eval": 'eval(\'__import__("os").open("$ROOM/secret", 0)\')',
-    "globals_of_torch": "torch.nn.Module.__init__.__globals__['__builtins__']['open']('$ROOM/secret')",
-    "functools_globals": "functools.wraps.__globals__['__builtins__']['open']('$ROOM/secret')",
-    "cpp_extension": "torch.utils.cpp_extension.load_inline('x', 'int f() { return 1; }')",
-    "hub": "torch.hub.load_state_dict_from_url('http://127.0.0.1:1/x')",
-    "load_library": "torch.ops.load_library('/lib/x86_64-linux-gnu/libc.so.6')",
-    "jit_load": "torch.jit.load('$ROOM/secret')",
-    "classes_load": "torch.classes.load_library('$ROOM/secret')",
-    "trace_file": "torch.autograd.profiler.profile().__enter__().export_chrome_trace('$ROOM/new')",
-    "storage_shared": "torch.zeros(3).share_memory_()",
-    "storage_from_file": "torch.UntypedStorage.from_file('$ROOM/secret', False, 4)",
-    "multiprocessing": "torch.multiprocessing.spawn(print)",
-    "distributed": "torch.distributed.TCPStore('127.0.0.1', 1, 1, True)",
-    "compile": "torch.compile(lambda x: x + 1)(torch.ones(3))",
-    "dlopen": "torch.sys.modules['ctypes'].CDLL('libcrypt.so.1')",
+    "torch_os": "got = torch.os.read(torch.os.open('$ROOM/secret', 0), 99)",
+    "dunder_import": "got = __import__('os').listdir('$ROOM')",
+    "importlib": "got = torch.sys.modules['importlib'].import_module('os').listdir('$ROOM')",
+    "loader_of_builtins": "got = len.__self__.__loader__.load_module('posix').listdir('$ROOM')",
+    "subclasses": "wrap = [c for c in ().__class__.__base__.__subclasses__() if c.__name__ == '_wrap_close'][0]\n"
+    "got = wrap.__init__.__globals__['system']('echo > $ROOM/new') == 0",
+    "eval": 'got = eval(\'__import__("os").listdir("$ROOM")\')',
+    "globals_of_torch": "got = torch.nn.Module.__init__.__globals__['__builtins__']['open']('$ROOM/secret').read()",
+    "globals_of_functools": "import functools\n"
+    "got = functools.wraps.__globals__['__builtins__']['open']('$ROOM/secret').read()",
+    "hub": "torch.hub.download_url_to_file('file://$ROOM/secret', '$ROOM/new', progress=False); got = True",
+    "load_library": "torch.ops.load_library('$ROOM/library.so'); got = True",
+    "load_classes": "torch.classes.load_library('$ROOM/library.so'); got = True",
+    "dlopen": "got = torch.sys.modules['ctypes'].CDLL('$ROOM/library.so')",
+    "trace_file": "with torch.autograd.profiler.profile() as trace: torch.ones(2) + 1\n"
+    "trace.export_chrome_trace('$ROOM/new'); got = os.path.exists('$ROOM/new')",
+    "shared_storage": "got = torch.zeros(3).share_memory_().is_shared()",
+    "storage_from_file": "got = torch.UntypedStorage.from_file('$ROOM/secret', False, 4)[0]",
+    "multiprocessing": "process = torch.multiprocessing.get_context('fork').Process(target=open, args=('$ROOM/new', 'w'))\n"
+    "process.start(); process.join(); got = os.path.exists('$ROOM/new')",
+    "distributed": "got = torch.distributed.TCPStore('127.0.0.1', 0, 1, True).port",
 }
 
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_reaching_a_module_is_not_reaching_the_machine(
-    name: str, box: Sandbox, model_dict: dict[str, torch.Tensor], tmp_path: os.PathLike[str]
+    name: str, box: Sandbox, room: Room, model_dict: dict[str, torch.Tensor]
 ) -> None:
-    with open(os.path.join(tmp_path, "secret"), "w") as secret:
-        secret.write(SECRET)
-    body = f"import functools, math\nvalue = {ESCAPES[name]}\ngot = value not in (None, 256, 32512, -1)"
-    outcome = box.merge(program(body, ROOM=tmp_path), model_dict)
-    assert outcome.tensor is None or not outcome.tensor.any(), outcome
-    assert os.listdir(tmp_path) == ["secret"]
+    shutil.copy(_ctypes.__file__, room.path / "library.so")
+    room.remember()
+    source = program(ESCAPES[name], ROOM=room.path)
+    assert succeeds_outside(source), "the attack does not work even without a jail"
+    (room.path / "new").unlink(missing_ok=True)
+    room.remember()
+    outcome = box.merge(source, model_dict)
+    assert not succeeded(outcome), outcome
+    assert room.untouched
 
 
 def test_the_environment_is_scrubbed(

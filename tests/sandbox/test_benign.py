@@ -11,7 +11,9 @@ from benign_programs import PROGRAMS
 
 from selfdev.sandbox import Sandbox
 
-# MKL's least squares depends on where in memory its workspace lies, inside the jail and outside of it.
+# MKL's least squares depends on where in memory its workspace lies, inside the jail and outside of it: 200 runs
+# in one process without a jail differed by up to 6e-7 in numbers of about 1. So this program alone is compared
+# to within 1e-5, about three digits less than float32 has; all others must agree in every bit.
 DEPENDS_ON_MEMORY = {"lstsq_weights"}
 
 
@@ -35,7 +37,7 @@ def bare(source: str, model_dict: dict[str, torch.Tensor], seed: int) -> torch.T
         warnings.simplefilter("ignore")
         exec(source, namespace)
         copies = {name: tensor.clone() for name, tensor in model_dict.items()}
-        merged = namespace["merge_models"](copies, torch.device("cpu"))  # type: ignore[operator]
+        merged = namespace["merge_models"](copies, "cpu")  # type: ignore[operator]
     torch.set_num_threads(1)
     return (merged.to_dense() if merged.layout is not torch.strided else merged).detach().float()
 

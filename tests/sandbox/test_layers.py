@@ -18,9 +18,14 @@ from selfdev.sandbox.syscalls import AARCH64, TABLES, X86_64, Table
 KILL, REFUSE, ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 
 
-def verdict(table: Table, number: int, *, arch: int | None = None, third: int = 0) -> int:
+# Arguments with which each call that is checked for them may be made.
+HARMLESS = {"mmap": (0, 4096, 3, 0x22), "futex": (0, 0x80), "sched_getaffinity": (0, 128)}
+
+
+def verdict(table: Table, number: int, *arguments: int, arch: int | None = None) -> int:
     """Run the filter's program as the kernel would, and give its return value."""
-    data = struct.pack("=IIQ6Q", number, table.audit_arch if arch is None else arch, 0, 0, 0, third, 0, 0, 0)
+    padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+    data = struct.pack("=IIQ6Q", number, table.audit_arch if arch is None else arch, 0, *padded)
     lines = list(struct.iter_unpack("=HBBI", seccomp.program(table)))
     at, value = 0, 0
     while True:
@@ -37,9 +42,11 @@ def verdict(table: Table, number: int, *, arch: int | None = None, third: int = 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_the_filter_allows_exactly_its_list(table: Table) -> None:
-    allowed = {number for number in range(600) if verdict(table, number) == ALLOW}
+    arguments = {table.allowed[name]: harmless for name, harmless in HARMLESS.items()}
+    verdicts = {number: verdict(table, number, *arguments.get(number, ())) for number in range(600)}
+    allowed = {number for number in verdicts if verdicts[number] == ALLOW}
     assert allowed == set(table.allowed.values())
-    assert {verdict(table, number) for number in set(range(600)) - allowed} == {REFUSE}
+    assert {verdicts[number] for number in set(range(600)) - allowed} == {REFUSE}
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -47,7 +54,46 @@ def test_the_filter_allows_exactly_its_list(table: Table) -> None:
 def test_the_filter_refuses_executable_memory(table: Table, name: str) -> None:
     for protection in range(8):
         expected = REFUSE if protection & 4 else ALLOW
-        assert verdict(table, table.allowed[name], third=protection) == expected
+        assert verdict(table, table.allowed[name], 0, 4096, protection, 0x22) == expected
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [(0x22, ALLOW), (0x20022, ALLOW), (0x21, REFUSE), (0x23, REFUSE), (0x01, REFUSE), (0x122, REFUSE)],
+)
+def test_the_filter_refuses_memory_that_the_limits_do_not_count(
+    table: Table, flags: int, expected: int
+) -> None:
+    assert verdict(table, table.allowed["mmap"], 0, 4096, 3, flags) == expected
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("name", ["clock_gettime", "clock_getres", "clock_nanosleep"])
+def test_the_filter_refuses_the_clocks_of_others(table: Table, name: str) -> None:
+    for clock in range(12):
+        assert verdict(table, table.allowed[name], clock) == ALLOW
+    for process in (0, 1, 4242, 2**22):  # as clock_getcpuclockid and pthread_getcpuclockid make them
+        for kind in range(8):
+            number = (~process << 3) | kind
+            assert verdict(table, table.allowed[name], number % 2**32) == REFUSE
+            assert verdict(table, table.allowed[name], number % 2**64) == REFUSE
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_filter_shows_the_affinity_of_the_caller_alone(table: Table) -> None:
+    for process in (1, 4242, 2**31, 2**32 - 1):
+        assert verdict(table, table.allowed["sched_getaffinity"], process) == REFUSE
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_the_filter_allows_private_locks_without_priority_inheritance(table: Table) -> None:
+    wait, wake, requeue, compare_and_requeue, wait_bitset, wake_bitset = 0, 1, 3, 4, 9, 10
+    private, realtime = 0x80, 0x100
+    plain = {wait, wake, requeue, compare_and_requeue, wait_bitset, wake_bitset}
+    expected = {operation | private for operation in plain} | {wait_bitset | private | realtime}
+    found = {op for op in range(1024) if verdict(table, table.allowed["futex"], 0, op) == ALLOW}
+    assert found == expected
 
 
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
@@ -89,7 +135,7 @@ open openat openat2 creat stat lstat fstat newfstatat statx access faccessat fac
 getcwd chdir ioctl fcntl socket socketpair connect bind sendto sendmsg clone clone3 fork vfork execve execveat
 kill tkill tgkill pidfd_open pidfd_send_signal ptrace process_vm_readv process_vm_writev prctl seccomp bpf
 io_uring_setup memfd_create pipe pipe2 dup dup2 dup3 eventfd2 shmget mount unshare setns userfaultfd
-perf_event_open keyctl pkey_mprotect personality setrlimit prlimit64 rt_sigqueueinfo
+perf_event_open keyctl pkey_mprotect personality setrlimit prlimit64 rt_sigqueueinfo membarrier
 """
 
 
@@ -127,6 +173,37 @@ def test_the_wire_carries_messages_and_descriptors(tmp_path: Path) -> None:
             wire.receive(theirs)
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("plain words (line 3)", "plain words (line 3)"),
+        ("a\n\tb\r\n  c", "a b c"),
+        ("<object at 0x7f12abcDEF00>", "<object at 0x...>"),
+        ("0x1F and 0xffffff", "0x1F and 0x..."),
+        ("\x1b[2Jx\x00y", "?[2Jx?y"),
+        ("na\u00efve a\u0301 \u202ex\u200b\u3164\U0001f600", "na?ve a? ?x???"),
+        ("x" * 1000, "x" * 300),
+        ("0x7f12abcdef00 " * 80, ("0x... " * 80)[:300]),
+    ],
+)
+def test_a_message_is_cleaned_by_the_parent_whatever_the_child_wrote(said: str, shown: str) -> None:
+    layout = ResultLayout.of([(1,)])
+    file = layout.make_file()
+    file.write(Record(2, "error", "ValueError", said, 0.5).pack(), 0)
+    (outcome,) = judge(file, layout, Death(EXITED, 0.0, 1.0, False), Limits())
+    file.close()
+    assert (outcome.failure, outcome.error) == ("ValueError", shown)
+
+
+def test_a_length_that_no_message_has_is_not_waited_for() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.sendall(struct.pack("!I", 2**31) + b"{")
+        theirs.settimeout(10)  # without the check it waits for two gigabytes
+        with pytest.raises(wire.Hangup):
+            wire.receive(theirs)
+
+
 EXITED, KILLED, SEGFAULT, OUT_OF_TIME = 0, 9, 11, 24
 
 
@@ -152,6 +229,7 @@ def test_whatever_a_child_leaves_there_is_one_outcome_for_each_call(
         assert outcome.status in set(Status)
         assert outcome.ok == (outcome.tensor is not None)
         assert outcome.error.isprintable()
+        assert outcome.error.isascii()
         assert outcome.failure.isprintable()
         assert 0 <= outcome.seconds <= 2.0
         if outcome.tensor is not None:

@@ -182,6 +182,9 @@ MISTAKES = [
     ({"a": torch.ones(2), "b": torch.ones(3)}, {}, "b: shape"),
     ({"a": torch.ones(2, dtype=torch.float64)}, {}, "float32"),
     ({"a": torch.ones(2)}, {"seed": -1}, "seed is -1"),
+    ({"a": torch.ones(2)}, {"seed": 1.5}, "seed is 1.5"),
+    ({("a", 1): torch.ones(2)}, {}, "is not a string"),
+    ({"a": torch.ones(2)}, {"context": Context(torch.ones(2), name=b"x")}, "not b'x'"),  # type: ignore[arg-type]
     ({"a": torch.ones(2)}, {"context": Context(torch.ones(3))}, "context's seed: shape"),
 ]
 

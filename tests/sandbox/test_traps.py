@@ -2,18 +2,25 @@
 
 import mmap
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
 from canaries import program
 
-from selfdev.sandbox import Sandbox, SandboxUnavailable
+from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
+from selfdev.sandbox.candidate import READY
+from selfdev.sandbox.child import Child
+from selfdev.sandbox.job import Call
 from selfdev.sandbox.memory_file import MemoryFile
 
 SUM = "def merge_models(model_dict, device):\n    return sum(model_dict.values())"
@@ -258,18 +265,130 @@ def test_a_forked_process_may_not_use_its_parents_sandbox(box: Sandbox) -> None:
     assert box.merge(SUM, ONE).ok
 
 
-def test_an_interrupted_call_leaves_the_sandbox_usable() -> None:
-    with Sandbox() as own:
-        previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                own.merge("def merge_models(m, d):\n    while True: pass", ONE)
-        finally:
-            signal.signal(signal.SIGALRM, previous)
+@contextmanager
+def interrupt(function: str, *, at_call: int = 1) -> Iterator[None]:
+    """A Ctrl-C that arrives as this thread enters a function of the sandbox for the n-th time."""
+    calls = 0
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        nonlocal calls
+        if event == "call" and frame.f_code.co_name == function and "sandbox" in frame.f_code.co_filename:
+            calls += 1
+            if calls == at_call:
+                raise KeyboardInterrupt
+
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+@contextmanager
+def no_longer_than(seconds: int) -> Iterator[None]:
+    """Turn a hang into a failure."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"still waiting after {seconds} s")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@pytest.mark.parametrize(
+    ("function", "at_call"),
+    [("_exactly", 2), ("submitted", 1), ("started", 1)],
+    ids=["between an event's length and its body", "after the submission", "with the pidfd in hand"],
+)
+def test_an_interrupt_at_any_point_leaves_the_sandbox_usable(function: str, at_call: int) -> None:
+    endless = "def merge_models(m, d):\n    while True: pass"
+    with Sandbox(Limits(wall_seconds=100, cpu_seconds=100)) as own:
+        first = own.pid
+        with interrupt(function, at_call=at_call), pytest.raises(KeyboardInterrupt):
+            own.merge(endless, ONE)
+        wait_until_gone(first)  # and with it all of its children, which nobody would kill at their deadline
+        with no_longer_than(60):
+            assert own.merge(SUM, ONE).ok
+        assert own.pid != first
+
+
+def test_an_interrupted_program_ends() -> None:
+    with Sandbox(Limits(wall_seconds=100, cpu_seconds=100)) as own:
+        pids: list[int] = []
+
+        def press() -> None:
+            children = Path(f"/proc/{own.pid}/task/{own.pid}/children")
+            while not pids:
+                pids.extend(map(int, children.read_text().split()))
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
+        thread = threading.Thread(target=press)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt), no_longer_than(60):
+            own.merge("def merge_models(m, d):\n    while True: pass", ONE)
+        thread.join()
+        wait_until_gone(pids[0])
         assert own.merge(SUM, ONE).ok
-        children = Path(f"/proc/{own.pid}/task/{own.pid}/children")
-        deadline = time.monotonic() + 10
-        while children.read_text():
-            assert time.monotonic() < deadline
-            own.merge(SUM, ONE)
+
+
+def open_descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_a_job_that_cannot_be_written_leaves_no_descriptor() -> None:
+    before = open_descriptors()
+    with pytest.raises(TypeError):
+        Child("x", [Call({object(): torch.ones(1)})], Limits())  # type: ignore[dict-item]
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("spare", range(5))
+def test_a_shortage_of_descriptors_leaves_none(spare: int) -> None:
+    # Two files and the two ends of a pipe need four; so the first four attempts fail, each elsewhere.
+    before = open_descriptors()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1000) if not Path(f"/proc/self/fd/{number}").is_symlink()]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], limits[1]))
+    try:
+        child = Child("x", [Call(ONE)], Limits())
+        child.close()
+        succeeded = True
+    except OSError:
+        succeeded = False
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert succeeded == (spare == 4)
+    assert open_descriptors() == before
+
+
+def test_a_deadline_that_comes_before_the_pidfd_kills_once_it_is_here() -> None:
+    victim = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    child = Child("x", [Call(ONE)], Limits())
+    os.write(child.descriptors[2], READY)
+    child.submitted()
+    child.hear()
+    child.expire()
+    assert victim.poll() is None
+    child.started(os.pidfd_open(victim.pid))
+    assert victim.wait(20) == -signal.SIGKILL
+    victim.communicate()
+    (outcome,) = child.ended(signal.SIGKILL, 0.0)
+    assert (outcome.status, outcome.failure) == ("timeout", "Timeout")
+    child.close()
+
+
+def test_a_forkserver_that_never_hands_over_the_pidfd_is_not_waited_for() -> None:
+    child = Child("x", [Call(ONE)], Limits())
+    os.write(child.descriptors[2], READY)
+    child.submitted()
+    child.hear()
+    child.expire()
+    assert child.deadline < float("inf")
+    with pytest.raises(SandboxUnavailable, match="forkserver"):
+        child.expire()
+    child.close()

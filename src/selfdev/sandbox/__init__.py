@@ -24,14 +24,16 @@ own session            signals from and to a terminal               signals by p
 nobody, no capability  what root may do (when root)                 what every user may do
 parent-death signal    outliving the forkserver                     living until the deadline
 undumpable             being read by another child                  root outside
-resource limits        memory, processor time, files, core dumps    wall-clock time, processes of root
+resource limits        memory, processor time, files, core dumps    copies of what was writable at the start,
+                                                                     wall-clock time, processes of root
 no_new_privs           gaining rights by exec                       using those it has
 Landlock, no rule      opening, making, running, removing any       stat, access, readlink, chdir, UDP
                        file; TCP; signals and abstract sockets
                        out of the jail (as the kernel's ABI offers)
 seccomp allow-list     every call but arithmetic's: no open, stat,  faults of the kernel in the calls that are
                        socket, clone, exec, kill, ptrace, ioctl;    left; side channels
-                       no executable memory; other ABIs kill
+                       no executable or shared memory; no clock
+                       or lock of others; other ABIs kill
 pidfd and deadline     running for ever; killing a wrong process    using the machine until then
 syntax-tree check      nothing; it labels programs that could not   anything hostile
                        work anyway

@@ -1,9 +1,7 @@
 """One program on many tensors: chunks go to children, several at once, and outcomes come back in order."""
 
 import math
-import os
 import select
-import signal
 import time
 from collections.abc import Iterator, Sequence
 
@@ -49,6 +47,9 @@ class Batch:
     def run(self, workers: int) -> list[Outcome]:
         """Run all chunks, at most ``workers`` at once.
 
+        Whatever it raises, KeyboardInterrupt too, the forkserver may be in the middle of a message, and may
+        have children that nobody waits for. It is of no use any more.
+
         Raises:
             SandboxUnavailable: where the jail broke.
             wire.Hangup: where the forkserver died.
@@ -92,12 +93,6 @@ class Batch:
 
     def _hear_server(self) -> None:
         event, descriptors = self._launcher.receive()
-        if event["job"] not in self._children:
-            # A child of a batch that was broken off, as by Ctrl-C: nobody waits for it.
-            for pidfd in descriptors:
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                os.close(pidfd)
-            return
         places, child = self._children[event["job"]]
         match event["event"]:
             case "started":

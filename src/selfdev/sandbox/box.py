@@ -41,7 +41,8 @@ class Sandbox:
         """
         self.limits = limits or Limits()
         self.unsafe = unsafe
-        self._launcher: Launcher | None = None
+        self._entered = False
+        self._launcher: Launcher | None = None  # started at need: a call that fails takes it along
         self._jobs = itertools.count()
         self._turn = threading.Lock()
 
@@ -54,7 +55,7 @@ class Sandbox:
         if self.unsafe:
             warnings.warn(UNSAFE_NOTICE, stacklevel=2)
         _require_linux()
-        self._launch()
+        self._entered = True
         try:
             self._prove()
         except BaseException:
@@ -70,6 +71,10 @@ class Sandbox:
 
     def close(self) -> None:
         """End the forkserver and every child. A second call does nothing."""
+        self._entered = False
+        self._stop()
+
+    def _stop(self) -> None:
         launcher, self._launcher = self._launcher, None
         if launcher is not None:
             launcher.stop()
@@ -79,9 +84,11 @@ class Sandbox:
         """Process id of the forkserver.
 
         Raises:
-            SandboxUnavailable: where the sandbox is not running.
+            SandboxUnavailable: where none is running.
         """
-        return self._started().process.pid
+        if self._launcher is None:
+            raise SandboxUnavailable("no forkserver is running; each call starts one where there is none")
+        return self._launcher.process.pid
 
     def merge(
         self,
@@ -101,7 +108,7 @@ class Sandbox:
             seed: of torch's and Python's generators, in 0..2**63 - 1.
 
         Raises:
-            ValueError: for a model_dict or a context that is not as above.
+            ValueError: for a model_dict, a context or a seed that is not as above.
             SandboxUnavailable: where the jail broke; never because of what a program did.
         """
         return self.merge_many(source, [model_dict], contexts=[context], seeds=[seed])[0]
@@ -142,34 +149,35 @@ class Sandbox:
             outcomes = self._attempt(source, calls, workers)
             if outcomes is None:
                 # Nothing that a program does ends the forkserver; a machine out of memory does.
-                self.close()
-                self._launch()
                 outcomes = self._attempt(source, calls, workers)
         if outcomes is None:
             raise SandboxUnavailable("the forkserver died twice; is the machine out of memory?")
         return outcomes
 
-    def _launch(self) -> None:
-        from .launcher import Launcher
-
-        self._launcher = Launcher()
-
     def _attempt(self, source: str, calls: "list[Call]", workers: int) -> list[Outcome] | None:
-        """All outcomes, or None if the forkserver died."""
+        """All outcomes, or None if the forkserver died. After a failure of any kind the next one is new."""
         from .batch import Batch
         from .wire import Hangup
 
+        launcher = self._started()
         try:
-            batch = Batch(self._started(), source, calls, self.limits, self._jobs, unsafe=self.unsafe)
-            return batch.run(workers)
+            return Batch(launcher, source, calls, self.limits, self._jobs, unsafe=self.unsafe).run(workers)
         except Hangup:
+            self._stop()
             return None
+        except BaseException:
+            self._stop()
+            raise
 
     def _started(self) -> "Launcher":
-        if self._launcher is None:
+        if not self._entered:
             raise SandboxUnavailable(
                 "the sandbox is not running; use it as a context manager: with Sandbox() as box"
             )
+        if self._launcher is None:
+            from .launcher import Launcher
+
+            self._launcher = Launcher()
         if self._launcher.owner != os.getpid():
             raise SandboxUnavailable(
                 "this sandbox belongs to the process that forked this one; make a new one here"
@@ -218,11 +226,20 @@ def _call(model_dict: Mapping[str, torch.Tensor], context: Context | None, seed:
 
     if not model_dict:
         raise ValueError("model_dict is empty; a program merges at least one task vector")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; it must be in 0..2**63 - 1")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; it must be an integer in 0..2**63 - 1")
+    for name in model_dict:
+        if not isinstance(name, str):
+            raise ValueError(f"model_dict: {name!r} is not a string; its keys are the experts' names")
     shape = next(iter(model_dict.values())).shape
     tensors = {name: _travelling(name, tensor, shape) for name, tensor in model_dict.items()}
     if context is not None:
+        numbers = isinstance(context.layer, int) and isinstance(context.layers, int)
+        if not isinstance(context.name, str) or not numbers:
+            raise ValueError(
+                f"the context's name must be a string, and layer and layers integers, "
+                f"not {context.name!r}, {context.layer!r} and {context.layers!r}"
+            )
         context = dataclasses.replace(context, seed=_travelling("the context's seed", context.seed, shape))
     return Call(tensors, seed, context)
 

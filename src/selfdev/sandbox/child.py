@@ -1,5 +1,7 @@
 """One jailed child as its parent sees it: two memory files, a pipe, a pidfd and a deadline."""
 
+import contextlib
+import math
 import os
 import signal
 import time
@@ -28,11 +30,16 @@ class Child:
         self._layout = ResultLayout.of(call.shape for call in calls)
         self._pidfd = -1
         self._begin: float | None = None
+        self._expired = False
         self._killed = False
         self.deadline = time.monotonic() + _SETUP_SECONDS
-        self.ready, self._ready_end = os.pipe2(os.O_CLOEXEC)
-        self._job = write_job(source, calls)
-        self._results = self._layout.make_file()
+        with contextlib.ExitStack() as undo:
+            self._job = write_job(source, calls)
+            undo.callback(self._job.close)
+            self._results = self._layout.make_file()
+            undo.callback(self._results.close)
+            self.ready, self._ready_end = os.pipe2(os.O_CLOEXEC)
+            undo.pop_all()
 
     @property
     def descriptors(self) -> tuple[int, int, int]:
@@ -48,6 +55,9 @@ class Child:
     def started(self, pidfd: int) -> None:
         """Take the pidfd that the forkserver opened before it could reap the child."""
         self._pidfd = pidfd
+        if self._expired:
+            self._killed = self.kill()
+            self.deadline = math.inf
 
     def hear(self) -> None:
         """Read the pipe, and start the clock if the layers stand.
@@ -65,15 +75,21 @@ class Child:
             raise SandboxUnavailable(said.decode("utf-8", "replace"))
 
     def expire(self) -> None:
-        """Kill the child at its deadline.
+        """Kill the child at its deadline, or as soon as its pidfd is here.
 
         Raises:
-            SandboxUnavailable: where it never finished its setup.
+            SandboxUnavailable: where it never finished its setup, or its pidfd does not come.
         """
         if self._begin is None:
             raise SandboxUnavailable(f"a child did not put on its layers within {_SETUP_SECONDS:g} s")
-        self._killed = self.kill()
-        self.deadline = float("inf")
+        if self._expired:
+            raise SandboxUnavailable(f"the forkserver said nothing for {_SETUP_SECONDS:g} s")
+        self._expired = True
+        if self._pidfd >= 0:
+            self._killed = self.kill()
+            self.deadline = math.inf
+        else:  # the child was faster with its word than the forkserver
+            self.deadline = time.monotonic() + _SETUP_SECONDS
 
     def kill(self) -> bool:
         """Kill by pidfd, which can never mean another process. False if the child has ended by itself."""

@@ -1,10 +1,10 @@
 """From what a dead child left to outcomes. Here the parent meets bytes that a hostile program wrote."""
 
+import builtins
 import math
 import os
-import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +13,21 @@ from .candidate import EXIT_DONE
 from .job import Record, ResultLayout, State, is_finite
 from .limits import Limits
 from .memory_file import MemoryFile
+from .message import clean
 from .outcome import Outcome, Status
 
-_CLASS = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-_LONGEST_MESSAGE = 300
+# What a child may say of itself, apart from ok; time-outs and crashes come from the kernel. Both are closed
+# lists, so a program's own exception is never called as the jail calls something else, say `Timeout`.
+_FAILURES: Mapping[str, Set[str]] = {
+    Status.REJECTED: {"SyntaxError", "TooComplex", "ImportNotAllowed", "NoEntryPoint", "WrongSignature"},
+    Status.MEMORY: {"OutOfMemory"},
+    Status.BAD_OUTPUT: {"NotATensor", "ShapeMismatch", "DtypeMismatch", "DeviceMismatch", "NonFinite"},
+}
+_EXCEPTIONS = {
+    name
+    for name, kind in vars(builtins).items()
+    if isinstance(kind, type) and issubclass(kind, BaseException)
+}
 
 
 @dataclass(frozen=True)
@@ -91,17 +102,9 @@ def _outcome(
         if is_finite(tensor):
             return Outcome(Status.OK, tensor, "", "", seconds)
         return Outcome(Status.BAD_OUTPUT, None, "NonFinite", "returned NaN or infinity", seconds)
-    if record.status not in _REPORTED:
-        return Outcome(Status.BAD_OUTPUT, None, "ForgedRecord", "the result file says nonsense", seconds)
-    failure = record.failure if _CLASS.fullmatch(record.failure) else "UnnamedError"
-    return Outcome(Status(record.status), None, failure, clean(record.error), seconds)
-
-
-# What a child may say of itself, apart from ok; time-outs and crashes come from the kernel.
-_REPORTED: Sequence[str] = (Status.REJECTED, Status.ERROR, Status.MEMORY, Status.BAD_OUTPUT)
-
-
-def clean(text: str) -> str:
-    """At most 300 printable characters of a text that may be anything."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())[:_LONGEST_MESSAGE]
+    if record.status == Status.ERROR:
+        failure = record.failure if record.failure in _EXCEPTIONS else "Exception"
+        return Outcome(Status.ERROR, None, failure, clean(record.error), seconds)
+    if record.failure in _FAILURES.get(record.status, ()):
+        return Outcome(Status(record.status), None, record.failure, clean(record.error), seconds)
+    return Outcome(Status.BAD_OUTPUT, None, "ForgedRecord", "the result file says nonsense", seconds)

@@ -1,7 +1,7 @@
 """Running a program on the calls of one chunk. All of this happens inside the jail."""
 
+import builtins
 import random
-import re
 import time
 import traceback
 from types import CodeType
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from .job import Call, Record, ResultLayout, State, is_finite, view
+from .message import LONGEST, clean
 from .outcome import Status
 from .syntax import ENTRY, FILENAME, Rejected, compile_program
 
-_LONGEST_MESSAGE = 300
-_ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
+_LONGEST_RAW = 4 * LONGEST
 
 
 class BadOutput(Exception):
@@ -112,7 +112,7 @@ def _failure(error: BaseException, seconds: float) -> Record:
     try:
         return _sorted(error, seconds)
     except BaseException:
-        return Record(State.DONE, Status.ERROR, "HostileException", "the exception itself raises", seconds)
+        return Record(State.DONE, Status.ERROR, "Exception", "the exception itself raises", seconds)
 
 
 def _sorted(error: BaseException, seconds: float) -> Record:
@@ -121,7 +121,10 @@ def _sorted(error: BaseException, seconds: float) -> Record:
         return _record(Status.BAD_OUTPUT, error.failure, text, seconds)
     if isinstance(error, MemoryError) or ("can't allocate memory" in text or "bad_alloc" in text):
         return _record(Status.MEMORY, "OutOfMemory", "asked for more memory than its budget", seconds)
-    return _record(Status.ERROR, type(error).__name__, text[: 4 * _LONGEST_MESSAGE] + _where(error), seconds)
+    name = type(error).__name__
+    if type(error) is not vars(builtins).get(name):  # a class of its own: the parent reports no such name
+        name, text = "Exception", f"{name}: {text}"
+    return _record(Status.ERROR, name, text[:_LONGEST_RAW] + _where(error), seconds)
 
 
 def _where(error: BaseException) -> str:
@@ -133,6 +136,4 @@ def _where(error: BaseException) -> str:
 
 
 def _record(status: Status, failure: str, text: str, seconds: float = 0.0) -> Record:
-    # An address differs from run to run, and a result must not.
-    text = _ADDRESS.sub("0x...", text[: 4 * _LONGEST_MESSAGE])
-    return Record(State.DONE, status, failure[:64], " ".join(text.split())[:_LONGEST_MESSAGE], seconds)
+    return Record(State.DONE, status, failure[:64], clean(text), seconds)

@@ -1,6 +1,7 @@
 """How parent and forkserver talk: JSON with its length before it, descriptors beside it.
 
-Nothing is unpickled. The two trust each other; no candidate's process ever holds an end.
+Nothing is unpickled. The two trust each other; no candidate's process ever holds an end. Who is interrupted
+while sending or receiving may leave half a message behind, and must not use the connection again.
 """
 
 import array
@@ -10,11 +11,12 @@ import struct
 from typing import Any
 
 _LENGTH = struct.Struct("!I")
+_LONGEST = 1 << 20
 _MOST_DESCRIPTORS = 8
 
 
 class Hangup(Exception):
-    """The other side closed its end."""
+    """The other side closed its end, or what comes from it is no message."""
 
 
 def send(connection: socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
@@ -47,6 +49,8 @@ def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
         if not start:
             raise Hangup
         (length,) = _LENGTH.unpack(start + _exactly(connection, _LENGTH.size - len(start)))
+        if length > _LONGEST:
+            raise Hangup(f"a message of {length} bytes")
         return json.loads(_exactly(connection, length)), list(descriptors)
     except ConnectionResetError as error:
         raise Hangup from error
