@@ -16,7 +16,15 @@ NOBODY = 65534
 def main() -> int:
     with tempfile.TemporaryDirectory() as home:
         os.chmod(home, 0o777)  # it is the new user's
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--basetemp={home}/tests", *sys.argv[1:]]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={home}/tests",
+            *sys.argv[1:],
+        ]
         environment = {"HOME": home, "TMPDIR": home, "HYPOTHESIS_STORAGE_DIRECTORY": f"{home}/hypothesis"}
         return subprocess.run(_as_nobody() + command, env=os.environ | environment, check=False).returncode
 
