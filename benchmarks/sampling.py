@@ -24,11 +24,12 @@ from selfdev.models.sources import resolve
 class AtFunctionsEnd(StoppingCriteria):
     """The same stop as ours, by decoding the tail of every row."""
 
-    def __init__(self, tokenizer: object):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: object, prompt: int):
+        self.tokenizer, self.prompt = tokenizer, prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-        tails = self.tokenizer.batch_decode(input_ids[:, -8:])  # type: ignore[attr-defined]
+        written = input_ids[:, self.prompt :][:, -8:]
+        tails = self.tokenizer.batch_decode(written)  # type: ignore[attr-defined]
         return torch.tensor([STOP[Form.SHORT].search(tail) is not None for tail in tails])
 
 
@@ -62,7 +63,7 @@ def main() -> None:
                 top_k=0,
                 max_new_tokens=160,
                 pad_token_id=tokenizer.eos_token_id,
-                stopping_criteria=StoppingCriteriaList([AtFunctionsEnd(tokenizer)]),
+                stopping_criteria=StoppingCriteriaList([AtFunctionsEnd(tokenizer, len(prompt))]),
             )
             theirs += int((out[:, len(prompt) :] != tokenizer.eos_token_id).sum())
         their_seconds = time.perf_counter() - began

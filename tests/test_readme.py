@@ -23,7 +23,8 @@ CONTRACT = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for its_language, block in fenced if its_language == language]
 
 
 def commands() -> list[str]:
