@@ -121,7 +121,7 @@ def _accelerator() -> Check:
         return Check(
             "accelerator", True, ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
         )
-    return Check("accelerator", True, "none; the presets quickstart and smollm2 run on the processor")
+    return Check("accelerator", True, "none; the preset quickstart runs on the processor")
 
 
 def _jail() -> Iterator[Check]:
