@@ -1,7 +1,7 @@
 # Everything on a fresh machine with Python 3.11 or newer, make and a package index:
 #   make quickstart    the first discovery, with a real language model
-#   make test          the tests
-#   make test-unprivileged   those of the jail, as an ordinary user
+#   make test          the tests; as root, the jail's attacks and benign programs once more as an ordinary user
+#   make test-unprivileged   as root, all tests of the jail as an ordinary user
 #   make coverage      the tests, and which lines they leave out
 #   make check         what CI checks beside them: format, lint, types
 #   make proof         the tests that take minutes or real models
@@ -23,11 +23,11 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+	$(TEST_ENVIRONMENT) $(BIN)/python tests/unprivileged.py tests/sandbox/test_attacks_*.py tests/sandbox/test_benign.py
 
 coverage: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
 
-# The jail once more as an ordinary user; asked for by root, the tests first give root up.
 test-unprivileged: $(VENV)/.installed-dev
 	$(TEST_ENVIRONMENT) $(BIN)/python tests/unprivileged.py tests/sandbox
 

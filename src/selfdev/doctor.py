@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from selfdev.models.sources import cache_dir
-from selfdev.sandbox import Sandbox, SandboxUnavailable
+from selfdev.sandbox import UNSAFE_NOTICE, Sandbox, SandboxUnavailable
 
 _OLDEST_PYTHON = (3, 11)
 _TORCH = ((2, 8), (2, 14))  # from the first up to, not including, the second
@@ -144,7 +144,7 @@ def _jail() -> Iterator[Check]:
             call = time.perf_counter() - start
         yield Check("jail: all layers", True, f"warm in {warm:.1f} s, one program in {1000 * call:.0f} ms")
     except SandboxUnavailable as error:
-        remedy = "see above; or --unsafe-sandbox (resource limits alone) on a machine without secrets"
+        remedy = f"see above; or, on a machine without secrets, --unsafe-sandbox: {UNSAFE_NOTICE}"
         yield Check("jail: all layers", False, str(error), remedy)
 
 

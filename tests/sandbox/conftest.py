@@ -1,4 +1,4 @@
-"""One warm sandbox for all tests, and the canaries."""
+"""One warm sandbox for all tests, one without a jail, and the canaries."""
 
 import tempfile
 from collections.abc import Iterator
@@ -25,6 +25,23 @@ def strict_box() -> Iterator[Sandbox]:
     """Small budgets, for what would use them up."""
     with Sandbox(Limits(wall_seconds=0.5, cpu_seconds=20, memory_bytes=64 * 1024**2)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def plain_box() -> Iterator[Sandbox]:
+    """What the unsafe mode is where there is no forkserver."""
+    sandbox = Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=1024**3), unsafe=True, plain=True)
+    with pytest.warns(UserWarning, match="UNSAFE"):
+        sandbox.__enter__()
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.fixture(scope="session", params=["box", "plain_box"])
+def any_box(request: pytest.FixtureRequest) -> Sandbox:
+    """Each in turn: what holds of one holds of the other."""
+    running: Sandbox = request.getfixturevalue(request.param)
+    return running
 
 
 @pytest.fixture

@@ -52,5 +52,22 @@ def test_same_numbers_as_outside(name: str, box: Sandbox, model_dict: dict[str, 
     torch.testing.assert_close(outcome.tensor, expected, rtol=tolerance, atol=tolerance)
 
 
+# A plain child takes seconds to start, so `make test` tries three programs and `make proof` the rest.
+FIRST = {"svd_truncation", "autograd_adam", "distributions"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.proof) for name in PROGRAMS]
+)
+def test_same_numbers_without_a_jail(
+    name: str, box: Sandbox, plain_box: Sandbox, model_dict: dict[str, torch.Tensor]
+) -> None:
+    expected = box.merge(PROGRAMS[name], model_dict, seed=5).tensor
+    outcome = plain_box.merge(PROGRAMS[name], model_dict, seed=5)
+    assert outcome.tensor is not None, outcome
+    tolerance = 1e-5 if name in DEPENDS_ON_MEMORY else 0.0
+    torch.testing.assert_close(outcome.tensor, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_there_are_at_least_thirty() -> None:
     assert len(PROGRAMS) >= 30

@@ -18,7 +18,7 @@ def found() -> dict[str, Check]:
 
 LAYERS = [
     *("memory files", "process descriptors", "session", "user", "parent-death signal", "undumpable"),
-    *("resource limits", "no_new_privs", "Landlock", "seccomp", "all layers"),
+    *("resource limits", "writable memory", "no_new_privs", "Landlock", "seccomp", "all layers"),
 ]
 
 

@@ -1,18 +1,16 @@
 """The sandbox as its users see it: outcomes, order, chunks, seeds, contexts, mistakes of the caller."""
 
-import contextlib
-import os
 import threading
 
 import pytest
 import torch
+from canaries import SUM
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdev.sandbox import Context, Limits, Outcome, Sandbox, SandboxUnavailable, Status
 from selfdev.sandbox.job import CHUNK_BYTES, CHUNK_CALLS, Call, chunks
 
-SUM = "def merge_models(model_dict, device):\n    return sum(model_dict.values())"
 NOISE = "import torch\ndef merge_models(model_dict, device):\n    return torch.rand_like(model_dict['a'])"
 
 
@@ -21,8 +19,8 @@ def tensor_of(outcome: Outcome) -> torch.Tensor:
     return outcome.tensor
 
 
-def test_merge_returns_the_sum(box: Sandbox) -> None:
-    outcome = box.merge(SUM, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 20.0])})
+def test_merge_returns_the_sum(any_box: Sandbox) -> None:
+    outcome = any_box.merge(SUM, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([10.0, 20.0])})
     assert outcome.status is Status.OK
     assert tensor_of(outcome).tolist() == [11.0, 22.0]
     assert (outcome.failure, outcome.error) == ("", "")
@@ -35,16 +33,26 @@ def test_the_statuses_are_a_closed_list() -> None:
     }
 
 
-def test_an_error_names_class_message_and_line(box: Sandbox) -> None:
+def test_an_error_names_class_message_and_line(any_box: Sandbox) -> None:
     source = "def merge_models(model_dict, device):\n    x = 1\n    raise ValueError('no good')"
-    outcome = box.merge(source, {"a": torch.ones(2)})
+    outcome = any_box.merge(source, {"a": torch.ones(2)})
     assert (outcome.status, outcome.failure, outcome.error) == ("error", "ValueError", "no good (line 3)")
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 0), (2, 3, 4), (1, 1, 1, 1, 5)])
-def test_every_shape_travels(box: Sandbox, shape: tuple[int, ...]) -> None:
+SHAPES = [(), (1,), (0,), (3, 0), (2, 3, 4), (1, 1, 1, 1, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_travels_alone(box: Sandbox, shape: tuple[int, ...]) -> None:
     a = torch.randn(shape)
     assert torch.equal(tensor_of(box.merge(SUM, {"a": a, "b": a})), a + a)
+
+
+def test_every_shape_travels_in_company(any_box: Sandbox) -> None:
+    tensors = [torch.randn(shape) for shape in SHAPES]
+    outcomes = any_box.merge_many(SUM, [{"a": a, "b": a} for a in tensors])
+    for outcome, a in zip(outcomes, tensors, strict=True):
+        assert torch.equal(tensor_of(outcome), a + a)
 
 
 def test_strided_and_grad_inputs_travel(box: Sandbox) -> None:
@@ -62,9 +70,9 @@ def test_expert_names_and_their_order_travel(box: Sandbox) -> None:
     assert box.merge(source, {name: torch.ones(1) for name in names}).ok
 
 
-def test_merge_many_keeps_the_order_and_the_shapes(box: Sandbox) -> None:
+def test_merge_many_keeps_the_order_and_the_shapes(any_box: Sandbox) -> None:
     calls = [{"a": torch.full((i % 5 + 1, 3), float(i))} for i in range(CHUNK_CALLS + 9)]
-    outcomes = box.merge_many(SUM, calls)
+    outcomes = any_box.merge_many(SUM, calls)
     assert all(
         torch.equal(tensor_of(outcome), call["a"]) for outcome, call in zip(outcomes, calls, strict=True)
     )
@@ -124,14 +132,14 @@ def test_the_callers_generator_is_left_alone(box: Sandbox) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_programs_own_state_does_not_pass_from_call_to_call(box: Sandbox) -> None:
+def test_a_programs_own_state_does_not_pass_from_call_to_call(any_box: Sandbox) -> None:
     source = (
         "import torch\nseen = []\ndef merge_models(model_dict, device, cache={}):\n"
         "    seen.append(1); cache[len(cache)] = 1\n"
         "    torch.set_default_dtype(torch.float64); torch.set_grad_enabled(False)\n"
         "    ok = len(seen) == len(cache) == 1\n    return model_dict['a'] + ok"
     )
-    for outcome in box.merge_many(source, [{"a": torch.zeros(2)}] * 3):
+    for outcome in any_box.merge_many(source, [{"a": torch.zeros(2)}] * 3):
         assert tensor_of(outcome).tolist() == [1.0, 1.0]
     source = (
         "import torch\ndef merge_models(model_dict, device):\n"
@@ -139,17 +147,21 @@ def test_a_programs_own_state_does_not_pass_from_call_to_call(box: Sandbox) -> N
         "    ok = fresh and torch.is_grad_enabled()\n    torch.set_default_dtype(torch.float64)\n"
         "    torch.set_grad_enabled(False)\n    return model_dict['a'] + ok"
     )
-    for outcome in box.merge_many(source, [{"a": torch.zeros(2)}] * 3):
+    for outcome in any_box.merge_many(source, [{"a": torch.zeros(2)}] * 3):
         assert tensor_of(outcome).tolist() == [1.0, 1.0]
 
 
-def test_sets_of_strings_have_one_order_in_every_sandbox(box: Sandbox, strict_box: Sandbox) -> None:
+def test_sets_of_strings_have_one_order_in_every_sandbox(
+    box: Sandbox, strict_box: Sandbox, plain_box: Sandbox
+) -> None:
     source = (
         "import torch\ndef merge_models(model_dict, device):\n    order = list({str(i) for i in range(50)})\n"
         "    return torch.tensor([float(name) for name in order])"
     )
     call = {"a": torch.zeros(50)}
-    assert torch.equal(tensor_of(box.merge(source, call)), tensor_of(strict_box.merge(source, call)))
+    one, other, plain = (tensor_of(each.merge(source, call)) for each in (box, strict_box, plain_box))
+    assert torch.equal(one, other)
+    assert torch.equal(one, plain)
 
 
 CONTEXT = Context(seed=torch.tensor([5.0, 6.0]), name="layers.2.mlp.up", layer=2, layers=4)
@@ -170,10 +182,10 @@ def test_a_third_parameter_gets_the_context(box: Sandbox, signature: str, value:
     assert tensor_of(outcome)[0] == 5.5
 
 
-def test_contexts_belong_to_their_calls(box: Sandbox) -> None:
+def test_contexts_belong_to_their_calls(any_box: Sandbox) -> None:
     source = "def merge_models(model_dict, device, context):\n    return context.seed"
     contexts = [Context(torch.full((2,), float(i))) for i in range(5)]
-    outcomes = box.merge_many(source, [{"a": torch.zeros(2)}] * 5, contexts=contexts)
+    outcomes = any_box.merge_many(source, [{"a": torch.zeros(2)}] * 5, contexts=contexts)
     assert [tensor_of(outcome)[0].item() for outcome in outcomes] == [0, 1, 2, 3, 4]
 
 
@@ -226,21 +238,3 @@ def test_threads_take_turns(box: Sandbox) -> None:
     for thread in threads:
         thread.join()
     assert sums == {i: float(i) for i in range(4)}
-
-
-def test_the_unsafe_mode_says_so_and_keeps_the_limits() -> None:
-    unsafe = Sandbox(Limits(wall_seconds=0.5), unsafe=True)
-    with pytest.warns(UserWarning, match="UNSAFE"):
-        unsafe.__enter__()
-    with contextlib.closing(unsafe):
-        assert unsafe.merge(SUM, {"a": torch.ones(1)}).ok
-        hang = unsafe.merge("def merge_models(m, d):\n    while True: pass", {"a": torch.ones(1)})
-        greedy = unsafe.merge(
-            "import torch\ndef merge_models(m, d):\n    return torch.zeros(10**12)", {"a": torch.ones(1)}
-        )
-        reads = unsafe.merge(
-            "import torch\ndef merge_models(m, d):\n    return m['a'] * len(torch.os.listdir('/'))",
-            {"a": torch.ones(1)},
-        )
-    assert (hang.status, greedy.status) == ("timeout", "memory")
-    assert tensor_of(reads).item() == len(os.listdir("/"))  # which is why it is called unsafe

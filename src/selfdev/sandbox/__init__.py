@@ -40,8 +40,8 @@ syntax-tree check      nothing; it labels programs that could not   anything hos
 =====================  ===========================================  ==========================================
 
 A layer that cannot be installed ends the child before the source is looked at, and `SandboxUnavailable` says
-which and why. ``Sandbox(unsafe=True)`` keeps the resource limits alone. `docs/security.md` has the threat
-model.
+which and why. ``Sandbox(unsafe=True)`` keeps the resource limits alone, as far as the system has them, and
+`UNSAFE_NOTICE` says what then holds. `docs/security.md` has the threat model.
 """
 
 from .box import UNSAFE_NOTICE, Sandbox

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import system
 from .context import Context
 from .limits import Limits
 from .outcome import Outcome, SandboxUnavailable, Status
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from .job import Call
     from .launcher import Launcher
 
-UNSAFE_NOTICE = (
-    "UNSAFE SANDBOX: model-written code runs with resource limits alone; it can read files and use the net"
-)
+UNSAFE_NOTICE = system.unsafe_notice()
 
 
 class Sandbox:
@@ -32,15 +30,23 @@ class Sandbox:
     ``with Sandbox() as box: outcome = box.merge(source, model_dict)``. Calls from several threads take turns.
     """
 
-    def __init__(self, limits: Limits | None = None, *, unsafe: bool = False):
+    def __init__(self, limits: Limits | None = None, *, unsafe: bool = False, plain: bool = False):
         """Make a sandbox; nothing starts before it is entered.
 
         Args:
             limits: budgets of each jailed child.
-            unsafe: leave every layer but the resource limits away.
+            unsafe: leave every layer but the resource limits away. Works on every system; where there is no
+                forkserver, in plain child processes.
+            plain: of the unsafe mode, use plain child processes on every system.
+
+        Raises:
+            ValueError: plain, but not unsafe.
         """
+        if plain and not unsafe:
+            raise ValueError("plain child processes are no jail; Sandbox(plain=True) needs unsafe=True")
         self.limits = limits or Limits()
         self.unsafe = unsafe
+        self._plain = plain
         self._entered = False
         self._launcher: Launcher | None = None  # started at need: a call that fails takes it along
         self._jobs = itertools.count()
@@ -52,9 +58,12 @@ class Sandbox:
         Raises:
             SandboxUnavailable: where a layer is missing, with the reason. Nothing goes on without it.
         """
+        reason = system.why_no_forkserver()
         if self.unsafe:
-            warnings.warn(UNSAFE_NOTICE, stacklevel=2)
-        _require_linux()
+            warnings.warn(f"UNSAFE SANDBOX: {UNSAFE_NOTICE}", stacklevel=2)
+            self._plain = self._plain or bool(reason)
+        elif reason:
+            raise SandboxUnavailable(f"the jail needs Linux (Landlock and seccomp). {reason}")
         self._entered = True
         try:
             self._prove()
@@ -156,6 +165,11 @@ class Sandbox:
 
     def _attempt(self, source: str, calls: "list[Call]", workers: int) -> list[Outcome] | None:
         """All outcomes, or None if the forkserver died. After a failure of any kind the next one is new."""
+        self._require_entered()
+        if self._plain:
+            from . import plain_process
+
+            return plain_process.run(source, calls, self.limits, workers)
         from .batch import Batch
         from .wire import Hangup
 
@@ -169,11 +183,13 @@ class Sandbox:
             self._stop()
             raise
 
-    def _started(self) -> "Launcher":
+    def _require_entered(self) -> None:
         if not self._entered:
             raise SandboxUnavailable(
                 "the sandbox is not running; use it as a context manager: with Sandbox() as box"
             )
+
+    def _started(self) -> "Launcher":
         if self._launcher is None:
             from .launcher import Launcher
 
@@ -195,14 +211,6 @@ class Sandbox:
             raise SandboxUnavailable(
                 f"a known program fails in the jail: {outcome.status}, {outcome.failure}: {outcome.error}"
             )
-
-
-def _require_linux() -> None:
-    if sys.platform != "linux":
-        way_out = "WSL 2" if sys.platform == "win32" else "a Linux machine, virtual machine or container"
-        raise SandboxUnavailable(
-            f"the jail needs Linux (Landlock and seccomp), and this is {sys.platform}; use {way_out}"
-        )
 
 
 def _calls(

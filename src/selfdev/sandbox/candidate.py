@@ -6,10 +6,8 @@ import resource
 from typing import NoReturn
 
 from . import layers, program
-from .job import read_job
+from .job import EXIT_DONE, READY, read_job
 
-READY = b"ready"
-EXIT_DONE = 0
 EXIT_NO_LAYER = 70
 EXIT_BROKEN = 71
 

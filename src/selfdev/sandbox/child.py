@@ -7,10 +7,10 @@ import signal
 import time
 from collections.abc import Sequence
 
-from .candidate import READY
-from .job import Call, ResultLayout, write_job
+from .job import READY, Call, ResultLayout, write_job
 from .judgement import Death, judge
 from .limits import Limits
+from .memory_file import MemoryFile
 from .outcome import Outcome, SandboxUnavailable
 
 _SETUP_SECONDS = 60.0
@@ -34,10 +34,14 @@ class Child:
         self._killed = False
         self.deadline = time.monotonic() + _SETUP_SECONDS
         with contextlib.ExitStack() as undo:
-            self._job = write_job(source, calls)
+            self._job = MemoryFile("selfdev-job")
             undo.callback(self._job.close)
-            self._results = self._layout.make_file()
+            write_job(self._job, source, calls)
+            self._job.seal_contents()
+            self._results = MemoryFile("selfdev-result")
             undo.callback(self._results.close)
+            self._results.resize(self._layout.size)
+            self._results.seal_size()
             self.ready, self._ready_end = os.pipe2(os.O_CLOEXEC)
             undo.pop_all()
 
@@ -112,7 +116,8 @@ class Child:
                 f"a child died while it put on its layers (wait status {wait_status}); "
                 "is the machine out of memory?"
             )
-        death = Death(wait_status, cpu_seconds, time.monotonic() - self._begin, self._killed)
+        exit_code = os.waitstatus_to_exitcode(wait_status)
+        death = Death(exit_code, cpu_seconds, time.monotonic() - self._begin, self._killed)
         return judge(self._results, self._layout, death, self._limits)
 
     def close(self) -> None:

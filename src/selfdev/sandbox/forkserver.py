@@ -26,10 +26,6 @@ def main(control: str, parent: str, follow: str) -> None:
     """
     if follow == "follow":
         privileges.die_with(int(parent))
-    try:
-        os.close(os.pidfd_open(os.getpid()))
-    except OSError as error:
-        raise RuntimeError(f"process descriptors: {error}; needs Linux 5.3 or newer") from error
     connection = socket.socket(fileno=int(control))
     warmup.warm()
     if (threads := len(os.listdir("/proc/self/task"))) != 1:

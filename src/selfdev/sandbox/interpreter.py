@@ -1,4 +1,4 @@
-"""A fresh interpreter that holds nothing of its parent but code, for forkserver and probe."""
+"""A fresh interpreter that holds nothing of its parent but code, for forkserver, plain children and probe."""
 
 import json
 import os
@@ -30,8 +30,8 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-# Without it some builds of torch do not find their libraries.
-_INHERITED = ("LD_LIBRARY_PATH",)
+# Without them some builds of torch do not find their libraries, and Windows starts no Python.
+_INHERITED = ("SYSTEMROOT", "PATH") if os.name == "nt" else ("LD_LIBRARY_PATH",)
 
 
 def command(module: str, *arguments: str) -> list[str]:

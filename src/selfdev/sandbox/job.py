@@ -1,9 +1,9 @@
-"""What passes between parent and jailed child, and how it lies in the two memory files.
+"""What passes between parent and child, and how it lies in the two files.
 
-The job file, written by the parent and sealed: the length of a JSON header (8 bytes), the header, then the
-tensors, each at a multiple of 64 bytes. The result file, written by the child: one record for each call, then
-room for one float32 tensor for each call. Both sides compute the places from the shapes; nothing that the
-child writes says where or how large anything is.
+The job file, written by the parent (and sealed for the jail): the length of a JSON header (8 bytes), the
+header, then the tensors, each at a multiple of 64 bytes. The result file, written by the child: one record for
+each call, then room for one float32 tensor for each call. Both sides compute the places from the shapes;
+nothing that the child writes says where or how large anything is.
 """
 
 import itertools
@@ -17,7 +17,13 @@ from enum import IntEnum
 import torch
 
 from .context import Context
-from .memory_file import MemoryFile
+from .tensor_file import TensorFile
+
+READY = b"ready"
+"""What a child says when its layers stand, before the source is looked at."""
+
+EXIT_DONE = 0
+"""Exit code of a child that has come to the end of its calls."""
 
 _ALIGNMENT = 64
 _LENGTH = struct.Struct("<Q")
@@ -62,8 +68,8 @@ def chunks(calls: Sequence[Call]) -> Iterator[range]:
         yield range(start, len(calls))
 
 
-def write_job(source: str, calls: Sequence[Call]) -> MemoryFile:
-    """Write source and calls into a new memory file and seal it."""
+def write_job(file: TensorFile, source: str, calls: Sequence[Call]) -> None:
+    """Write source and calls into an empty file."""
     tensors: list[torch.Tensor] = []
 
     def place(tensor: torch.Tensor) -> int:
@@ -90,17 +96,10 @@ def write_job(source: str, calls: Sequence[Call]) -> MemoryFile:
     }
     text = json.dumps(header).encode()  # ASCII: a lone surrogate in a source travels as its escape
     offsets, size = _places(_LENGTH.size + len(text), (tensor.numel() for tensor in tensors))
-    file = MemoryFile("selfdev-job")
-    try:
-        file.resize(size)
-        file.write(_LENGTH.pack(len(text)) + text, 0)
-        for tensor, offset in zip(tensors, offsets, strict=True):
-            file.write_tensor(tensor, offset)
-        file.seal_contents()
-    except BaseException:
-        file.close()
-        raise
-    return file
+    file.resize(size)
+    file.write(_LENGTH.pack(len(text)) + text, 0)
+    for tensor, offset in zip(tensors, offsets, strict=True):
+        file.write_tensor(tensor, offset)
 
 
 def read_job(mapping: memoryview) -> tuple[str, list[Call]]:
@@ -182,17 +181,6 @@ class ResultLayout:
         shapes = tuple(shapes)
         offsets, size = _places(len(shapes) * Record.SIZE, map(math.prod, shapes))
         return cls(shapes, tuple(offsets), size)
-
-    def make_file(self) -> MemoryFile:
-        """A file of this layout, all zero, of a size that can never change."""
-        file = MemoryFile("selfdev-result")
-        try:
-            file.resize(self.size)
-            file.seal_size()
-        except BaseException:
-            file.close()
-            raise
-        return file
 
 
 def view(mapping: memoryview, offset: int, shape: Sequence[int]) -> torch.Tensor:

@@ -2,19 +2,21 @@
 
 import builtins
 import math
-import os
 import signal
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
 
-from .candidate import EXIT_DONE
-from .job import Record, ResultLayout, State, is_finite
+from .job import EXIT_DONE, Record, ResultLayout, State, is_finite
 from .limits import Limits
-from .memory_file import MemoryFile
 from .message import clean
 from .outcome import Outcome, Status
+from .tensor_file import TensorFile
+
+# Their numbers wherever there are signals; Windows has no such names.
+SIGKILL = 9
+_SIGXCPU = 24
 
 # What a child may say of itself, apart from ok; time-outs and crashes come from the kernel. Both are closed
 # lists, so a program's own exception is never called as the jail calls something else, say `Timeout`.
@@ -35,25 +37,25 @@ class Death:
     """How a child ended, from the kernel and not from the child.
 
     Attributes:
-        wait_status: as `os.wait4` gives it.
+        exit_code: of the wait status, as `subprocess` gives it: a signal's number below 0 if one ended it.
         cpu_seconds: processor time it used.
         wall_seconds: from the moment when its layers stood to its end.
         killed: whether the parent killed it at its deadline.
     """
 
-    wait_status: int
+    exit_code: int
     cpu_seconds: float
     wall_seconds: float
     killed: bool
 
 
-def judge(results: MemoryFile, layout: ResultLayout, death: Death, limits: Limits) -> list[Outcome]:
+def judge(results: TensorFile, layout: ResultLayout, death: Death, limits: Limits) -> list[Outcome]:
     """One outcome for each call of the chunk.
 
     Time-out and crash are judged by the wait status alone. They are charged to the first call that is not
     done, or to the last one if all are, and to all after it; what was done before stands.
     """
-    raw = os.pread(results.descriptor, len(layout.shapes) * Record.SIZE, 0)
+    raw = results.read(len(layout.shapes) * Record.SIZE, 0)
     records = [Record.unpack(raw[i * Record.SIZE : (i + 1) * Record.SIZE]) for i in range(len(layout.shapes))]
     done = next((i for i, record in enumerate(records) if record.state != State.DONE), len(records))
     end = _end(death, limits)
@@ -74,25 +76,24 @@ def judge(results: MemoryFile, layout: ResultLayout, death: Death, limits: Limit
 def _end(death: Death, limits: Limits) -> Outcome | None:
     """What the wait status says, or None if the child left as it should."""
     seconds = death.wall_seconds
-    if os.WIFSIGNALED(death.wait_status):
-        number = os.WTERMSIG(death.wait_status)
-        if number == signal.SIGKILL and death.killed:
+    if death.exit_code < 0:
+        number = -death.exit_code
+        if number == SIGKILL and death.killed:
             text = f"no answer within {limits.wall_seconds:g} s"
             return Outcome(Status.TIMEOUT, None, "Timeout", text, seconds)
         out_of_time = death.cpu_seconds >= math.ceil(limits.cpu_seconds)
-        if number == signal.SIGXCPU or (number == signal.SIGKILL and out_of_time):
+        if number == _SIGXCPU or (number == SIGKILL and out_of_time):
             text = f"used more than {limits.cpu_seconds:g} s of processor time"
             return Outcome(Status.TIMEOUT, None, "CpuTime", text, seconds)
         name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         return Outcome(Status.CRASHED, None, f"Signal {name}", f"killed by {name}", seconds)
-    code = os.WEXITSTATUS(death.wait_status)
-    if code != EXIT_DONE:
-        return Outcome(Status.CRASHED, None, "EarlyExit", f"left with exit code {code}", seconds)
+    if death.exit_code != EXIT_DONE:
+        return Outcome(Status.CRASHED, None, "EarlyExit", f"left with exit code {death.exit_code}", seconds)
     return None
 
 
 def _outcome(
-    record: Record, results: MemoryFile, offset: int, shape: tuple[int, ...], wall_seconds: float
+    record: Record, results: TensorFile, offset: int, shape: tuple[int, ...], wall_seconds: float
 ) -> Outcome:
     """What a finished call's record says, believed only as far as it can be checked."""
     seconds = min(max(record.seconds, 0.0), wall_seconds) if math.isfinite(record.seconds) else 0.0

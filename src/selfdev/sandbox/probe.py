@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import mmap
 import os
@@ -17,6 +18,7 @@ from .kernel import prctl
 from .memory_file import MemoryFile
 
 _SECONDS = 60.0
+_BUDGET = 256 * 1024**2  # bytes of memory in the trials
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ def main() -> None:
         "user": _user,
         "parent-death signal": _parent_death,
         "undumpable": _undumpable,
-        "resource limits": _resource_limits,
+        "resource limits": _too_large,
         "no_new_privs": _no_new_privileges,
         "Landlock": _landlock,
         "seccomp": _seccomp,
     }
-    for layer in layers.full(os.getpid(), memory_bytes=256 * 1024**2, cpu_seconds=10):
+    for layer in layers.full(os.getpid(), memory_bytes=_BUDGET, cpu_seconds=10):
 
         def trial(layer: layers.Layer = layer) -> str:
             if layer.name in ("Landlock", "seccomp"):
@@ -82,6 +84,15 @@ def main() -> None:
             return trials[layer.name]()
 
         results.append(_tried(layer.name, trial, layer.remedy))
+        if layer.name == "resource limits":
+            # Of the two limits on memory each must hold alone: the trial above meets RLIMIT_AS first.
+            results.append(
+                _tried(
+                    "writable memory",
+                    functools.partial(_writable_memory, layer),
+                    "needs Linux 4.7 or newer, booted without ignore_rlimit_data",
+                )
+            )
     print(json.dumps([asdict(result) for result in results]))
 
 
@@ -163,12 +174,23 @@ def _undumpable() -> str:
     return "memory is closed to others"
 
 
-def _resource_limits() -> str:
+def _writable_memory(limits: layers.Layer) -> str:
+    """RLIMIT_DATA: address space given back may not all be taken again as writable memory."""
+    reserve = mmap.mmap(-1, 2 * _BUDGET, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ)
+    limits.install()
+    reserve.close()
+    bytearray(_BUDGET // 2)
+    return _too_large()
+
+
+def _too_large() -> str:
+    what = f"{2 * _BUDGET >> 20} MiB"
+    budget = f"at a budget of {_BUDGET >> 20} MiB"
     try:
-        bytearray(512 * 1024**2)
+        bytearray(2 * _BUDGET)
     except MemoryError:
-        return "512 MiB refused at a budget of 256 MiB"
-    raise RuntimeError("512 MiB were given at a budget of 256 MiB")
+        return f"{what} refused {budget}"
+    raise RuntimeError(f"{what} were given {budget}")
 
 
 def _no_new_privileges() -> str:

@@ -15,6 +15,7 @@ from .outcome import Status
 from .syntax import ENTRY, FILENAME, Rejected, compile_program
 
 _LONGEST_RAW = 4 * LONGEST
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc")  # torch's words, by system
 
 
 class BadOutput(Exception):
@@ -119,7 +120,7 @@ def _sorted(error: BaseException, seconds: float) -> Record:
     text = str(error)
     if isinstance(error, BadOutput):
         return _record(Status.BAD_OUTPUT, error.failure, text, seconds)
-    if isinstance(error, MemoryError) or ("can't allocate memory" in text or "bad_alloc" in text):
+    if isinstance(error, MemoryError) or any(word in text for word in _NO_MEMORY):
         return _record(Status.MEMORY, "OutOfMemory", "asked for more memory than its budget", seconds)
     name = type(error).__name__
     if type(error) is not vars(builtins).get(name):  # a class of its own: the parent reports no such name

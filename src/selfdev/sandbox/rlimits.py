@@ -1,9 +1,9 @@
 """Resource limits of one jailed child.
 
-Memory takes two limits. RLIMIT_AS bounds what is mapped, but what is mapped already can become the process's
-own: the kernel copies each page of a library that is made writable and written to, and libraries have
-hundreds of megabytes. RLIMIT_DATA bounds what is writable and private. It does not count shared mappings and
-growing stacks; the system-call filter refuses those, and RLIMIT_STACK bounds the one stack that is there.
+Memory takes two limits. RLIMIT_AS bounds what is mapped, but libraries, of hundreds of megabytes, are mapped
+already, and who unmaps them may map as much of their own. RLIMIT_DATA bounds what is writable and private. It
+does not count shared mappings and growing stacks, nor surely what is made writable later; the system-call
+filter refuses those, and RLIMIT_STACK bounds the one stack that is there.
 
 Stops: memory, processor time, files and core dumps beyond the budget. Does not stop: copies of what was
     writable when the limits came (the forkserver's own data and the mapped inputs), wall-clock time (the
@@ -25,21 +25,23 @@ def occupied() -> tuple[int, int]:
     return size * resource.getpagesize(), data * resource.getpagesize()
 
 
-def restrict(memory_bytes: int, cpu_seconds: float) -> None:
+def restrict(memory_bytes: int | None, cpu_seconds: float, *, spent: float = 0.0) -> None:
     """Limit this process for good.
 
     Args:
         memory_bytes: address space, and writable private memory, above what is occupied now, tensors mapped
-            already.
+            already; None leaves memory unbounded.
         cpu_seconds: processor time from the fork on; SIGXCPU then, SIGKILL one second later.
+        spent: processor seconds that do not count, which a process that was not just forked has used before.
 
     Raises:
         OSError: where a limit cannot be set.
     """
-    seconds = math.ceil(cpu_seconds)
-    mapped, own = occupied()
-    _limit(resource.RLIMIT_AS, mapped + memory_bytes)
-    _limit(resource.RLIMIT_DATA, own + memory_bytes)
+    seconds = math.ceil(cpu_seconds) + math.ceil(spent)
+    if memory_bytes is not None:
+        mapped, own = occupied()
+        _limit(resource.RLIMIT_AS, mapped + memory_bytes)
+        _limit(resource.RLIMIT_DATA, own + memory_bytes)
     _limit(resource.RLIMIT_STACK, _STACK_BYTES)
     _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     _limit(resource.RLIMIT_CORE, 0)

@@ -1,11 +1,12 @@
 """The system-call filter: an allow-list, installed last and never removable.
 
 Stops: every system call that is not in `syscalls.py`, which leaves arithmetic, memory, time and the end of
-    the process; a mapping or protection with PROT_EXEC, and a mapping that the memory limits do not count;
-    clocks, affinity and locks of other processes, by which a program could learn which of them live, what
-    they use, and raise their priority; calls under another architecture or the x32 ABI, which kill. Does not
-    stop: what the allowed calls can do with descriptors that are open (there are only three, all on
-    /dev/null), reading the time of day, and faults of the kernel in the calls that are allowed.
+    the process; a mapping or protection with PROT_EXEC, and memory that the limits do not count: shared,
+    growing down, or mapped before and made writable later; clocks, affinity and locks of other processes, by
+    which a program could learn which of them live, what they use, and raise their priority; calls under
+    another architecture or the x32 ABI, which kill. Does not stop: what the allowed calls can do with
+    descriptors that are open (there are only three, all on /dev/null), reading the time of day, and faults of
+    the kernel in the calls that are allowed.
 """
 
 import ctypes
@@ -29,7 +30,7 @@ _ARGUMENTS = (16, 24, 32, 40)  # the lower halves, which is all that the kernel 
 # BPF: load a word, jump if equal / if at least / if a bit is set, return.
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 
-_PROT_EXEC = 4
+_PROT_WRITE, _PROT_EXEC = 2, 4
 # RLIMIT_DATA counts neither shared memory nor what grows down like a stack.
 _MAP_SHARED, _MAP_GROWSDOWN = 0x01, 0x100
 # The clocks of other processes and threads are the negative numbers.
@@ -86,7 +87,9 @@ def _one_of(argument: int, values: Sequence[int]) -> list[bytes]:
 # Each goes on to the next instruction where the call may be made.
 _CONDITIONS = {
     "mmap": _without(2, _PROT_EXEC) + _without(3, _MAP_SHARED | _MAP_GROWSDOWN),
-    "mprotect": _without(2, _PROT_EXEC),
+    # RLIMIT_DATA lets pass what turns writable and is larger than the address space that is left: Linux then
+    # takes RLIMIT_AS for the one that was met before (may_expand_vm in mm/mprotect.c, seen up to 6.18).
+    "mprotect": _without(2, _PROT_WRITE | _PROT_EXEC),
     "clock_gettime": _without(0, _SIGN),
     "clock_getres": _without(0, _SIGN),
     "clock_nanosleep": _without(0, _SIGN),

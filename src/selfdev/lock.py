@@ -1,0 +1,33 @@
+"""Holding a folder against other processes; the system lets go of it however this one ends."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder that exists, by its empty file ``lock``, which stays.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with (folder / "lock").open("a") as file:
+        _lock(file.fileno())
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a file until it is closed, or raise BlockingIOError at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from error
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
