@@ -22,6 +22,10 @@ def test_linear_is_the_mean():
     check(method("linear").merge(stacked([1, 3], [3, -1])), [2, 1])
 
 
+def test_linear_weighs_the_mean():
+    check(method("linear").merge(stacked([1, 3], [3, -1]), weights=[3.0, 1.0]), [1.5, 2])
+
+
 def test_task_arithmetic_scales_the_sum():
     check(method("task_arithmetic").merge(stacked([1, 3], [3, -1]), scale=0.5), [2, 1])
 
@@ -58,6 +62,43 @@ def test_breadcrumbs_drops_both_ends():
 def test_breadcrumbs_without_outliers_trims_as_ties_does():
     expert = stacked([4, -1, 2, 0.5])
     check(method("breadcrumbs").merge(expert, density=0.5, outliers=0.0, scale=2.0), [8, 0, 4, 0])
+
+
+def test_weights_count_in_the_election_and_not_in_the_divisor():
+    # Weighted: 1, -3 and 6, 4. The first is outvoted at entry 0; two agree on entry 1, and one at entry 2.
+    experts = stacked([2, -6, 8], [3, 2, 0])
+    check(method("ties").merge(experts, density=1.0, weights=[-0.5, 2.0]), [6, 3.5, -4])
+    check(method("ties").merge(experts, density=1.0, weights=[-0.5, 2.0], normalize=False), [6, 7, -4])
+
+
+def test_breadcrumbs_can_elect_and_normalise():
+    experts = stacked([4, -1], [-2, 3])
+    parameters = {"density": 1.0, "outliers": 0.0, "scale": 1.0}
+    check(method("breadcrumbs").merge(experts, **parameters), [2, 2])
+    check(method("breadcrumbs").merge(experts, normalize=True, **parameters), [1, 1])
+    check(method("breadcrumbs").merge(experts, elect=True, **parameters), [4, 3])
+
+
+def test_arcee_fusion_keeps_the_changes_that_stand_out():
+    # The seed's rows are even. Softmax of (log 3, 0) is 3/4, 1/4, against 1/2, 1/2. Importances log 3 KL, 0, 0, 0:
+    # quartiles at the ranks 0, 1 and 2 of 3 are 0, and so is the threshold with any spread: all is kept.
+    seed = torch.zeros(2, 2)
+    expert = torch.tensor([[[math.log(3), 0.0], [0.0, 0.0]]])
+    torch.testing.assert_close(method("arcee_fusion").merge(expert, seed), expert[0])
+    # Four entries with importances 4 KL_1, 2 KL_1, KL_2 and 1/2 KL_2, where the second row hardly moves.
+    # The ranks 0, 1, 2 of 3 are the 1/2 KL_2, KL_2 and 2 KL_1: the median and twice the spread exceed all but one.
+    experts = torch.tensor([[[4.0, -2.0], [0.1, 0.05]]])
+    kept = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(method("arcee_fusion").merge(experts, seed, spread=1.5), kept)
+    # Without a spread the median itself is the threshold.
+    kept = torch.tensor([[4.0, -2.0], [0.1, 0.0]])
+    torch.testing.assert_close(method("arcee_fusion").merge(experts, seed, spread=0.0), kept)
+
+
+def test_arcee_fusion_adds_what_it_keeps_of_several():
+    experts = torch.tensor([[[4.0, -2.0], [0.1, 0.05]], [[0.1, 0.05], [4.0, -2.0]]])
+    merged = method("arcee_fusion").merge(experts, torch.zeros(2, 2), scale=0.5)
+    torch.testing.assert_close(merged, torch.tensor([[2.0, 0.0], [2.0, 0.0]]))
 
 
 def test_magmax_takes_the_largest_magnitude():

@@ -94,6 +94,33 @@ def test_wudi_leaves_weak_directions_to_the_sum():
     check(method("wudi").merge(experts, cutoff=1e-6), diagonal(1.5, 0.01))
 
 
+def test_doge_gives_every_expert_back_its_own_length():
+    # Factors 1/2 and 1: the sum is (1, 1). The first expert moves by 2 * 1 along its own change where 4 is its
+    # square; the correction makes that 4, and the second, whose 1 is there, has nothing to correct.
+    experts = torch.tensor([[[2.0, 0.0]], [[0.0, 1.0]]])
+    merge = method("doge_ta").merge
+    check(merge(experts, step=1.0, density=1.0), torch.tensor([[2.0, 1.0]]))
+    check(merge(experts, step=1.0, density=1.0, scale=0.5), torch.tensor([[1.0, 0.5]]))
+    # Trimmed to one entry each, where the correction is 2/3: 1/2 * (2 + 2/3) and 1.
+    check(merge(experts, step=1.0, density=0.5), torch.tensor([[4 / 3, 1.0]]))
+
+
+def test_doge_corrects_nothing_in_the_shared_subspace():
+    # Both experts are strongest in the first row, which is half of the rank. Factors 1/5 each: norms are 5.
+    experts = torch.stack([diagonal(4, 3), diagonal(4, 3)])
+    merged = method("doge_ta").merge(experts, step=1.0, density=1.0, shared=0.5)
+    # The sum is 2/5 of (4, 3); the second row is corrected to 3.
+    check(merged, diagonal(1.6, 3))
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3, 2)])
+def test_doge_adds_tensors_that_are_no_matrices_at_one_length(shape):
+    expert = torch.zeros(shape)
+    expert.view(-1)[0] = 4.0
+    check(method("doge_ta").merge(torch.stack([expert, -0.5 * expert]), step=0.1, density=1.0), 0.0 * expert)
+    check(method("doge_ta").merge(expert[None], step=0.1), 0.1 * expert / 4.0)
+
+
 def test_knots_merges_in_the_common_basis():
     check(
         method("knots").merge(torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]), density=1.0),

@@ -13,7 +13,13 @@ from selfdev.algorithms.library import Method, methods
 METHODS = methods()
 SYMMETRIC = sorted(set(METHODS) - {"dare_linear", "dare_ties", "della"})
 # Their parameters or the seed's tensor are in units of the weights.
-FIXED_SCALE = {"nearswap", "ram", "slerp"}
+FIXED_SCALE = {"nearswap", "ram", "slerp", "arcee_fusion", "doge_ta"}
+# The same formulas as mergekit reads them.
+READINGS = sorted(
+    name
+    for name, entry in METHODS.items()
+    if any(parameter.name == "reading" for parameter in entry.parameters)
+)
 # Under these parameters nothing is trimmed, dropped, clipped or damped.
 NEUTRAL = {
     "linear": {},
@@ -83,6 +89,21 @@ def test_merges_whatever_it_gets(name, stack, seed):
         assert merged.dtype == torch.float32
         assert merged.isfinite().all()
         assert torch.equal(merged, merge(method, stack, **parameters))
+    assert torch.equal(stack, before), "changed its input"
+
+
+@pytest.mark.parametrize("name", READINGS)
+@given(stack=stacks())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_mergekits_reading_merges_whatever_it_gets(name, stack):
+    method = METHODS[name]
+    stack = fit(method, stack)
+    before = stack.clone()
+    # Directions of three experts may cancel for mergekit; the zero ones among these do not.
+    merged = merge(method, stack, reading="mergekit")
+    assert merged.shape == stack.shape[1:]
+    assert merged.isfinite().all()
+    assert torch.equal(merged, merge(method, stack, reading="mergekit"))
     assert torch.equal(stack, before), "changed its input"
 
 

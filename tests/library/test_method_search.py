@@ -35,7 +35,9 @@ def test_the_record_agrees_with_the_function(name):
     }
     assert entry.name == entry.function.__name__ == name
     assert {parameter.name: parameter.default for parameter in entry.parameters} == keywords
-    assert all(parameter.low < parameter.high for parameter in entry.parameters)
+    assert all(parameter.low < parameter.high for parameter in entry.parameters if parameter.searched)
+    for parameter in entry.parameters:
+        assert f"\n        {parameter.name}: " in (entry.function.__doc__ or ""), "not documented"
     assert str(entry.paper.year) in (entry.function.__doc__ or "")
 
 
@@ -45,8 +47,9 @@ def test_samples_lie_in_the_range(name):
     rng = random.Random(0)
     for _ in range(50):
         setting = entry.sample(rng, experts=3)
-        assert list(setting) == [parameter.name for parameter in entry.parameters]
-        for parameter in entry.parameters:
+        searched = [parameter for parameter in entry.parameters if parameter.searched]
+        assert list(setting) == [parameter.name for parameter in searched]
+        for parameter in searched:
             values = setting[parameter.name] if parameter.per_expert else [setting[parameter.name]]
             assert len(values) == (3 if parameter.per_expert else 1)
             assert all(parameter.low <= value <= parameter.high for value in values)
@@ -105,9 +108,42 @@ def test_an_unknown_parameter_is_told_the_nearest():
         method("ties").merge(torch.ones(2, 3), densty=0.5)
 
 
-def test_a_method_without_parameters_says_so():
-    with pytest.raises(UserError, match="there are none"):
-        method("linear").merge(torch.ones(2, 3), scale=0.5)
+@pytest.mark.parametrize("name", METHODS)
+def test_tuning_leaves_readings_and_flags_alone(name):
+    entry = METHODS[name]
+    flags = {parameter.name for parameter in entry.parameters if parameter.choices}
+    for setting in (entry.defaults(3), entry.sample(random.Random(0), 3), *entry.grid(3)):
+        assert not flags & set(setting)
+
+
+def test_one_density_for_each_expert():
+    experts = torch.tensor([[4.0, -1.0], [-2.0, 3.0]])
+    merged = method("ties").merge(experts, density=[0.5, 1.0])
+    # Of the first expert 4 is kept, of the second one both; 4 outvotes -2.
+    torch.testing.assert_close(merged, torch.tensor([4.0, 3.0]))
+    with pytest.raises(UserError, match="each of the 2 experts"):
+        method("ties").merge(experts, density=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "says"),
+    [
+        ("ties", {"reading": "mergekt"}, "it takes paper or mergekit"),
+        ("ties", {"normalize": 1}, "it takes True or False"),
+        ("ties", {"scale": "2"}, "is no number"),
+        ("ties", {"scale": True}, "is no number"),
+        ("ties", {"scale": [1.0, 1.0]}, "give one for all experts"),
+        ("ties", {"density": "high"}, "is no number"),
+        ("ties", {"weights": ["a", "b"]}, "is no number"),
+        ("dare_ties", {"seed": 1.5}, "is no whole number"),
+        ("linear", {"weights": [1.0, -1.0]}, "which is 0"),
+        ("arcee_fusion", {"spread": -1.0}, "not negative"),
+        ("doge_ta", {"step": 0.0}, "above 0"),
+    ],
+)
+def test_a_value_that_is_not_taken_is_named(name, parameters, says):
+    with pytest.raises(UserError, match=says):
+        method(name).merge(torch.ones(2, 3), torch.ones(3), **parameters)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], 0.5])
@@ -119,6 +155,8 @@ def test_weights_must_be_one_for_each_expert(weights):
 def test_a_method_that_needs_the_seed_asks_for_it():
     with pytest.raises(UserError, match="needs the seed's tensor"):
         method("slerp").merge(torch.ones(2, 3))
+    with pytest.raises(UserError, match="needs the seed's tensor"):
+        method("karcher").merge(torch.ones(2, 3), reading="mergekit")
 
 
 def test_no_experts_is_an_error():

@@ -5,6 +5,8 @@ import torch
 
 from selfdev.algorithms.library import method
 
+DRAWN = [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]
+
 
 def test_dare_keeps_everything_at_density_one():
     experts = torch.tensor([[1.0, 3.0], [3.0, -1.0]])
@@ -57,3 +59,25 @@ def test_the_seed_alone_decides_what_is_dropped(name):
     assert torch.equal(first, again)
     assert torch.equal(before, torch.random.get_rng_state()), "the global generator was used"
     assert not torch.equal(first, method(name).merge(experts, seed=8))
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties", "della"])
+@pytest.mark.parametrize("reading", ["paper", "mergekit"])
+def test_neither_threads_nor_the_default_type_change_the_drawing(name, reading):
+    experts = torch.randn(3, 300, 300, generator=torch.Generator().manual_seed(0))
+    first = method(name).merge(experts, seed=7, reading=reading)
+    threads, kind = torch.get_num_threads(), torch.get_default_dtype()
+    try:
+        torch.set_num_threads(2 if threads == 1 else 1)
+        torch.set_default_dtype(torch.float64)
+        again = method(name).merge(experts, seed=7, reading=reading)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(kind)
+    assert torch.equal(first, again)
+
+
+def test_the_drawing_stays_what_it_was():
+    """Archives hold scores of these methods: another drawing from the same seed would be another model."""
+    merged = method("dare_linear").merge(torch.ones(1, 12), density=0.5, scale=1.0, seed=3)
+    assert merged.tolist() == DRAWN

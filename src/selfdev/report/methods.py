@@ -28,6 +28,7 @@ def describe_methods() -> list[dict[str, Any]]:
                     "log": parameter.log,
                     "integer": parameter.integer,
                     "per_expert": parameter.per_expert,
+                    "choices": list(parameter.choices),
                 }
                 for parameter in method.parameters
             ],

@@ -6,10 +6,12 @@ search ranges and its paper. `specification` says what such a record is; `trimmi
 """
 
 from selfdev.algorithms.library import (
+    arcee_fusion,
     breadcrumbs,
     consensus_ta,
     dare,
     della,
+    doge_ta,
     emr_unified,
     iso_c,
     karcher,
@@ -52,6 +54,7 @@ _METHODS = {
         sce.METHOD,
         magmax.METHOD,
         nearswap.METHOD,
+        arcee_fusion.METHOD,
         ram.METHOD,
         pcb.METHOD,
         emr_unified.METHOD,
@@ -60,6 +63,7 @@ _METHODS = {
         iso_c.METHOD,
         iso_c.CTS_METHOD,
         wudi.METHOD,
+        doge_ta.METHOD,
         knots.METHOD,
         svc.METHOD,
     )

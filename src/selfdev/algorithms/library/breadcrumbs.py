@@ -1,14 +1,42 @@
 """Model Breadcrumbs: neither the largest entries nor the small ones."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.trimming import check_density
+from selfdev.algorithms.library.sign_election import combine
+from selfdev.algorithms.library.specification import (
+    MERGEKIT,
+    NORMALIZE,
+    PAPER,
+    READING,
+    WEIGHTS,
+    Method,
+    Paper,
+    Parameter,
+)
+from selfdev.algorithms.library.trimming import (
+    Shares,
+    check_density,
+    exactly,
+    for_each,
+    marked_at,
+    smallest,
+)
 from selfdev.errors import UserError
 
 
 def breadcrumbs(
-    task_vectors: Tensor, *, density: float = 0.9, outliers: float = 0.01, scale: float = 0.3
+    task_vectors: Tensor,
+    *,
+    density: Shares = 0.9,
+    outliers: Shares = 0.01,
+    scale: float = 0.3,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    elect: bool = False,
+    reading: str = PAPER,
 ) -> Tensor:
     """Drop the largest and the smallest entries of each expert, then add (arXiv 2312.06795).
 
@@ -16,35 +44,70 @@ def breadcrumbs(
     magnitudes is dropped, and of the rest the largest are kept until a `density` share of all entries stands.
     Entries equal to the last one kept, at either end, are kept too.
 
+    mergekit holds to the density where density + outliers exceeds 1, and drops fewer outliers, none at all at
+    density 1; here the outliers go, and fewer entries remain. A density below one entry leaves nothing there,
+    and one entry here. Of magnitudes equal to the last one kept mergekit keeps so many as the density says,
+    whichever its sort brings up.
+    `reading="mergekit"` gives all that.
+
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        density: share of the entries kept, in (0, 1]; fewer remain if density + outliers exceeds 1.
-        outliers: share of the entries dropped as too large, in [0, 1).
-        scale: factor on the sum.
+        density: share of the entries kept, in (0, 1]. One number, or one for each expert.
+        outliers: share of the entries dropped as too large, in [0, 1), mergekit's `gamma`. One number, or one
+            for each expert.
+        scale: factor on the sum, mergekit's `lambda`.
+        weights: a factor on each expert; all 1 if None.
+        normalize: whether the sum is divided; None, as False, does not.
+        elect: whether a sign is elected before the sum: what mergekit calls `breadcrumbs_ties`.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
     check_density(density)
-    if not 0.0 <= outliers < 1.0:
-        raise UserError(f"outliers {outliers}: it is the share of entries dropped; give a number in [0, 1)")
-    magnitudes = task_vectors.reshape(len(task_vectors), -1).abs()
-    entries = magnitudes.shape[1]
+    kept = torch.empty_like(task_vectors)
+    experts = len(task_vectors)
+    shares = zip(for_each(density, experts), for_each(outliers, experts), strict=True)
+    for expert, (share, top), out in zip(task_vectors, shares, kept, strict=True):
+        if not 0.0 <= top < 1.0:
+            raise UserError(f"outliers {top}: it is the share of entries dropped; give a number in [0, 1)")
+        magnitudes = expert.reshape(-1).abs()
+        marked = (_mergekits_band if reading == MERGEKIT else _band)(magnitudes, share, top)
+        torch.mul(expert, marked.reshape(expert.shape), out=out)
+    return scale * combine(kept, elect=elect, normalize=normalize is True, weights=weights, reading=reading)
+
+
+def _band(magnitudes: Tensor, density: float, outliers: float) -> Tensor:
+    entries = len(magnitudes)
     last = max(1, entries - int(outliers * entries))
     first = max(1, last - max(1, int(density * entries)) + 1)
-    low = magnitudes.kthvalue(first, dim=1, keepdim=True).values
-    high = magnitudes.kthvalue(last, dim=1, keepdim=True).values
-    kept = (magnitudes >= low) & (magnitudes <= high)
-    return scale * (task_vectors * kept.reshape(task_vectors.shape)).sum(dim=0)
+    return (magnitudes >= smallest(magnitudes, first)) & (magnitudes <= smallest(magnitudes, last))
+
+
+def _mergekits_band(magnitudes: Tensor, density: float, outliers: float) -> Tensor:
+    if density == 1.0:
+        return torch.ones_like(magnitudes, dtype=torch.bool)
+    entries = len(magnitudes)
+    kept = int(density * entries)
+    below = max(0, entries - kept - int(outliers * entries))
+    upper = exactly(below + kept, magnitudes, largest=False)
+    lower = exactly(below, magnitudes, largest=False)
+    if upper is None or lower is None:  # mergekit's own sort decides, which is not stable
+        return marked_at(magnitudes.sort().indices[below : below + kept], magnitudes)
+    return upper & ~lower
 
 
 METHOD = Method(
     name="breadcrumbs",
     function=breadcrumbs,
     parameters=(
-        Parameter("density", default=0.9, low=0.1, high=1.0),
-        Parameter("outliers", default=0.01, low=0.0, high=0.2),
+        Parameter("density", default=0.9, low=0.1, high=1.0, broadcast=True),
+        Parameter("outliers", default=0.01, low=0.0, high=0.2, broadcast=True),
         Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),
+        WEIGHTS,
+        NORMALIZE,
+        Parameter("elect", default=False, choices=(True, False)),
+        READING,
     ),
     paper=Paper("Davari and Belilovsky", 2023, "2312.06795"),
     summary="drop the largest and the smallest entries, add the rest",

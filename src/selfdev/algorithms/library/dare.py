@@ -1,50 +1,113 @@
 """DARE: drop entries at random, rescale the rest, then merge."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.sign_election import disjoint_mean
-from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.trimming import check_density, keep_randomly
+from selfdev.algorithms.library.sign_election import combine
+from selfdev.algorithms.library.specification import (
+    MERGEKIT,
+    NORMALIZE,
+    PAPER,
+    READING,
+    WEIGHTS,
+    Method,
+    Paper,
+    Parameter,
+)
+from selfdev.algorithms.library.trimming import (
+    Shares,
+    check_density,
+    for_each,
+    keep_by_coin,
+    keep_randomly,
+)
 
 _PAPER = Paper("Yu et al.", 2023, "2311.03099")
-_DENSITY = Parameter("density", default=0.5, low=0.1, high=1.0)
+_DENSITY = Parameter("density", default=0.5, low=0.1, high=1.0, broadcast=True)
 _SEED = Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screened=False)
 
 
-def dare_linear(task_vectors: Tensor, *, density: float = 0.5, scale: float = 0.3, seed: int = 0) -> Tensor:
+def dare_linear(
+    task_vectors: Tensor,
+    *,
+    density: Shares = 0.5,
+    scale: float = 0.3,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    reading: str = PAPER,
+) -> Tensor:
     """Drop entries at random, divide the rest by the density, and add (Yu et al. 2023, arXiv 2311.03099).
+
+    mergekit does not divide by the density: it scales what is left of an expert to the L1 norm that it had
+    before. `reading="mergekit"` does so, draws as mergekit does from the same seed, and divides a normalised
+    sum by the weights instead of the number of experts.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        density: probability with which an entry is kept, in (0, 1]; the paper's drop rate is 1 - density.
-        scale: factor on the sum.
+        density: probability with which an entry is kept, in (0, 1]; the paper's drop rate is 1 - density. One
+            number, or one for each expert.
+        scale: factor on the sum, mergekit's `lambda`.
         seed: of the drawing. Tensors of one shape get the same drawing from the same seed: give each tensor
             of a model a seed of its own.
+        weights: a factor on each expert; all 1 if None.
+        normalize: whether the sum is divided; None, as False, does not.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
-    check_density(density)
-    return scale * keep_randomly(task_vectors, density, seed).sum(dim=0)
+    kept = _thinned(task_vectors, density, seed, reading)
+    return scale * combine(kept, elect=False, normalize=normalize is True, weights=weights, reading=reading)
 
 
-def dare_ties(task_vectors: Tensor, *, density: float = 0.5, scale: float = 1.0, seed: int = 0) -> Tensor:
+def dare_ties(
+    task_vectors: Tensor,
+    *,
+    density: Shares = 0.5,
+    scale: float = 1.0,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    reading: str = PAPER,
+) -> Tensor:
     """Drop at random instead of trimming, then merge as TIES does (Yu et al. 2023, arXiv 2311.03099).
 
     Dropped entries do not vote; the sign is elected among the rescaled rest, and those that agree are
-    averaged.
+    averaged. `reading="mergekit"` rescales and draws as in `dare_linear` and elects and divides as in `ties`;
+    and mergekit adds those that agree unless told to normalise.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        density: probability with which an entry is kept, in (0, 1]; the paper's drop rate is 1 - density.
-        scale: factor on the merged task vector.
+        density: probability with which an entry is kept, in (0, 1]; the paper's drop rate is 1 - density. One
+            number, or one for each expert.
+        scale: factor on the merged task vector, mergekit's `lambda`.
         seed: of the drawing, as in `dare_linear`.
+        weights: a factor on each expert, before the election; all 1 if None.
+        normalize: whether those that agree are averaged or added; None averages, and adds in mergekit's
+            reading.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
+    kept = _thinned(task_vectors, density, seed, reading)
+    averaged = normalize if normalize is not None else reading == PAPER
+    return scale * combine(kept, elect=True, normalize=averaged, weights=weights, reading=reading)
+
+
+def _thinned(task_vectors: Tensor, density: Shares, seed: int, reading: str) -> Tensor:
     check_density(density)
-    return scale * disjoint_mean(keep_randomly(task_vectors, density, seed))
+    if reading != MERGEKIT:
+        return keep_randomly(task_vectors, density, seed)
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.empty_like(task_vectors)
+    for row, share, out in zip(task_vectors, for_each(density, len(kept)), kept, strict=True):
+        # At density 1 mergekit draws nothing, which leaves the generator to the next expert as it is.
+        out.copy_(row if share == 1.0 else keep_by_coin(row, share, generator))
+    return kept
 
 
 LINEAR_METHOD = Method(
@@ -54,6 +117,9 @@ LINEAR_METHOD = Method(
         _DENSITY,
         Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),
         _SEED,
+        WEIGHTS,
+        NORMALIZE,
+        READING,
     ),
     paper=_PAPER,
     summary="drop entries at random, rescale the rest, add",
@@ -66,6 +132,9 @@ TIES_METHOD = Method(
         _DENSITY,
         Parameter("scale", default=1.0, low=0.1, high=4.0, log=True, screened=False),
         _SEED,
+        WEIGHTS,
+        NORMALIZE,
+        READING,
     ),
     paper=_PAPER,
     summary="drop entries at random, rescale the rest, merge as TIES does",

@@ -3,19 +3,28 @@
 import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.algorithms.library.specification import MERGEKIT, PAPER, READING, Method, Paper, Parameter
+from selfdev.algorithms.library.sphere import gram
+
+# Below this 1 + (n - 1) c counts as zero, and the seed stays: mergekit's bound.
+_SINGULAR = 1e-6
 
 
-def model_stock(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
+def model_stock(task_vectors: Tensor, *, scale: float = 1.0, reading: str = PAPER) -> Tensor:
     """Scale the mean by the angle between the experts (Jang et al. 2024, arXiv 2403.19522).
 
     With the mean cosine c over all pairs of n experts the merged task vector is t times the mean, where t =
     n c / (1 + (n - 1) c). A negative c counts as 0, so that t stays in [0, 1] as in the paper: experts that
     have nothing in common leave the seed as it is. One expert is returned as it is.
 
+    mergekit takes a negative c as it is: between -1 / (n - 1) and 0 it goes away from the mean. It counts
+    products of norms below 1e-6 as 1e-6, which shrinks the cosine of tiny task vectors. `reading="mergekit"`
+    does both.
+
     Args:
         task_vectors: shape (experts, *parameter), float32.
         scale: factor on the merged task vector; 1 is the paper's method, others are our addition for tuning.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
@@ -24,19 +33,22 @@ def model_stock(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     mean = task_vectors.mean(dim=0)
     if experts == 1:
         return scale * mean
-    flat = task_vectors.reshape(experts, -1)
-    directions = torch.nn.functional.normalize(flat, dim=1)
-    cosines = directions @ directions.T
-    above = torch.triu(torch.ones_like(cosines, dtype=torch.bool), diagonal=1)
-    cosine = cosines[above].mean().clamp(0.0, 1.0)
-    share = experts * cosine / (1.0 + (experts - 1) * cosine)
-    return scale * share * mean
+    products = gram(task_vectors)
+    norms = products.diagonal().sqrt()
+    least = _SINGULAR if reading == MERGEKIT else torch.finfo(torch.float64).tiny
+    cosines = (products / torch.outer(norms, norms).clamp(min=least)).clamp(-1.0, 1.0)
+    cosine = cosines[torch.triu(torch.ones_like(cosines, dtype=torch.bool), diagonal=1)].mean()
+    if reading != MERGEKIT:
+        cosine = cosine.clamp(min=0.0)
+    divisor = 1.0 + (experts - 1) * cosine
+    share = torch.where(divisor.abs() < _SINGULAR, 0.0, experts * cosine / divisor)
+    return scale * share.item() * mean
 
 
 METHOD = Method(
     name="model_stock",
     function=model_stock,
-    parameters=(Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),),
+    parameters=(Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False), READING),
     paper=Paper("Jang et al.", 2024, "2403.19522"),
     summary="the mean of the experts, scaled by the angle between them",
 )

@@ -2,60 +2,72 @@
 
 from torch import Tensor
 
-from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.algorithms.library.specification import MERGEKIT, PAPER, READING, Method, Paper, Parameter
+from selfdev.algorithms.library.sphere import combination, gram
 from selfdev.algorithms.library.sphere import slerp as along_great_circle
 from selfdev.errors import UserError
 
 _PAPER = Paper("Shoemake", 1985, None)
 _T = Parameter("t", default=0.5, low=0.0, high=1.0)
 
+# Above this cosine mergekit interpolates linearly. Fine-tuned relatives of one seed nearly always lie above.
+_MERGEKITS_PARALLEL = 0.9995
 
-def slerp(task_vectors: Tensor, seed_tensor: Tensor, *, t: float = 0.5) -> Tensor:
+
+def slerp(task_vectors: Tensor, seed_tensor: Tensor, *, t: float = 0.5, reading: str = PAPER) -> Tensor:
     """Interpolate the weights of two experts along a great circle (Shoemake 1985).
 
-    Here the tensors on the sphere are the experts' weights, seed plus task vector.
+    Here the tensors on the sphere are the experts' weights, seed plus task vector. mergekit interpolates
+    linearly where the cosine's magnitude exceeds 0.9995, which `reading="mergekit"` does too; here only
+    where it is 1 to the precision of float32. mergekit knows no seed: its base model is the first expert.
 
     Args:
         task_vectors: shape (2, *parameter), float32.
         seed_tensor: the seed's tensor, shape (*parameter).
         t: how far to go from the first expert (0) to the second (1).
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter): what to add to the seed's tensor.
     """
-    first, second = _two(task_vectors)
-    return along_great_circle(seed_tensor + first, seed_tensor + second, t) - seed_tensor
+    _check_two(task_vectors)
+    parallel = _MERGEKITS_PARALLEL if reading == MERGEKIT else None
+    factors = along_great_circle(gram(task_vectors, seed_tensor), t, parallel)
+    return combination(factors, task_vectors, seed_tensor)
 
 
-def nuslerp(task_vectors: Tensor, *, t: float = 0.5, scale: float = 1.0) -> Tensor:
+def nuslerp(task_vectors: Tensor, *, t: float = 0.5, scale: float = 1.0, reading: str = PAPER) -> Tensor:
     """Interpolate two task vectors along a great circle (Shoemake 1985).
 
-    What mergekit calls NuSLERP with a base model.
+    What mergekit calls NuSLERP with a base model, whose two weights give t = second / (first + second). A zero
+    task vector has no direction: here it is interpolated linearly, while mergekit takes it to be at a right
+    angle, which `reading="mergekit"` does too.
 
     Args:
         task_vectors: shape (2, *parameter), float32.
         t: how far to go from the first expert (0) to the second (1).
         scale: factor on the merged task vector.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
-    first, second = _two(task_vectors)
-    return scale * along_great_circle(first, second, t)
+    _check_two(task_vectors)
+    factors = along_great_circle(gram(task_vectors), t, zero_is_orthogonal=reading == MERGEKIT)
+    return combination(scale * factors, task_vectors)
 
 
-def _two(task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+def _check_two(task_vectors: Tensor) -> None:
     if len(task_vectors) != 2:
         raise UserError(
             f"a great circle joins 2 experts, not {len(task_vectors)}; use 'karcher' for any other number"
         )
-    return task_vectors[0], task_vectors[1]
 
 
 METHOD = Method(
     name="slerp",
     function=slerp,
-    parameters=(_T,),
+    parameters=(_T, READING),
     paper=_PAPER,
     summary="along the great circle between the weights of two experts",
     needs_seed=True,
@@ -65,7 +77,7 @@ METHOD = Method(
 NU_METHOD = Method(
     name="nuslerp",
     function=nuslerp,
-    parameters=(_T, Parameter("scale", default=1.0, low=0.2, high=3.0, log=True, screened=False)),
+    parameters=(_T, Parameter("scale", default=1.0, low=0.2, high=3.0, log=True, screened=False), READING),
     paper=_PAPER,
     summary="along the great circle between two task vectors",
     experts=2,

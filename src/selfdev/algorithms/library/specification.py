@@ -3,7 +3,7 @@
 import difflib
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from selfdev.errors import UserError
 # points put the densities, searched from 0.1 to 1, on the round values that people and models write.
 _GRID_POINTS = {1: 10, 2: 3}
 
+PAPER, MERGEKIT = "paper", "mergekit"
+"""The readings of a formula: the paper's, and that of mergekit 0.1.5 where it differs."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -23,39 +26,52 @@ class Parameter:
     Attributes:
         name: keyword of the method's function.
         default: the value used when none is given; None lets the function choose.
-        low: lower end of the search range; a method may accept values beyond it.
-        high: upper end of the search range, itself included.
+        low: lower end of the search range; a method may accept values beyond it. None where tuning leaves the
+            parameter alone, as it does with weights and with flags that choose a reading of the paper.
+        high: upper end of the search range, itself included; None with `low`.
         log: search on a logarithmic scale; needs `low > 0`.
         per_expert: a list with one value for each expert instead of a single one.
+        broadcast: such a list, or a single number for all experts.
         integer: whole numbers only.
         screened: whether `grid` varies it. Screening compares merged task vectors up to a constant factor,
             so that a plain factor need not vary, nor a random seed.
+        choices: the only values it takes; empty if it takes numbers.
     """
 
     name: str
-    default: float | None
-    low: float
-    high: float
+    default: float | str | None
+    low: float | None = None
+    high: float | None = None
     log: bool = False
     per_expert: bool = False
+    broadcast: bool = False
     integer: bool = False
     screened: bool = True
+    choices: tuple[str | bool, ...] = ()
+
+    @property
+    def searched(self) -> bool:
+        """Whether tuning draws it from a range."""
+        return self.low is not None and self.high is not None
 
     def _at(self, share: float) -> float:
         """Return the value that lies at `share` (0 to 1) of the range."""
-        value = (
-            self.low * (self.high / self.low) ** share
-            if self.log
-            else self.low + share * (self.high - self.low)
-        )
+        low, high = self._range()
+        value = low * (high / low) ** share if self.log else low + share * (high - low)
         # Six digits are enough to search with, and 0.1 + 2 * 0.1 is the 0.3 that someone would write.
-        value = min(max(float(f"{value:.6g}"), self.low), self.high)
+        value = min(max(float(f"{value:.6g}"), low), high)
         return round(value) if self.integer else value
+
+    def _range(self) -> tuple[float, float]:
+        if self.low is None or self.high is None:
+            raise ValueError(f"parameter '{self.name}' has no search range")
+        return self.low, self.high
 
     def sample(self, rng: random.Random) -> float:
         """Draw one value of the search range (for a per-expert parameter: the value of one expert)."""
         if self.integer and not self.log:
-            return rng.randint(int(self.low), int(self.high))
+            low, high = self._range()
+            return rng.randint(int(low), int(high))
         return self._at(rng.random())
 
     def grid(self, points: int) -> list[float]:
@@ -63,6 +79,31 @@ class Parameter:
         if points == 1:
             return [self._at(0.5)]
         return list(dict.fromkeys(self._at(index / (points - 1)) for index in range(points)))
+
+    def check(self, method: str, experts: int, value: object) -> None:
+        """Raise UserError unless the parameter takes this value with this number of experts."""
+        owner = f"parameter '{self.name}' of method '{method}'"
+        if self.choices:
+            # True is no 1: the type must be right as well.
+            if not any(type(value) is type(choice) and value == choice for choice in self.choices):
+                raise UserError(f"{owner} is {value!r}; it takes {' or '.join(map(str, self.choices))}")
+            return
+        values = value if isinstance(value, list | tuple) else [value]
+        listed = values is value
+        if (self.per_expert and not listed) or (
+            listed and not ((self.per_expert or self.broadcast) and len(values) == experts)
+        ):
+            raise UserError(
+                f"{owner} is {value!r}, which is not a list with one value for each of the {experts} experts; "
+                f"give {experts} values"
+                if self.per_expert or self.broadcast
+                else f"{owner} is {value!r}, which is no number; give one for all experts"
+            )
+        for each in values:
+            whole = isinstance(each, int) and not isinstance(each, bool)
+            if not (whole or (isinstance(each, float) and not self.integer)):
+                kind = "whole number" if self.integer else "number"
+                raise UserError(f"{owner} is {value!r}, which is no {kind}; give one")
 
 
 @dataclass(frozen=True)
@@ -90,6 +131,7 @@ class Method:
         paper: the source of the formula.
         summary: one line for lists of methods.
         needs_seed: whether the function takes the seed's tensor, shape (*parameter), as second argument.
+        mergekit_needs_seed: whether it does so in mergekit's reading alone.
         experts: the only number of experts it takes; None if it takes any.
     """
 
@@ -99,10 +141,11 @@ class Method:
     paper: Paper
     summary: str
     needs_seed: bool = False
+    mergekit_needs_seed: bool = False
     experts: int | None = None
 
     def sample(self, rng: random.Random, experts: int) -> dict[str, Any]:
-        """Draw a setting of all parameters from the search range, for tuning on `experts` experts."""
+        """Draw a setting of all searched parameters, for tuning on `experts` experts."""
         return {
             parameter.name: (
                 [parameter.sample(rng) for _ in range(experts)]
@@ -110,6 +153,7 @@ class Method:
                 else parameter.sample(rng)
             )
             for parameter in self.parameters
+            if parameter.searched
         }
 
     def grid(self, experts: int) -> list[dict[str, Any]]:
@@ -119,7 +163,9 @@ class Method:
         """
         default = self.defaults(experts)
         varied = [
-            parameter for parameter in self.parameters if parameter.screened and not parameter.per_expert
+            parameter
+            for parameter in self.parameters
+            if parameter.searched and parameter.screened and not parameter.per_expert
         ]
         if not varied:
             return [default]
@@ -130,11 +176,11 @@ class Method:
         return [default, *(setting for setting in settings if setting != default)]
 
     def defaults(self, experts: int) -> dict[str, Any]:
-        """Return the default setting, leaving out what the function chooses itself."""
+        """Return the default setting of the searched parameters, without what the function chooses itself."""
         return {
             parameter.name: [parameter.default] * experts if parameter.per_expert else parameter.default
             for parameter in self.parameters
-            if parameter.default is not None
+            if parameter.searched and parameter.default is not None
         }
 
     def merge(self, task_vectors: Tensor, seed_tensor: Tensor | None = None, **parameters: Any) -> Tensor:
@@ -142,19 +188,21 @@ class Method:
 
         Args:
             task_vectors: shape (experts, *parameter), float32.
-            seed_tensor: the seed's tensor, shape (*parameter); needed if `needs_seed`, ignored otherwise.
+            seed_tensor: the seed's tensor, shape (*parameter); needed if `needs_seed`, or in mergekit's reading
+                if `mergekit_needs_seed`; ignored otherwise.
             **parameters: values by name; those left out take their default.
 
         Returns:
             The merged task vector, shape (*parameter).
 
         Raises:
-            UserError: an unknown parameter, a list of the wrong length, no seed's tensor where it is needed,
+            UserError: an unknown parameter, a value that it does not take, no seed's tensor where it is needed,
                 or a number of experts that the method does not take.
         """
         experts = len(task_vectors)
         self.check(experts, parameters)
-        if not self.needs_seed:
+        in_mergekits_reading = parameters.get("reading") == MERGEKIT
+        if not (self.needs_seed or (self.mergekit_needs_seed and in_mergekits_reading)):
             return self.function(task_vectors, **parameters)
         if seed_tensor is None:
             raise UserError(
@@ -173,11 +221,17 @@ class Method:
         for name, value in parameters.items():
             if name not in known:
                 raise UserError(unknown_name(f"parameter of method '{self.name}'", name, list(known)))
-            if known[name].per_expert and not (isinstance(value, Sequence) and len(value) == experts):
-                raise UserError(
-                    f"parameter '{name}' of method '{self.name}': {value!r} is not a list with one value for "
-                    f"each of the {experts} experts; give {experts} values"
-                )
+            known[name].check(self.name, experts, value)
+
+
+READING = Parameter("reading", default=PAPER, choices=(PAPER, MERGEKIT))
+"""The flag of every method that mergekit reads differently."""
+
+WEIGHTS = Parameter("weights", default=None, per_expert=True)
+"""A factor on each expert, where tuning searches a common scale instead."""
+
+NORMALIZE = Parameter("normalize", default=None, choices=(True, False))
+"""Whether a sum is divided; None for what the method's own formula does."""
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -1,36 +1,90 @@
 """TIES: trim, elect a sign, merge those that agree."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.sign_election import disjoint_mean
-from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.trimming import keep_largest
+from selfdev.algorithms.library.sign_election import combine
+from selfdev.algorithms.library.specification import (
+    MERGEKIT,
+    NORMALIZE,
+    PAPER,
+    READING,
+    WEIGHTS,
+    Method,
+    Paper,
+    Parameter,
+)
+from selfdev.algorithms.library.trimming import (
+    Shares,
+    check_density,
+    exactly,
+    for_each,
+    kept_count,
+    magnitude_thresholds,
+    marked_at,
+)
 
 
-def ties(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
+def ties(
+    task_vectors: Tensor,
+    *,
+    density: Shares = 0.2,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    reading: str = PAPER,
+) -> Tensor:
     """Trim, elect a sign, and average those that agree (Yadav et al. 2023, arXiv 2306.01708).
 
     The trimmed task vectors keep their largest entries by magnitude; the elected sign of an entry is that of
     the sum of the trimmed values; the merged value is the mean of the non-zero ones with that sign. The paper
     trims over the whole model at once, here each tensor is trimmed on its own.
 
+    mergekit does so too, and differs in three points, which `reading="mergekit"` gives. It divides by the sum
+    of the weights of those that agree instead of their number, so that equal weights change nothing. Where
+    the votes cancel it elects the positive sign, and this reading leaves the entry zero. Of magnitudes equal
+    to the threshold it keeps so many as the density says, whichever its sort brings up, and this reading
+    keeps all. mergekit's is the slower one: where magnitudes are equal it has to sort as mergekit does.
+
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        density: share of each task vector's entries kept, by magnitude; in (0, 1].
-        scale: factor on the merged task vector; the paper searches 0.8 to 3.
+        density: share of each task vector's entries kept, by magnitude; in (0, 1]. One number, or one for
+            each expert.
+        scale: factor on the merged task vector, mergekit's `lambda`; the paper searches 0.8 to 3.
+        weights: a factor on each trimmed task vector, before the election; all 1 if None.
+        normalize: whether those that agree are averaged (True, as is None) or added.
+        reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
-    return scale * disjoint_mean(keep_largest(task_vectors, density))
+    normalize = normalize is not False
+    if reading != MERGEKIT:
+        least = magnitude_thresholds(task_vectors, density)
+        return scale * combine(task_vectors, elect=True, normalize=normalize, weights=weights, least=least)
+    check_density(density)
+    trimmed = torch.empty_like(task_vectors)
+    for row, share, out in zip(task_vectors, for_each(density, len(trimmed)), trimmed, strict=True):
+        magnitudes = row.reshape(-1).abs()
+        count = kept_count(share, len(magnitudes))
+        kept = exactly(count, magnitudes, largest=True)
+        if kept is None:  # mergekit's own sort decides, which is not stable
+            kept = marked_at(magnitudes.argsort(descending=True)[:count], magnitudes)
+        torch.mul(row, kept.reshape(row.shape), out=out)
+    return scale * combine(trimmed, elect=True, normalize=normalize, weights=weights, reading=MERGEKIT)
 
 
 METHOD = Method(
     name="ties",
     function=ties,
     parameters=(
-        Parameter("density", default=0.2, low=0.1, high=1.0),
+        Parameter("density", default=0.2, low=0.1, high=1.0, broadcast=True),
         Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
+        WEIGHTS,
+        NORMALIZE,
+        READING,
     ),
     paper=Paper("Yadav et al.", 2023, "2306.01708"),
     summary="trim small entries, elect a sign, average the values that agree",

@@ -1,0 +1,111 @@
+"""DOGE-TA: Task Arithmetic with a correction that brings back what every expert loses in the sum."""
+
+import torch
+from torch import Tensor
+
+from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.algorithms.library.spectrum import components
+from selfdev.algorithms.library.trimming import check_density, keep_largest, largest
+from selfdev.errors import UserError
+
+# Conjugate gradients stop after so many steps, or where the gradient has shrunk by this factor.
+_STEPS = 50
+_SOLVED = 1e-5
+
+
+def doge_ta(
+    task_vectors: Tensor,
+    *,
+    step: float = 0.07,
+    density: float = 0.3,
+    shared: float = 1 / 6,
+    scale: float = 1.0,
+) -> Tensor:
+    """Add trimmed task vectors with a common correction (Wei et al. 2025, arXiv 2501.01230, DOGE).
+
+    Expert i with task vector D_i has the coefficient l_i = step / |D_i| (Frobenius norm). With the sum M of
+    the l_i D_i and s of the l_i, the correction C minimises the loss, over experts j and rows r, of the sum
+    of squares of <D_j[r], D_j[r] - M[r] - s C[r]>: along every row's own change the merged model moves as far
+    as the expert did. C is kept out of the shared subspace: the strongest left singular directions of the
+    experts' own strongest ones (1 / experts of the rank each) put side by side. The merged task vector is the
+    sum of l_i (D_i + C), each at the largest entries of D_i alone.
+
+    The paper takes 400 steps of Adam with a step of 1e-4 from C = 0 on. The loss is quadratic, and conjugate
+    gradients find the smallest C that minimises it, whatever the size of the weights. The paper trims over the
+    whole model at once, here each tensor is trimmed on its own. Tensors that are no matrices have no C.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32; a matrix is (outputs, inputs).
+        step: eta of the paper, in units of the weights: the norm to which each task vector is brought, above 0.
+            The paper uses 0.07.
+        density: share of each task vector's entries that count in the sum, by magnitude; in (0, 1]. The
+            paper's experiments use 0.3.
+        shared: share of the rank that the shared subspace takes, in [0, 1]; the authors' code takes a sixth.
+        scale: factor on the merged task vector.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+    """
+    check_density(density)
+    if not step > 0.0 or not 0.0 <= shared <= 1.0:
+        raise UserError(f"step {step} must be above 0 and shared {shared} a share of the rank in [0, 1]")
+    norms = task_vectors.reshape(len(task_vectors), -1).norm(dim=1)
+    factors = torch.where(norms > 0, step / norms, 0.0).reshape(-1, *[1] * (task_vectors.dim() - 1))
+    if task_vectors.dim() != 3:
+        return scale * (factors * keep_largest(task_vectors, density)).sum(dim=0)
+    correction = _correction(task_vectors, factors, _shared_directions(task_vectors, shared))
+    kept = largest(task_vectors.abs(), density)
+    return scale * (factors * (task_vectors + correction) * kept).sum(dim=0)
+
+
+def _shared_directions(task_vectors: Tensor, shared: float) -> Tensor:
+    """Return orthonormal columns that span the shared subspace, shape (rows, directions)."""
+    rank = min(task_vectors.shape[1:])
+    each = rank // len(task_vectors)
+    own = [components(matrix, each)[0] for matrix in task_vectors]
+    return components(torch.cat(own, dim=1), int(shared * rank))[0]
+
+
+def _correction(task_vectors: Tensor, factors: Tensor, shared: Tensor) -> Tensor:
+    """Minimise the loss over corrections without a shared part, by conjugate gradients from zero."""
+    merged = (factors * task_vectors).sum(dim=0)
+    total = factors.sum()
+
+    def along(matrix: Tensor) -> Tensor:
+        """The product of each row with that of each expert, shape (experts, rows, 1)."""
+        return (task_vectors * matrix).sum(dim=2, keepdim=True)
+
+    def back(products: Tensor) -> Tensor:
+        """Rows of the experts with these factors, without their shared part: the transpose of `along`."""
+        matrix = (task_vectors * products).sum(dim=0)
+        return matrix - shared @ (shared.T @ matrix)
+
+    lost = task_vectors.square().sum(dim=2, keepdim=True) - along(merged)
+    correction = torch.zeros_like(merged)
+    residual = back(total * lost)
+    direction, power = residual, residual.square().sum()
+    enough = _SOLVED**2 * power
+    for _ in range(_STEPS):
+        if power <= enough:
+            break
+        curved = back(total**2 * along(direction))
+        length = power / (direction * curved).sum()
+        correction = correction + length * direction
+        residual = residual - length * curved
+        before, power = power, residual.square().sum()
+        direction = residual + (power / before) * direction
+    return correction
+
+
+METHOD = Method(
+    name="doge_ta",
+    function=doge_ta,
+    parameters=(
+        Parameter("step", default=0.07, low=0.01, high=10.0, log=True),
+        Parameter("density", default=0.3, low=0.1, high=1.0),
+        Parameter("shared", default=1 / 6, low=0.0, high=0.5),
+        Parameter("scale", default=1.0, low=0.2, high=2.0, log=True, screened=False),
+    ),
+    paper=Paper("Wei et al.", 2025, "2501.01230"),
+    summary="Task Arithmetic with a correction for what each expert loses",
+)
