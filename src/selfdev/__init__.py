@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfdev.config import Config, load_config
+    from selfdev.merging.checkpoint import merge
     from selfdev.runs import Run, open_run, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Run", "__version__", "load_config", "open_run", "resume", "run"]
+__all__ = ["Config", "Run", "__version__", "load_config", "merge", "open_run", "resume", "run"]
 
-_HOMES = dict.fromkeys(("Config", "load_config"), "selfdev.config") | dict.fromkeys(
-    ("Run", "open_run", "resume", "run"), "selfdev.runs"
+_HOMES = (
+    dict.fromkeys(("Config", "load_config"), "selfdev.config")
+    | dict.fromkeys(("Run", "open_run", "resume", "run"), "selfdev.runs")
+    | {"merge": "selfdev.merging.checkpoint"}
 )
 
 

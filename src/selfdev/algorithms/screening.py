@@ -24,6 +24,7 @@ from torch import Tensor
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.library import methods
 from selfdev.algorithms.source import canonical, wrap_short
+from selfdev.sandbox import Context
 
 TOLERANCE = 0.01
 REAL_TOLERANCE = 0.05
@@ -59,7 +60,12 @@ class Box(Protocol):
     """Where programs run (`selfdev.sandbox.Sandbox`)."""
 
     def merge_many(
-        self, source: str, model_dicts: Sequence[Mapping[str, Tensor]], *, seeds: Sequence[int] | None = None
+        self,
+        source: str,
+        model_dicts: Sequence[Mapping[str, Tensor]],
+        *,
+        contexts: Sequence[Context | None] | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> Sequence[Outcome]: ...
 
 
@@ -70,10 +76,12 @@ class Probe:
     Attributes:
         name: what is special about it.
         task_vectors: shape (experts, *parameter), float32.
+        context: a made-up seed's tensor in a made-up layer, for programs that ask for it.
     """
 
     name: str
     task_vectors: Tensor
+    context: Context
 
     @property
     def model_dict(self) -> dict[str, Tensor]:
@@ -92,7 +100,9 @@ def _probe(
     heavy = own * own.abs().sqrt()
     size = torch.linspace(0.7, 1.4, experts).reshape(-1, *(1 for _ in shape))
     kept = torch.rand((experts, *shape), generator=stream) < dense
-    return Probe(name, scale * size * (shared * common + heavy) * kept)
+    seed = torch.randn(shape, generator=stream)
+    context = Context(seed, "model.layers.1.mlp.up_proj.weight", 1, 4)
+    return Probe(name, scale * size * (shared * common + heavy) * kept, context)
 
 
 PROBES: tuple[Probe, ...] = tuple(
@@ -300,7 +310,12 @@ class Screen:
     def _run(self, source: str) -> Behaviour | Screening:
         probes = [*PROBES, PROBES[_REPEAT]]
         seeds = [*range(len(PROBES)), len(PROBES)]
-        outcomes = self.box.merge_many(source, [probe.model_dict for probe in probes], seeds=seeds)
+        outcomes = self.box.merge_many(
+            source,
+            [probe.model_dict for probe in probes],
+            contexts=[probe.context for probe in probes],
+            seeds=seeds,
+        )
         merged: list[Tensor] = []
         for outcome, probe in zip(outcomes, probes, strict=True):
             if outcome.tensor is None:
@@ -321,12 +336,12 @@ class Screen:
 def _library_behaviours() -> Iterable[tuple[str, Behaviour]]:
     """Every human-designed method on the probes, over the grid of its parameters."""
     for name, method in methods().items():
-        if method.needs_seed or method.experts is not None:
-            continue  # no working program can be one of these: it gets no seed's tensor, and other numbers of experts
+        if method.experts is not None:
+            continue  # no working program can be one of these: probes have other numbers of experts
         grids = [method.grid(len(probe.task_vectors)) for probe in PROBES]
         for point in range(min(map(len, grids))):
             merged = [
-                method.merge(probe.task_vectors, **grid[point])
+                method.merge(probe.task_vectors, probe.context.seed, **grid[point])
                 for probe, grid in zip(PROBES, grids, strict=True)
             ]
             yield f"{name} {grids[0][point]}", Behaviour.of(merged)

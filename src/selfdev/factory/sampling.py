@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdev.errors import UserError
-from selfdev.factory.shared_prefix import LayerCache, SharedPrefix, attending
+from selfdev.models.limits import context_limit, end_tokens
+from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending
 
 CONSIDERED = 512
 """Only this many most likely tokens can be drawn: beyond top-p of them lies noise, and sorting costs."""
@@ -88,7 +89,7 @@ class Sampler:
         written = [_Row() for _ in seeds]
         alive = torch.arange(len(seeds))
         pieces = _Pieces(tokenizer)
-        ends = _end_ids(model, tokenizer)
+        ends = end_tokens(model, tokenizer)
         tokens = 0
         with attending(model):
             for step in range(self.max_new_tokens):
@@ -113,7 +114,7 @@ class Sampler:
                 logits = model(
                     chosen[:, None], position_ids=position[:, None], use_cache=False, shared_prefix=shared
                 ).logits[:, -1]
-                shared.length += 1
+                shared.advance(1)
                 position = position + 1
         finished = iter([row.sample(tokenizer) for row in written])
         return [[next(finished) for _ in group] for group in rows]
@@ -173,19 +174,11 @@ def _prefill(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[LayerC
     return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers], out.logits[:, -1]
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    ends = ends if isinstance(ends, list) else [ends]
-    return {end for end in (*ends, tokenizer.eos_token_id) if end is not None}
-
-
 def check_context(config: PreTrainedConfig, tokens: int) -> None:
     """Raise UserError unless a model of this config can hold so many tokens."""
-    config = config.get_text_config()
-    for field in ("max_position_embeddings", "sliding_window"):
-        limit = getattr(config, field, None)
-        if limit is not None and tokens > limit:
-            raise UserError(
-                f"the factory's prompt and {field} do not fit: prompt and continuation need {tokens} tokens "
-                f"and the model has {limit}; use fewer examples or a smaller factory.max_new_tokens"
-            )
+    limit = context_limit(config)
+    if limit is not None and tokens > limit[1]:
+        raise UserError(
+            f"the factory's prompt and {limit[0]} do not fit: prompt and continuation need {tokens} tokens "
+            f"and the model has {limit[1]}; use fewer examples or a smaller factory.max_new_tokens"
+        )

@@ -5,12 +5,48 @@ progress bars that cannot be turned off from within. As a script: `python -m sel
 FOLDER`.
 """
 
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from selfdev.errors import UserError
+from selfdev.models.digest import FileDigest
+
+_log = logging.getLogger(__name__)
+
+
+def gguf_model(gguf: Path, cache: Path) -> Path:
+    """The folder of a GGUF file's model: from the cache, or dequantised into it.
+
+    Args:
+        gguf: the file.
+        cache: the folder of model folders; each one's name says the file's hash.
+
+    Raises:
+        UserError: as `dequantise` does, or the cache cannot be written.
+    """
+    target = cache / f"gguf-{FileDigest(gguf).finish()[:32]}"
+    if (target / "config.json").is_file():
+        return target
+    _log.info("dequantising %s; this takes a minute, once", gguf.name)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as aside:
+            dequantise(gguf, Path(aside) / "model")
+            try:
+                (Path(aside) / "model").rename(target)
+            except OSError:
+                if not (target / "config.json").is_file():  # else another process was faster
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"the model of '{gguf}' cannot be put into '{cache}': {error.strerror or error}; "
+            "make room, or point SELFDEV_CACHE elsewhere"
+        ) from error
+    return target
 
 
 def dequantise(gguf: Path, out: Path) -> None:

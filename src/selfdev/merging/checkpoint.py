@@ -1,0 +1,315 @@
+"""Merges real checkpoints, tensor by tensor, from disk to disk.
+
+Whatever the models' size, what lies in memory is one tensor: its task vectors and the seed's tensor in float32, what
+the algorithm makes of them, and at most two results that wait to be written. (Small tensors go to the jail together.)
+Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
+
+The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
+that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, without a config.json.
+"""
+
+import json
+import math
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdev.errors import SelfdevError, UserError
+from selfdev.merging.algorithm import Algorithm, Inputs
+from selfdev.merging.job import Job, existing_folder, prepare
+from selfdev.merging.lookup import find
+from selfdev.merging.model_card import Input, model_card
+from selfdev.merging.read_ahead import ReadAhead, Span
+from selfdev.merging.reader import is_finite
+from selfdev.merging.recipe import Dtype, Recipe
+from selfdev.merging.targets import count_layers, layer_of
+from selfdev.merging.vocabulary import Embeddings
+from selfdev.merging.writer import SHARD_BYTES, Planned, Writer, write_failure
+from selfdev.models.weights import TYPES
+from selfdev.sandbox import Context
+
+_CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+# What lies beside the weights and belongs to the model: configs, tokenizer, chat template, licence. Code only with
+# a config that names it.
+_BESIDE = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenizer*",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_NOT_BESIDE = (
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "*_results.json",
+    "requirements*.txt",
+)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What came of a merge.
+
+    Attributes:
+        folder: of the merged model.
+        merged: how many tensors were merged.
+        tensors: how many the model has; those that were not merged are the seed's.
+        targets: which were merged.
+        seconds: that it took.
+        hashes: sha256 of each file of weights, by its name.
+    """
+
+    folder: Path
+    merged: int
+    tensors: int
+    targets: str
+    seconds: float
+    hashes: Mapping[str, str]
+
+    @property
+    def summary(self) -> str:
+        """One sentence."""
+        rest = "" if self.merged == self.tensors else f" (targets {self.targets}; the others are the seed's)"
+        return (
+            f"merged {self.merged} of {self.tensors} tensors{rest} into {self.folder} in {self.seconds:.1f} s"
+        )
+
+
+def merge(
+    method: str | Path,
+    seed: str | Path,
+    experts: Mapping[str, str | Path],
+    /,
+    *,
+    out: str | Path,
+    targets: str | None = None,
+    dtype: Dtype | None = None,
+    embeddings: Embeddings | None = None,
+    trust: bool = False,
+    **parameters: Any,
+) -> Merged:
+    """Merge experts into a seed and write a folder that transformers loads.
+
+        selfdev.merge("ties", "./seed", {"math": "./math", "code": "./lora"}, out="./merged", density=0.3)
+
+    Args:
+        method: a method of the library, `FILE.py` with `merge_models`, or `RUN:CANDIDATE`.
+        seed: a folder, a GGUF file, a Hub name, or another source of `selfdev.models.sources`.
+        experts: sources by name; LoRA adapters too.
+        out: the folder to write, which must not exist or be empty.
+        targets: which tensors: `mlp`, `attention`, `all` or a regular expression. By default what the candidate's
+            run merged, and the MLP layers for other methods.
+        dtype: `bf16`, `fp16` or `fp32` for all floating-point tensors; by default each as the seed stores it.
+        embeddings: where vocabularies differ, `seed` keeps the seed's embeddings and output head, and `crop` merges
+            the rows that all have; by default such experts are refused.
+        trust: run a `FILE.py` of your own in this process instead of in the jail.
+        **parameters: of the method.
+
+    Raises:
+        UserError: something cannot be merged as asked; nothing has been written.
+        SelfdevError: the algorithm fails, or the folder cannot be written.
+    """
+    sources = {name: str(source) for name, source in experts.items()}
+    return merge_checkpoints(
+        Recipe(str(method), str(seed), sources, parameters, targets, dtype, embeddings, trust), Path(out)
+    )
+
+
+def merge_checkpoints(recipe: Recipe, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Merged:
+    """As `merge`, for a recipe.
+
+    Args:
+        recipe: what to merge, and how.
+        out: the folder to write.
+        shard_bytes: largest file of weights.
+    """
+    began = time.perf_counter()
+    recipe.check()
+    found = find(recipe)
+    out = out.expanduser()
+    _check_out(out)
+    job = prepare(recipe, recipe.targets or found.targets)
+    job.check_room(out)
+    with _aside(out) as folder:
+        with found.opened(len(job.experts), job.largest) as algorithm:
+            written, inputs = _stream(job, algorithm, folder, shard_bytes)
+        _write_beside(job, folder, model_card(recipe, job.targets, job.counts, algorithm.origin, inputs))
+    return Merged(out, *job.counts, job.targets, time.perf_counter() - began, written)
+
+
+def _stream(
+    job: Job, algorithm: Algorithm, folder: Path, shard_bytes: int
+) -> tuple[dict[str, str], list[Input]]:
+    """Merge and write all tensors; returns the hashes of what was written and of what was read."""
+    models = [job.seed, *job.experts.values()]
+    files = dict.fromkeys(file for model in models for file in model.files)
+    steps = list(_steps(job, algorithm.batch_bytes))
+    layers = int(job.seed.config.get("num_hidden_layers") or count_layers(job.order))
+    planned = {name: job.planned(name) for name in job.order}
+    spans = [[span for name in step for span in _spans(job, name)] for step in steps]
+    with ReadAhead(files, spans) as ahead, Writer(folder, list(planned.values()), shard_bytes) as writer:
+        for step in steps:
+            ahead.next()
+            for name, tensor in _merged(job, algorithm, step, layers):
+                writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
+        written = writer.finish()
+        hashes = ahead.digests()
+    named = {"seed": (job.seed_source, job.seed)} | {
+        name: (job.sources[name], expert) for name, expert in job.experts.items()
+    }
+    return written, [
+        Input(name, source, {file.name: hashes[file] for file in model.files})
+        for name, (source, model) in named.items()
+    ]
+
+
+def _steps(job: Job, batch_bytes: int) -> Iterator[list[str]]:
+    """Names in the order of writing, in groups whose task vectors are merged in one call."""
+    step: list[str] = []
+    held = 0
+    for name in job.order:
+        size = 4 * len(job.experts) * math.prod(job.seed.shapes[name]) if name in job.chosen else 0
+        if size and held and held + size > batch_bytes:
+            yield step
+            step, held = [], 0
+        step.append(name)
+        held += size
+    yield step
+
+
+def _spans(job: Job, name: str) -> Iterator[Span]:
+    """What is read for one tensor of the merged model."""
+    for model in (job.seed, *(job.experts.values() if name in job.chosen else ())):
+        entry = model.entry(name)
+        yield model.path(name), entry.begin, entry.end
+
+
+def _merged(job: Job, algorithm: Algorithm, step: Sequence[str], layers: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a step, in order: merged ones in float32, the others as the seed stores them."""
+    batch = [_inputs(job, name, layers) for name in step if name in job.chosen]
+    vectors = algorithm.merge(batch) if batch else []
+    seeds = [each.context.seed for each in batch]
+    del batch  # of the task vectors nothing is needed any more
+    vectors.reverse()
+    seeds.reverse()
+    for name in step:
+        if name not in job.chosen:
+            yield name, job.seed.tensor(name)
+            continue
+        merged = seeds.pop().add_(vectors.pop())  # in float32, and rounded once
+        if not is_finite(merged):
+            raise SelfdevError(
+                f"the algorithm makes '{name}' not finite; choose other parameters or another algorithm"
+            )
+        if name in job.rows:
+            kept = job.seed.tensor(name)[job.rows[name] :]
+            merged = torch.cat([merged, kept.to(torch.float32)])
+        yield name, merged
+
+
+def _inputs(job: Job, name: str, layers: int) -> Inputs:
+    """The seed's tensor and the task vectors of one parameter, in memory of their own."""
+    rows = slice(job.rows.get(name))
+    seed = job.seed.tensor(name)
+    seed = (seed[rows] if seed.dim() else seed).to(torch.float32, copy=True)
+    job.seed.release(name)
+    vectors = torch.empty((len(job.experts), *seed.shape))
+    for vector, expert in zip(vectors, job.experts.values(), strict=True):
+        expert.task_vector(name, seed, vector)
+        expert.release(name)
+    if not is_finite(vectors):
+        for model in (job.seed, *job.experts.values()):
+            model.check_finite(name, model.tensor(name))
+        raise UserError(
+            f"'{name}': an expert's tensor is further from the seed's than float32 reaches; leave it out"
+        )
+    return Inputs(tuple(job.experts), vectors, Context(seed, name, layer_of(name), layers))
+
+
+def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
+    """The tensor in the type in which it is written."""
+    dtype = TYPES.get(planned.dtype, tensor.dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    converted = tensor.to(dtype)
+    if not is_finite(converted):
+        raise SelfdevError(
+            f"'{name}' holds values beyond what {planned.dtype} reaches; write --dtype bf16 or fp32 instead"
+        )
+    return converted
+
+
+def _write_beside(job: Job, folder: Path, card: str) -> None:
+    """Write what makes weights a model: card, tokenizer and, last of all, the config."""
+    source = job.seed.folder
+    patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
+    beside = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
+    config = dict(job.seed.config)
+    if job.dtype is not None:
+        config.pop("torch_dtype", None)  # what older versions called it
+        config["dtype"] = _CONFIGURED[job.dtype]
+    try:
+        (folder / "README.md").write_text(card)
+        for path in sorted(beside):
+            if path.name != "config.json" and not any(path.match(pattern) for pattern in _NOT_BESIDE):
+                shutil.copyfile(path, folder / path.name)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise SelfdevError(write_failure(error, folder)) from error
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise UserError(f"'{out}' exists already and is not overwritten; choose another --out, or remove it")
+    if not existing_folder(out).is_dir():
+        raise UserError(
+            f"'{existing_folder(out)}' is a file, and '{out}' would lie in it; choose another --out"
+        )
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when the block ends well, and vanishes otherwise."""
+    aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        aside.mkdir()
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written: {error.strerror}; choose another --out") from error
+    try:
+        yield aside
+        # All is on the disk before the name is, or a power failure could leave a folder that looks whole.
+        for file in aside.iterdir():
+            _flush(file)
+        _flush(aside)
+        aside.rename(out)  # over an empty folder too
+        _flush(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a folder's entries or a file's bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

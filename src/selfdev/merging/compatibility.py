@@ -1,0 +1,91 @@
+"""What must hold between a seed and its experts before anything is merged. All of it is read from headers."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from selfdev.errors import UserError
+from selfdev.merging.targets import selects
+
+# What makes two models the same architecture, beside the shapes of what is merged. The vocabulary's size is
+# not in it: experts often add a token or two, and their layers merge nevertheless.
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types of weights that can be merged."""
+
+_WAY_OUT = "experts must share the seed's architecture: choose a fine-tuned relative of the seed"
+
+
+class Model(Protocol):
+    """What is compared of a model."""
+
+    owner: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    types: dict[str, str]
+
+
+def check_quantised(model: Model) -> None:
+    """Raise UserError if a model's config says that its weights are quantised."""
+    quantised = model.config.get("quantization_config")
+    if quantised:
+        by = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise UserError(
+            f"{model.owner}: its config says that its weights are quantised{f' by {by}' if by else ''}, and task "
+            "vectors need floating-point weights; give the unquantised model, or save a dequantised one"
+        )
+
+
+def check_architecture(expert: Model, seed: Model) -> None:
+    """Raise UserError if an expert's config names another architecture than the seed's."""
+    for field in _ARCHITECTURE:
+        theirs, ours = expert.config.get(field), seed.config.get(field)
+        # Configs written by older versions leave out fields that have a default; the shapes tell then.
+        if theirs != ours and (field == "model_type" or None not in (theirs, ours)):
+            raise UserError(
+                f"{expert.owner}: its config says {field} {theirs} and the seed's says {ours}; {_WAY_OUT}"
+            )
+
+
+def check_tensors(
+    expert: Model, seed: Model, chosen: Sequence[str], targets: str, *, ignored: Sequence[str] = ()
+) -> None:
+    """Raise UserError unless the chosen tensors are in both, floating-point, and of one shape.
+
+    Args:
+        expert: one of them.
+        seed: the seed.
+        chosen: what is merged.
+        targets: what chose it; an expert's tensor that it selects and the seed lacks is an error too.
+        ignored: tensors that the expert may have beyond the seed's.
+    """
+    for name in chosen:
+        if name not in expert.shapes:
+            raise UserError(
+                f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape "
+                f"{seed.shapes[name]}; {_WAY_OUT}"
+            )
+        if expert.shapes[name] != seed.shapes[name]:
+            raise UserError(
+                f"{expert.owner}: its '{name}' has shape {expert.shapes[name]} and the seed's has "
+                f"{seed.shapes[name]}; {_WAY_OUT}, or leave this tensor out of the targets"
+            )
+        for each in (seed, expert):
+            if each.types[name] not in FLOATING:
+                raise UserError(
+                    f"{each.owner}: its '{name}' is stored as {each.types[name]}, and task vectors need "
+                    "floating-point weights; give the unquantised model"
+                )
+    for name in sorted(set(expert.shapes) - set(seed.shapes) - set(ignored)):
+        if selects(targets, name, expert.shapes[name]):
+            raise UserError(
+                f"{expert.owner}: it has a tensor '{name}' of shape {expert.shapes[name]} and the seed has "
+                f"none; {_WAY_OUT}"
+            )

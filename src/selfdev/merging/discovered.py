@@ -1,0 +1,97 @@
+"""Programs that runs discovered, as algorithms for checkpoints, with the evidence that the archive holds for them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from selfdev.archive import Archive, ArchiveError, Candidate
+from selfdev.config import Config, parse_config
+from selfdev.errors import UserError
+from selfdev.merging.algorithm import Algorithm, Found, JailedProgram, Origin, jail
+from selfdev.sandbox import Limits
+from selfdev.streams import stream_seed
+
+_ARCHIVE = "archive.db"
+
+
+def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found:
+    """A program that a run wrote, with the random seeds it had when it was scored.
+
+    Args:
+        run: folder of the run, finished or not.
+        name: of the candidate, such as `learning/2/017`; merged at the scale at which it was best on development.
+        parameters: none are taken.
+
+    Raises:
+        UserError: no such run or candidate, or one that does not work.
+    """
+    try:
+        with Archive.open(run / _ARCHIVE, read_only=True) as archive:
+            candidate = archive.candidate(name)
+            if candidate is None:
+                raise UserError(f"{run} has no candidate '{name}'; `selfdev show {run}` names the best")
+            config = parse_config(archive.run.config, str(run))
+            evidence = _evidence(archive, config, candidate)
+            factor = _factor(archive, name)
+    except ArchiveError as error:
+        raise UserError(str(error)) from error
+    if candidate.source is None or candidate.status == "failed":
+        why = candidate.failure or "it is not screened yet"
+        raise UserError(f"candidate '{name}' of {run} does not work ({why}); choose another")
+    if parameters:
+        raise UserError(
+            f"candidate '{name}' takes no parameters, since its constants are part of it; leave -p out"
+        )
+    title = f"candidate `{name}` of the run `{run.resolve().name}`, written by {config.factory.model}"
+    if factor != 1:
+        title += f", at {factor:g} times its scale"
+    origin = Origin(title, candidate.source, evidence)
+
+    def seed_of(tensor: str) -> int:
+        return stream_seed(config.seed, "merge", candidate.iteration, candidate.number, tensor)
+
+    limits = Limits(wall_seconds=config.jail.wall_seconds, memory_bytes=config.jail.memory_mb * 1000**2)
+
+    @contextmanager
+    def opened(experts: int, largest: int) -> Iterator[Algorithm]:
+        with jail(limits, experts, largest) as box:
+            yield JailedProgram(origin, box, seed_of, factor)
+
+    return Found(config.merge.targets, opened)
+
+
+def _factor(archive: Archive, name: str) -> float:
+    """The scale at which the program was best on development."""
+    tried = archive.evaluations("candidate", name) + archive.evaluations("scaled", name)
+    scored = [each for each in tried if each.score is not None]
+    return max(scored, key=lambda each: each.score or 0.0).factor if scored else 1.0
+
+
+def _evidence(archive: Archive, config: Config, candidate: Candidate) -> list[str]:
+    """A table of what the run measured: the candidate, the seed and the best rival, and what the scores rest on."""
+    reached = archive.verdict()
+    table = [] if reached is None or reached[1] is None else reached[1]["table"]
+    shown = [row for row in table if row["name"] == candidate.name or row["kind"] in ("seed", "rival")]
+    lines = [
+        f"Task `{config.task.name}`, seed `{config.merge.seed}`, experts "
+        + ", ".join(f"`{name}={source}`" for name, source in config.merge.experts.items())
+        + ". Scores hold for these models; on others they are unknown.",
+        "",
+        "| what | kind | development | test | 95 % interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in shown:
+        test = row["test"]
+        interval = f"{100 * test['low']:.1f} to {100 * test['high']:.1f}" if test else ""
+        score = f"{100 * test['score']:.1f} ({test['questions']} questions)" if test else ""
+        dev = f"{100 * row['dev']['score']:.1f} ({row['dev']['questions']} questions)"
+        lines.append(f"| {row['name']} | {row['kind']} | {dev} | {score} | {interval} |")
+    if candidate.name not in {row["name"] for row in shown}:
+        for each in archive.evaluations("candidate", candidate.name):
+            score = "" if each.score is None else f"{100 * each.score:.1f} ({each.questions} questions)"
+            lines.append(f"| {candidate.name} | {candidate.status} | {score} | | |")
+    weights = archive.run.facts.get("seed")
+    if weights:
+        lines += ["", f"The run's seed had weights of sha256 `{weights}`."]
+    return lines

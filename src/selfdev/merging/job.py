@@ -1,0 +1,120 @@
+"""A merge whose models have been found to fit: what is read, what is merged, and how each tensor will be written."""
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfdev.errors import UserError
+from selfdev.merging.compatibility import FLOATING, check_architecture, check_quantised, check_tensors
+from selfdev.merging.reader import AdaptedCheckpoint, Checkpoint
+from selfdev.merging.recipe import Recipe
+from selfdev.merging.targets import select_targets
+from selfdev.merging.vocabulary import settle
+from selfdev.merging.writer import Planned
+from selfdev.models.sources import resolve, resolve_expert
+from selfdev.models.weights import TYPES
+
+_STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+_ROOM_BESIDE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge whose models have been found to fit.
+
+    Attributes:
+        seed: the seed.
+        seed_source: as the user gave it.
+        experts: by name.
+        sources: of the experts, as the user gave them.
+        chosen: names of the tensors that are merged.
+        rows: of those among them that are merged in part, how many first rows.
+        order: names of all tensors that are written, as they lie in the seed's files.
+        targets: what chose the tensors.
+        dtype: as in `Recipe`.
+    """
+
+    seed: Checkpoint
+    seed_source: str
+    experts: Mapping[str, Checkpoint]
+    sources: Mapping[str, str]
+    chosen: frozenset[str]
+    rows: Mapping[str, int]
+    order: Sequence[str]
+    targets: str
+    dtype: str | None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many tensors are merged, and how many there are."""
+        return len(self.chosen), len(self.order)
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest tensor that is merged."""
+        return max((math.prod(self.seed.shapes[name]) for name in self.chosen), default=0)
+
+    def planned(self, name: str) -> Planned:
+        """How a tensor will be written."""
+        stored, shape, entry = self.seed.types[name], self.seed.shapes[name], self.seed.entry(name)
+        if self.dtype is not None and stored in FLOATING:
+            return Planned.of(name, _STORED[self.dtype], shape)
+        if stored in TYPES:
+            return Planned.of(name, stored, shape)
+        return Planned(name, stored, shape, entry.end - entry.begin)
+
+    def check_room(self, out: Path) -> None:
+        """Raise UserError if the disk is known to be too full."""
+        needed = sum(self.planned(name).size for name in self.order) + _ROOM_BESIDE
+        free = shutil.disk_usage(existing_folder(out)).free
+        if free < needed:
+            raise UserError(
+                f"'{out}': the merged model takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free; make room, "
+                "choose another --out, or a smaller --dtype"
+            )
+
+
+def prepare(recipe: Recipe, targets: str) -> Job:
+    """Find the models and check that they fit, from configs and headers alone."""
+    folder = resolve(recipe.seed, pickled=True)
+    seed = Checkpoint("the seed", folder, pickled=True)
+    check_quantised(seed)
+    experts: dict[str, Checkpoint] = {}
+    for name, source in recipe.experts.items():
+        found = resolve_expert(source, recipe.seed)
+        owner = f"expert '{name}'"
+        if found.adapter is None:
+            experts[name] = Checkpoint(owner, found.folder, pickled=True)
+        else:
+            on_seed = found.folder.resolve() == folder.resolve()
+            experts[name] = AdaptedCheckpoint(owner, found.folder, found.adapter, on_seed=on_seed)
+    order = seed.order()
+    chosen = select_targets({name: seed.shapes[name] for name in order}, targets)
+    for expert in experts.values():
+        check_quantised(expert)
+        check_architecture(expert, seed)
+    settled = settle(seed, list(experts.values()), chosen, recipe.embeddings)
+    whole = [name for name in settled.chosen if name not in settled.rows]
+    for expert in experts.values():
+        check_tensors(expert, seed, whole, targets, ignored=settled.ignored)
+    return Job(
+        seed=seed,
+        seed_source=recipe.seed,
+        experts=experts,
+        sources=recipe.experts,
+        chosen=frozenset(settled.chosen),
+        rows=settled.rows,
+        order=[name for name in order if name != settled.dropped],
+        targets=targets,
+        dtype=recipe.dtype,
+    )
+
+
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest one above it that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

@@ -1,0 +1,99 @@
+"""From the word behind `--method` to an algorithm: a name of the library, a file, or a candidate of a run."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from selfdev.algorithms.library import method as library_method
+from selfdev.algorithms.library import methods
+from selfdev.algorithms.source import ENTRY
+from selfdev.errors import UserError
+from selfdev.merging.algorithm import (
+    Algorithm,
+    Found,
+    JailedProgram,
+    LibraryMethod,
+    Origin,
+    TrustedFile,
+    jail,
+)
+from selfdev.merging.recipe import Recipe
+from selfdev.sandbox import Limits
+from selfdev.streams import stream_seed
+
+_TARGETS = "mlp"  # as in the contract
+_LARGEST_SEED = 2**63 - 1
+
+
+def find(recipe: Recipe) -> Found:
+    """Find what a recipe's method names.
+
+    Raises:
+        UserError: nothing of the kind exists, or it does not take the recipe's parameters.
+    """
+    word, parameters = recipe.method, recipe.parameters
+    run, colon, candidate = word.rpartition(":")
+    if word in methods():
+        _refuse_trust(recipe)
+        return _library(word, parameters, len(recipe.experts))
+    if word.endswith(".py"):
+        return _file(Path(word).expanduser(), parameters, trust=recipe.trust)
+    if colon and run:
+        _refuse_trust(recipe)
+        # Late, since configs and archives take a while to import.
+        from selfdev.merging.discovered import find_candidate
+
+        return find_candidate(Path(run).expanduser(), candidate, parameters)
+    library_method(word)  # which says what is known
+    raise AssertionError(word)
+
+
+def _refuse_trust(recipe: Recipe) -> None:
+    if recipe.trust:
+        raise UserError(
+            f"--trust is for a file of your own, and '{recipe.method}' is none; methods of the library need no trust, "
+            "and what a model wrote runs in the jail"
+        )
+
+
+def _library(name: str, parameters: Mapping[str, Any], experts: int) -> Found:
+    method = library_method(name)
+    method.check(experts, dict(parameters))
+
+    @contextmanager
+    def opened(_: int, __: int) -> Iterator[Algorithm]:
+        yield LibraryMethod(method, parameters)
+
+    return Found(_TARGETS, opened)
+
+
+def _file(path: Path, parameters: Mapping[str, Any], *, trust: bool) -> Found:
+    try:
+        source = path.read_text()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"method '{path}' cannot be read: {error}; give a Python file that is there"
+        ) from None
+    if ENTRY not in source:
+        raise UserError(f"'{path}' defines no {ENTRY}(model_dict, device); see docs/algorithms.md")
+    drawn = parameters.get("seed", 0)
+    if set(parameters) - {"seed"} or not isinstance(drawn, int) or not 0 <= drawn <= _LARGEST_SEED:
+        raise UserError(
+            f"'{path}': a file takes no parameters but -p seed=N, the seed of its random numbers in 0..2^63-1; write "
+            "constants into the file"
+        )
+
+    def seed_of(name: str) -> int:
+        return stream_seed(drawn, "merge", name)
+
+    @contextmanager
+    def opened(experts: int, largest: int) -> Iterator[Algorithm]:
+        if trust:
+            yield TrustedFile(path, seed_of)
+            return
+        hint = " If the file is your own, --trust runs it without the jail."
+        with jail(Limits(), experts, largest, hint) as box:
+            yield JailedProgram(Origin(f"`{path.name}`, run in the jail", source), box, seed_of)
+
+    return Found(_TARGETS, opened)

@@ -1,0 +1,204 @@
+"""A model's folder as merging reads it: its config, and its tensors one at a time."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdev.errors import UserError
+from selfdev.models.adapter import Adapter
+from selfdev.models.weights import Damaged, Entry, WeightFile
+
+INDEX = "model.safetensors.index.json"
+# In the order of preference: a folder that has both formats is read from safetensors.
+_INDICES = (INDEX, "pytorch_model.bin.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+class Checkpoint:
+    """A model's folder. Tensors are memory-mapped: nothing of them is read before it is asked for.
+
+    Attributes:
+        owner: whose it is, as the user's messages say it.
+        folder: where it lies.
+        config: what its config.json holds.
+        shapes: of its tensors by name.
+        types: of its tensors as stored, such as `BF16`.
+    """
+
+    def __init__(self, owner: str, folder: Path, *, pickled: bool = False) -> None:
+        """Read config and headers.
+
+        Args:
+            owner: whose it is, as the user's messages say it.
+            folder: of transformers' format.
+            pickled: whether `pytorch_model*.bin` will do where there is no safetensors; these are opened by
+                torch's weights-only loader.
+
+        Raises:
+            UserError: something is missing or damaged.
+        """
+        self.owner = owner
+        self.folder = folder
+        self.config = self._json("config.json")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.types: dict[str, str] = {}
+        self._files: dict[str, WeightFile] = {}
+        self._stored_as: dict[str, str] = {}
+        for path in self._weight_files(pickled):
+            file = self._opened(path)
+            for name, entry in file.entries.items():
+                self.shapes[name] = entry.shape
+                self.types[name] = entry.dtype
+                self._files[name] = file
+
+    @property
+    def files(self) -> list[Path]:
+        """Its files of weights, in the order of their names."""
+        return sorted({file.path for file in self._files.values()})
+
+    def order(self) -> list[str]:
+        """The names of its tensors as they lie in the files, so that reading in this order is sequential."""
+        return sorted(self.shapes, key=lambda name: (self._files[name].path, self.entry(name).begin, name))
+
+    def path(self, name: str) -> Path:
+        """The file in which a tensor lies."""
+        return self._files[name].path
+
+    def entry(self, name: str) -> Entry:
+        """Where in its file a tensor lies, and as what."""
+        return self._files[name].entries[self._stored_as.get(name, name)]
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of a tensor as it is stored. Read only, and unread before it is used."""
+        return self._files[name].tensor(self._stored_as.get(name, name))
+
+    def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
+        """Write this model's tensor minus the seed's into `out`, in float32.
+
+        Args:
+            name: of the tensor.
+            seed: the seed's tensor, float32; its first rows, where a vocabulary is cropped.
+            out: of the same shape, float32.
+        """
+        stored = self.tensor(name)
+        out.copy_(stored if stored.shape == seed.shape else stored[: len(seed)]).sub_(seed)
+
+    def release(self, name: str) -> None:
+        """Let go of the memory of a tensor's pages."""
+        self._files[name].release(self._stored_as.get(name, name))
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The named tensors as float32, in memory of their own.
+
+        Raises:
+            UserError: one of them is not finite.
+        """
+        tensors = {}
+        for name in names:
+            tensors[name] = self.tensor(name).to(torch.float32, copy=True)
+            self.release(name)
+            self.check_finite(name, tensors[name])
+        return tensors
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raise UserError if a tensor of this model holds NaN or infinity."""
+        if not is_finite(tensor):
+            raise UserError(
+                f"{self.owner}: its '{name}' holds values that are not finite, so the checkpoint in "
+                f"'{self.folder}' is broken; fetch it anew"
+            )
+
+    def alias(self, name: str, stored_as: str) -> None:
+        """Let `name` stand for the tensor `stored_as` as well."""
+        self.shapes[name], self.types[name] = self.shapes[stored_as], self.types[stored_as]
+        self._files[name] = self._files[stored_as]
+        self._stored_as[name] = stored_as
+
+    def _weight_files(self, pickled: bool) -> list[Path]:
+        kinds = 2 if pickled else 1
+        for name in _INDICES[:kinds]:
+            if (self.folder / name).is_file():
+                weight_map = self._json(name).get("weight_map")
+                if not isinstance(weight_map, dict) or not weight_map:
+                    raise UserError(f"{self.owner}: '{self.folder / name}' maps no weights; fetch it anew")
+                files = sorted({self.folder / Path(str(file)).name for file in weight_map.values()})
+                break
+        else:
+            present = [self.folder / name for name in _SINGLE[:kinds] if (self.folder / name).is_file()]
+            files = present[:1] or [self.folder / _SINGLE[0]]
+        for file in files:
+            if not file.is_file():
+                raise UserError(
+                    f"{self.owner}: '{self.folder}' has no file '{file.name}'; "
+                    "merging reads safetensors as save_pretrained writes them"
+                )
+        return files
+
+    def _json(self, file: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.folder / file).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.owner}: '{self.folder}' has no {file}; give a model's folder") from None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.owner}: '{self.folder / file}' is damaged: {error}; fetch it anew"
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.owner}: '{self.folder / file}' is no JSON object; fetch it anew")
+        return content
+
+    def _opened(self, path: Path) -> WeightFile:
+        try:
+            return WeightFile(path)
+        except (Damaged, OSError) as error:
+            raise UserError(f"{self.owner}: '{path}' is damaged: {error}; fetch it anew") from None
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A LoRA adapter on its base, read as the model that the two make."""
+
+    def __init__(self, owner: str, base: Path, adapter: Path, *, on_seed: bool) -> None:
+        """Read configs and headers.
+
+        Args:
+            owner: whose it is, as the user's messages say it.
+            base: folder of the model that the adapter was trained on.
+            adapter: folder of the adapter.
+            on_seed: whether the base is the seed of the merge. The adapter's update then is the task vector,
+                without the rounding of adding it to the base and taking the base away again.
+
+        Raises:
+            UserError: something is missing or damaged, or the two do not fit.
+        """
+        super().__init__(owner, base, pickled=True)
+        self._adapter = Adapter(owner, adapter)
+        self._adapter.attach(self.shapes)
+        self._on_seed = on_seed
+
+    @property
+    def files(self) -> list[Path]:
+        """Its files of weights: the adapter's, and the base's unless that is the seed."""
+        return [self._adapter.file, *([] if self._on_seed else super().files)]
+
+    def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
+        stored = self._stored_as.get(name, name)
+        replacement = self._adapter.replacement(stored)
+        if replacement is not None:
+            out.copy_(replacement[: len(seed)]).sub_(seed)
+        elif self._on_seed:
+            out.zero_()
+        else:
+            super().task_vector(name, seed, out)
+        self._adapter.add_update(stored, out)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity, found without a copy of it."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN passes through both
+    return bool(low.isfinite() and high.isfinite())

@@ -1,0 +1,163 @@
+"""Embeddings and output heads: which of them are merged, how many rows, and what is tied to what.
+
+A model that ties its output head to its embeddings stores one tensor or both; its relatives need not do as it does,
+and need not have as many tokens.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from selfdev.errors import UserError
+from selfdev.merging.reader import Checkpoint
+from selfdev.merging.targets import embeddings_of, head_of, of_vocabulary
+
+Embeddings = Literal["seed", "crop"]
+"""What to do where vocabularies differ: keep the seed's rows, or merge the rows that all models have."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is merged once vocabularies are settled.
+
+    Attributes:
+        chosen: names of the tensors to merge, in the order given.
+        rows: of the tensors among them that are merged in part, how many first rows.
+        dropped: a tensor of the seed that is not written, since it repeats the one it is tied to.
+        ignored: tensors that experts may have beyond the seed's.
+    """
+
+    chosen: list[str]
+    rows: dict[str, int]
+    dropped: str | None
+    ignored: list[str]
+
+
+def settle(
+    seed: Checkpoint, experts: Sequence[Checkpoint], chosen: Sequence[str], embeddings: str | None
+) -> Settled:
+    """Settle which rows of embeddings and output head are merged.
+
+    Experts that tie a head which the seed stores are given one by its name.
+
+    Args:
+        seed: the seed.
+        experts: its relatives.
+        chosen: names of the seed's tensors that are to be merged.
+        embeddings: one of `Embeddings`; None refuses vocabularies that differ.
+
+    Raises:
+        UserError: vocabularies or heads do not match; the message says how to go on.
+    """
+    dropped = _repeated_head(seed)
+    chosen = [name for name in chosen if name != dropped]
+    if embeddings == "seed":
+        heads = [head for expert in experts if (head := head_of(expert.shapes))]
+        return Settled([name for name in chosen if not of_vocabulary(name)], {}, dropped, heads)
+    ignored: list[str] = []
+    merged = [name for name in chosen if of_vocabulary(name)]
+    if merged:
+        for expert in experts:
+            ignored += _matched_head(seed, expert, dropped)
+        rows = _common_rows(seed, experts, merged, crop=embeddings == "crop")
+        for expert in experts:
+            _check_tokens(expert, seed, min([*rows.values(), *(seed.shapes[name][0] for name in merged)]))
+    else:
+        rows = {}
+    return Settled(chosen, rows, dropped, ignored)
+
+
+def _repeated_head(seed: Checkpoint) -> str | None:
+    """The seed's stored head, if it is the embeddings once more and the config ties them."""
+    head, table = head_of(seed.shapes), embeddings_of(seed.shapes)
+    if not seed.config.get("tie_word_embeddings") or head is None or table is None:
+        return None
+    return head if _equal(seed, head, table) else None
+
+
+def _matched_head(seed: Checkpoint, expert: Checkpoint, dropped: str | None) -> list[str]:
+    """Bring an expert's head in line with the seed's; returns the name of one that is to be ignored."""
+    ours = None if dropped else head_of(seed.shapes)
+    theirs, table = head_of(expert.shapes), embeddings_of(expert.shapes)
+    tied = bool(expert.config.get("tie_word_embeddings"))
+    if ours is not None and theirs is None and table is not None and tied:
+        expert.alias(ours, table)
+    if ours is not None or theirs is None:
+        return []
+    if table is not None and _equal(expert, theirs, table):
+        return [theirs]
+    raise UserError(
+        f"{expert.owner}: its output head '{theirs}' differs from its embeddings, and the seed ties the two; "
+        "--embeddings seed keeps the seed's and merges all else, or choose targets without the embeddings"
+    )
+
+
+def _equal(model: Checkpoint, one: str, other: str) -> bool:
+    if model.shapes[one] != model.shapes[other] or model.types[one] != model.types[other]:
+        return False
+    equal = torch.equal(model.tensor(one), model.tensor(other))
+    model.release(one)
+    model.release(other)
+    return equal
+
+
+def _common_rows(
+    seed: Checkpoint, experts: Sequence[Checkpoint], names: Sequence[str], *, crop: bool
+) -> dict[str, int]:
+    """How many rows of each tensor are merged, where it is not all of the seed's in every model."""
+    rows = {}
+    for name in names:
+        having = [expert for expert in experts if name in expert.shapes]
+        for expert in having:
+            theirs, ours = expert.shapes[name], seed.shapes[name]
+            if theirs[:1] != ours[:1] and theirs[1:] == ours[1:] and not crop:
+                raise UserError(
+                    f"{expert.owner}: its '{name}' has {theirs[0]} rows and the seed's has {ours[0]}, since their "
+                    f"vocabularies differ; --embeddings seed keeps the seed's, --embeddings crop merges the first "
+                    f"{min(theirs[0], ours[0])} rows and keeps the rest"
+                )
+        common = min([seed.shapes[name][0], *(expert.shapes[name][0] for expert in having)])
+        if any(expert.shapes[name][0] != common for expert in having) or seed.shapes[name][0] != common:
+            rows[name] = common
+    return rows
+
+
+def _check_tokens(expert: Checkpoint, seed: Checkpoint, rows: int) -> None:
+    """Raise UserError if one of the first rows is another token's in the expert.
+
+    Tokens that were added to the tokenizer's own are not compared: fine-tuning renames reserved ones.
+    """
+    texts = [_text(model.folder / "tokenizer.json") for model in (seed, expert)]
+    if texts[0] == texts[1]:
+        return
+    ours, theirs = map(_tokens, texts)
+    differ = [i for i in sorted(ours.keys() & theirs.keys()) if i < rows and ours[i] != theirs[i]]
+    if differ:
+        first = differ[0]
+        raise UserError(
+            f"{expert.owner}: its tokenizer has another token in {len(differ)} rows of the embeddings (row {first}: "
+            f"{theirs[first]!r}, the seed's {ours[first]!r}); --embeddings seed keeps the seed's embeddings and "
+            "merges all else"
+        )
+
+
+def _text(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _tokens(text: bytes) -> Mapping[int, str]:
+    """The tokenizer's own vocabulary by row; empty where no `tokenizer.json` tells it."""
+    try:
+        vocabulary = json.loads(text)["model"]["vocab"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+        return {row: str(pair[0]) for row, pair in enumerate(vocabulary)}
+    return {row: token for token, row in vocabulary.items()}

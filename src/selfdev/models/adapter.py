@@ -1,0 +1,181 @@
+"""LoRA adapters as peft saves them (Hu et al. 2021, arXiv 2106.09685): what one adds to each tensor of its base.
+
+    W' = W + s B A,    s = alpha / rank, or alpha / sqrt(rank) where the config says `use_rslora`
+
+Tensors that were trained whole (`modules_to_save`, biases) lie in the adapter as they are, and take the base's place.
+DoRA, factors with a bias, and other kinds of adapters are refused: peft's `merge_and_unload` makes models of them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdev.errors import UserError
+from selfdev.models.weights import Damaged, WeightFile
+
+CONFIG = "adapter_config.json"
+_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(\.weight)?$")
+_OTHER_KINDS = re.compile(
+    r"\.lora_magnitude_vector|\.lora_[AB]\.bias$|\.lora_\w+|\.(ia3|vera|oft|boft|hada)_"
+)
+_WAY_OUT = "merge it into its base with peft's merge_and_unload and give that model"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds an adapter, and no whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that an adapter was trained on, as its config names it; empty if it does not.
+
+    Raises:
+        UserError: the config is damaged, or of a kind of adapter that is not read.
+    """
+    return str(_read_config(folder, f"adapter '{folder}'").get("base_model_name_or_path") or "")
+
+
+@dataclass(frozen=True)
+class _Update:
+    """s B A of one tensor: names of the factors in the file, the scale, and whether the product is transposed."""
+
+    a: str
+    b: str
+    scale: float
+    transposed: bool
+
+
+class Adapter:
+    """An adapter's folder.
+
+    Attributes:
+        owner: whose it is, as the user's messages say it.
+        file: of its weights.
+    """
+
+    def __init__(self, owner: str, folder: Path) -> None:
+        """Read config and headers.
+
+        Raises:
+            UserError: it is incomplete, damaged, or of a kind that is not read.
+        """
+        self.owner = owner
+        self._config = _read_config(folder, owner)
+        path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+        if path is None:
+            raise UserError(f"{owner}: adapter '{folder}' has no {' and no '.join(_FILES)}; fetch it anew")
+        try:
+            self._weights = WeightFile(path)
+        except (Damaged, OSError) as error:
+            raise UserError(f"{owner}: '{path}' is damaged: {error}; fetch it anew") from None
+        self.file = path
+        self._updates: dict[str, _Update] = {}
+        self._replacements: dict[str, str] = {}
+
+    def attach(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Find the tensor that each of the adapter's belongs to.
+
+        Args:
+            shapes: of the base's tensors by name.
+
+        Raises:
+            UserError: the base has no such tensor, or one of another shape.
+        """
+        factors: dict[str, dict[str, str]] = {}
+        for key in self._weights.entries:
+            factor = _FACTOR.fullmatch(key)
+            if factor:
+                factors.setdefault(factor["module"], {})[factor["which"]] = key
+            elif _OTHER_KINDS.search(key):
+                raise UserError(
+                    f"{self.owner}: its adapter holds '{key}', which is no plain LoRA; {_WAY_OUT}"
+                )
+            else:
+                name = self._name_in_base(
+                    key.replace(".base_layer.", ".").replace(".modules_to_save.", "."), shapes
+                )
+                self._check_shape(name, self._weights.entries[key].shape, shapes)
+                self._replacements[name] = key
+        for module, keys in factors.items():
+            self._attach_factors(module, keys, shapes)
+
+    def replacement(self, name: str) -> Tensor | None:
+        """The tensor that takes the base's place, as it is stored; None if the base's stays."""
+        key = self._replacements.get(name)
+        return None if key is None else self._weights.tensor(key)
+
+    def add_update(self, name: str, out: Tensor) -> None:
+        """Add the adapter's update of a tensor to `out`, float32, of the tensor's shape or its first rows."""
+        update = self._updates.get(name)
+        if update is None:
+            return
+        a, b = (self._weights.tensor(key).to(torch.float32) for key in (update.a, update.b))
+        left, right = (a.T, b.T) if update.transposed else (b, a)
+        out.addmm_(left[: len(out)], right, alpha=update.scale)
+
+    def _attach_factors(
+        self, module: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        if keys.keys() != {"A", "B"}:
+            raise UserError(f"{self.owner}: its adapter has but one factor for '{module}'; fetch it anew")
+        a, b = self._weights.entries[keys["A"]].shape, self._weights.entries[keys["B"]].shape
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise UserError(
+                f"{self.owner}: its factors of '{module}' have shapes {a} and {b}, which is no plain LoRA; {_WAY_OUT}"
+            )
+        transposed = "lora_embedding_" in keys["A"] or bool(self._config.get("fan_in_fan_out"))
+        name = self._name_in_base(f"{module}.weight", shapes)
+        self._check_shape(name, (a[1], b[0]) if transposed else (b[0], a[1]), shapes)
+        self._updates[name] = _Update(keys["A"], keys["B"], self._scale(module, a[0]), transposed)
+
+    def _scale(self, module: str, rank: int) -> float:
+        alpha = float(self._config.get("lora_alpha", rank))
+        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = float(value)
+                break
+        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _name_in_base(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """The base's name for a tensor, whether or not one of the two has the model's prefix in front of it."""
+        name = key.removeprefix(_PREFIX)
+        found = [name] if name in shapes else [each for each in shapes if each.endswith(f".{name}")]
+        shorter = name.partition(".")[2]
+        found = found or ([shorter] if shorter in shapes else [])
+        if len(found) != 1:
+            raise UserError(
+                f"{self.owner}: its adapter changes '{name}', and its base has {len(found) or 'no'} such "
+                f"tensor{'s' if found else ''}; name the base that it was trained on as ADAPTER+BASE"
+            )
+        return found[0]
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if shape != shapes[name]:
+            raise UserError(
+                f"{self.owner}: its adapter changes '{name}' as of shape {shape}, and its base's has {shapes[name]}; "
+                "name the base that it was trained on as ADAPTER+BASE"
+            )
+
+
+def _read_config(folder: Path, owner: str) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{owner}: '{file}' is damaged: {error}; fetch it anew") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{owner}: '{file}' is of kind {kind}, and LORA is what is read; {_WAY_OUT}")
+    for field in ("use_dora", "target_parameters", "layer_replication", "trainable_token_indices"):
+        if config.get(field):
+            raise UserError(f"{owner}: '{file}' says {field}, which is no plain LoRA; {_WAY_OUT}")
+    return dict(config)

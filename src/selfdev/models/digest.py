@@ -1,0 +1,51 @@
+"""The sha256 of a file, computed a part at a time, ahead of a reader of the same file.
+
+Hashing reads every byte once and leaves it in the system's cache, where a reader that follows finds it: identity
+and read-ahead come from one pass.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+_PIECE = 4 << 20
+_LARGEST_GAP = 256 << 20
+"""Bytes that a step may run ahead of what was asked for. A reader that jumps about pays for what it needs alone."""
+
+
+class FileDigest:
+    """The hash of a file's first bytes, which grows to that of the file."""
+
+    def __init__(self, path: Path):
+        """Hash nothing yet.
+
+        Args:
+            path: of a file that does not change meanwhile.
+        """
+        self.path = path
+        self._sha = hashlib.sha256()
+        self._done = 0
+
+    def advance(self, begin: int, end: int) -> None:
+        """Bring the bytes from `begin` to `end` into the system's cache, hashed if what lies before them is near."""
+        if end > self._done and begin - self._done <= _LARGEST_GAP:
+            self._hash(end)
+
+    def finish(self) -> str:
+        """The hash of the whole file, 64 hex digits."""
+        self._hash(None)
+        return self._sha.hexdigest()
+
+    def _hash(self, end: int | None) -> None:
+        """Go on to byte `end`, or to the file's."""
+        # Of its own, since the parts come from several threads in turn, and files can be thousands.
+        piece = memoryview(bytearray(_PIECE))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._done)
+            while end is None or self._done < end:
+                wanted = _PIECE if end is None else min(_PIECE, end - self._done)
+                count = os.readv(file.fileno(), [piece[:wanted]])
+                if not count:
+                    break
+                self._sha.update(piece[:count])
+                self._done += count

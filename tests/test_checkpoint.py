@@ -1,0 +1,674 @@
+"""Checkpoints merge from disk to disk: what comes out loads, equals the reference, and is whole or not there."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import selfdev
+from checkpoints import DOWN, HEAD, NORM, TABLE, TENSORS, UP, nano_seed, read, relative, write
+from selfdev.algorithms.library import method, methods
+from selfdev.archive import Archive, Candidate, Evaluation, Iteration
+from selfdev.archive import Run as RunRecord
+from selfdev.config import load_config
+from selfdev.errors import SelfdevError, UserError
+from selfdev.evaluation.evaluator import Evaluator
+from selfdev.evaluation.tasks import load_task
+from selfdev.merging.checkpoint import merge_checkpoints
+from selfdev.merging.recipe import Recipe
+from selfdev.merging.task_vectors import merge_by_method, read_task_vectors
+from selfdev.sandbox import Sandbox
+from selfdev.zoo import zoo_models
+from test_models import tiny_llama, write_gguf
+
+CONTEXT = """import torch
+
+def merge_models(model_dict, device, context):
+    noise = torch.rand_like(context.seed)
+    share = (context.layer + 2) / (context.layers + 1)
+    return share * sum(model_dict.values()) + 0.1 * noise * context.seed + 0.01 * len(context.name)
+"""
+
+
+def merged(seed: Path, out: Path, method: str = "task_arithmetic", /, **options: Any) -> dict[str, Tensor]:
+    """The tensors of a merge; options that are folders are its experts."""
+    experts = {name: options.pop(name) for name in list(options) if isinstance(options[name], Path)}
+    selfdev.merge(method, seed, experts, out=out, **options)
+    return read(out)
+
+
+def sum_of(seed: dict[str, Tensor], *experts: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Task Arithmetic by hand, in float32."""
+    vectors = {name: sum(expert[name].float() - seed[name].float() for expert in experts) for name in seed}
+    return {name: seed[name].float() + scale * vectors[name] for name in seed}
+
+
+# --- what comes out ---
+
+
+def test_the_folder_loads_generates_and_has_the_logits_of_a_merge_in_memory(tmp_path: Path) -> None:
+    seed = nano_seed()
+    experts = {name: relative(seed, tmp_path / name, i) for i, name in enumerate(("one", "two"))}
+    (experts["one"] / "README.md").write_text("the expert's own card")
+
+    done = selfdev.merge("task_arithmetic", seed, experts, out=tmp_path / "out", targets="all", scale=0.5)
+
+    reference = AutoModelForCausalLM.from_pretrained(seed)
+    state = sum_of(read(seed), *(read(folder) for folder in experts.values()), scale=0.5)
+    reference.load_state_dict(state)
+    model, tokenizer = (kind.from_pretrained(done.folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = torch.tensor([tokenizer.encode("3+4=")])
+    assert (model(ids).logits - reference(ids).logits).abs().max() < 1e-5
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert (done.merged, done.tensors) == (30, 30)
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (
+        seed / "generation_config.json"
+    ).read_bytes()
+    for file, digest in done.hashes.items():
+        assert hashlib.sha256((done.folder / file).read_bytes()).hexdigest() == digest
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_shards_in_and_shards_out(tmp_path: Path) -> None:
+    seed, one = nano_seed(), relative(nano_seed(), tmp_path / "one", 1)
+    recipe = Recipe("linear", str(seed), {"one": str(one)}, targets="all")
+    merge_checkpoints(recipe, tmp_path / "whole")
+    merge_checkpoints(recipe, tmp_path / "sharded", shard_bytes=500_000)
+    assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 2
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded").state_dict()
+    for name, tensor in read(tmp_path / "whole").items():
+        assert torch.equal(tensor, loaded[name])
+
+    # Once more with the sharded model for a seed: nothing of it changes.
+    again = Recipe("linear", str(tmp_path / "sharded"), {"same": str(tmp_path / "sharded")}, targets="all")
+    merge_checkpoints(again, tmp_path / "again")
+    for name, tensor in read(tmp_path / "again").items():
+        assert torch.equal(tensor, loaded[name])
+
+
+def test_what_is_not_merged_is_the_seeds_bit_for_bit(tmp_path: Path) -> None:
+    odd = {"buffer": torch.tensor([3, 4]), "one": torch.tensor(2.5), "none": torch.empty(0, 2)}
+    seed = write(tmp_path / "seed", odd)
+    expert = write(tmp_path / "expert", {**odd, UP: TENSORS[UP] + 1, NORM: torch.zeros(2)})
+    out = merged(seed, tmp_path / "out", x=expert, scale=1.0)
+    assert torch.equal(out.pop(UP), TENSORS[UP] + 1)
+    assert out.keys() == read(seed).keys() - {UP}
+    for name, tensor in out.items():
+        assert torch.equal(tensor, read(seed)[name])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(None, torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_types_may_be_mixed_and_are_rounded_once(tmp_path: Path, dtype: Any, stored: torch.dtype) -> None:
+    seed = write(
+        tmp_path / "seed", {NORM: torch.full((2,), 0.3)}, dtype=torch.bfloat16, torch_dtype="bfloat16"
+    )
+    half = write(tmp_path / "half", {UP: TENSORS[UP] + 0.3}, dtype=torch.float16)
+    full = write(tmp_path / "full", {UP: TENSORS[UP] - 0.1})
+    out = merged(seed, tmp_path / "out", half=half, full=full, dtype=dtype, scale=1.0)
+    exact = sum_of(read(seed), read(half), read(full), scale=1.0)[UP]
+    assert torch.equal(out[UP], exact.to(stored))
+    assert {tensor.dtype for tensor in out.values()} == {stored}
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    if dtype is None:
+        assert config["torch_dtype"] == "bfloat16"
+    else:
+        assert (config["dtype"], "torch_dtype" in config) == (str(stored).removeprefix("torch."), False)
+
+
+def test_values_beyond_a_type_are_named(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", {UP: torch.full((3, 2), 7e4)})
+    with pytest.raises(
+        SelfdevError, match=rf"'{UP}' holds values beyond what F16 reaches; write --dtype bf16"
+    ):
+        merged(seed, tmp_path / "out", x=seed, dtype="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["seed"]
+
+
+def test_the_card_tells_how_to_do_it_again_of_what_and_by_what(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    expert = write(tmp_path / "expert", {UP: TENSORS[UP] + 1})
+    merged(seed, tmp_path / "out", "ties", x=expert, density=0.5)
+    card = (tmp_path / "out/README.md").read_text()
+    assert (
+        f"selfdev merge --method ties --seed {seed} --expert x={expert} -p density=0.5 --targets mlp" in card
+    )
+    for folder in (seed, expert):
+        assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
+    assert "def ties(" in card
+    assert "2306.01708" in card
+    assert "2 of 4 tensors were merged" in card
+
+
+# --- the same as in a run ---
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_linear", "nearswap", "linear"])
+def test_a_method_gives_what_it_gives_in_a_run(tmp_path: Path, name: str) -> None:
+    zoo = zoo_models("nano")
+    experts = dict(list(zoo["experts"].items())[: method(name).experts or 3])
+    vectors = read_task_vectors(zoo["seed"], experts, "mlp")
+    expected = merge_by_method(method(name), vectors, {})
+    selfdev.merge(name, zoo["seed"], experts, out=tmp_path / "out")
+    out = read(tmp_path / "out")
+    for parameter, tensor in expected.items():
+        assert torch.equal(out[parameter], vectors.seed[parameter] + tensor)
+
+
+def test_a_candidate_gives_what_its_run_scored(tmp_path: Path) -> None:
+    config = load_config("quickstart", ["iterations=1", "programs=1", "prompt.prompts=1", "seed=3"])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    record = RunRecord(
+        "r", "quickstart", 3, "running", config.model_dump(mode="json"), {}, "2030-01-01T00:00:00"
+    )
+    written = Candidate("learning/1/001", "learning", 0, 0, 0, "text", source=CONTEXT)
+    with Archive.create(folder / "archive.db", record) as archive:
+        archive.set_questions("development", [("q", "add")])
+        archive.add_written(Iteration("learning", 0, 0.9, ("prompt",), 1.0), [written])
+    zoo = zoo_models("nano")
+    vectors = read_task_vectors(zoo["seed"], zoo["experts"], "mlp")
+    with Sandbox() as box:
+        scored = Evaluator(zoo["seed"], vectors, load_task("nano"), 8, box, 3).merge(written)
+
+    selfdev.merge(f"{folder}:learning/1/001", zoo["seed"], zoo["experts"], out=tmp_path / "out")
+
+    out = read(tmp_path / "out")
+    for name, tensor in scored.items():
+        assert torch.equal(out[name], vectors.seed[name] + tensor)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "candidate `learning/1/001` of the run `run`" in card
+    assert "Scores hold for these models" in card
+
+    with Archive.open(folder / "archive.db") as archive:
+        for kind, number, right, parameters in (
+            ("candidate", 0, False, {}),
+            ("scaled", 1, True, {"factor": 2.0}),
+        ):
+            archive.add_evaluation(
+                Evaluation(kind, written.name, number, "development", (right,), float(right), 1, parameters)
+            )
+    selfdev.merge(f"{folder}:learning/1/001", zoo["seed"], zoo["experts"], out=tmp_path / "scaled")
+    out = read(tmp_path / "scaled")
+    for name, tensor in scored.items():
+        assert torch.equal(out[name], vectors.seed[name] + 2.0 * tensor)
+    assert "at 2 times its scale" in (tmp_path / "scaled/README.md").read_text()
+
+
+# --- programs ---
+
+
+def test_a_file_gives_the_same_in_the_jail_and_trusted(tmp_path: Path) -> None:
+    seed, one = nano_seed(), relative(nano_seed(), tmp_path / "one", 1)
+    (tmp_path / "mine.py").write_text(CONTEXT)
+    before = torch.get_rng_state()
+    outs = [
+        merged(seed, tmp_path / f"out{trust}", str(tmp_path / "mine.py"), one=one, trust=trust, targets="all")
+        for trust in (False, True)
+    ]
+    assert torch.equal(torch.get_rng_state(), before)
+    other = merged(
+        seed, tmp_path / "other", str(tmp_path / "mine.py"), one=one, trust=True, targets="all", seed=1
+    )
+    for name, tensor in outs[0].items():
+        assert torch.equal(tensor, outs[1][name])
+    assert not torch.equal(other[NORM], outs[0][NORM])
+
+
+def test_a_file_has_the_users_rights_only_if_trusted(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    (tmp_path / "mine.py").write_text(
+        f"def merge_models(model_dict, device):\n    open({str(tmp_path / 'made')!r}, 'w')\n    return model_dict['x']\n"
+    )
+    with pytest.raises(SelfdevError, match=rf"fails on tensor '{UP}' of shape \(3, 2\): "):
+        merged(seed, tmp_path / "out", str(tmp_path / "mine.py"), x=seed)
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "out").exists()
+    merged(seed, tmp_path / "out", str(tmp_path / "mine.py"), x=seed, trust=True)
+    assert (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 1", "returns int"),
+        ("return model_dict['x'][0]", r"returns \(2,\)"),
+        ("raise KeyError('gone')", "raises KeyError: 'gone'"),
+        ("return model_dict['x'] / 0", f"makes '{UP}' not finite"),
+    ],
+)
+def test_a_trusted_file_that_fails_is_told_where(tmp_path: Path, body: str, message: str) -> None:
+    seed = write(tmp_path / "seed")
+    (tmp_path / "mine.py").write_text(f"def merge_models(model_dict, device):\n    {body}\n")
+    with pytest.raises(SelfdevError, match=message):
+        merged(seed, tmp_path / "out", str(tmp_path / "mine.py"), x=seed, trust=True)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "__pycache__") == [
+        "mine.py",
+        "seed",
+    ]
+
+
+# --- sources ---
+
+
+def to_pickle(folder: Path, *, zipped: bool = True) -> Path:
+    """Turn a folder's safetensors into the format of torch.save."""
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_weights_merge_as_safetensors_do(tmp_path: Path, zipped: bool) -> None:
+    seed = write(tmp_path / "seed")
+    expert = write(tmp_path / "expert", {UP: TENSORS[UP] * 1.5}, dtype=torch.bfloat16)
+    expected = merged(seed, tmp_path / "a", x=expert)
+    assert torch.equal(merged(seed, tmp_path / "b", x=to_pickle(expert, zipped=zipped))[UP], expected[UP])
+    assert (
+        read(tmp_path / "a").keys() == merged(to_pickle(seed, zipped=zipped), tmp_path / "c", x=expert).keys()
+    )
+
+
+def test_a_gguf_file_is_dequantised_once_and_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+    caplog.set_level("INFO", "selfdev")
+    model = tiny_llama()
+    model.save_pretrained(tmp_path / "seed")
+    write_gguf(model, tmp_path / "expert.gguf")
+    for out in ("first", "second"):
+        experts = {"x": tmp_path / "expert.gguf"}
+        selfdev.merge("linear", tmp_path / "seed", experts, out=tmp_path / out, targets="all")
+        for name, tensor in read(tmp_path / out).items():
+            error = (tensor - read(tmp_path / "seed")[name]).abs().max()  # of eight bits a weight, in the MLP
+            assert error < 1e-3, name
+            assert bool(error) == ("mlp" in name), name
+    assert sum("dequantising" in message for message in caplog.messages) == 1
+    (tmp_path / "torn.gguf").write_bytes((tmp_path / "expert.gguf").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"'torn\.gguf' cannot be dequantised"):
+        selfdev.merge("linear", tmp_path / "seed", {"x": tmp_path / "torn.gguf"}, out=tmp_path / "out")
+
+
+class Attack:
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, ("attacked",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    seed, expert = write(tmp_path / "seed"), write(tmp_path / "expert")
+    (expert / "model.safetensors").unlink()
+    for save in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+        save({UP: Attack()}, expert / "pytorch_model.bin")
+        with pytest.raises(
+            UserError, match=r"expert 'x': '.*pytorch_model\.bin' is damaged: torch's weights-only"
+        ):
+            merged(seed, tmp_path / "out", x=expert)
+    assert not (tmp_path / "attacked").exists()
+    torch.save({UP: 3}, expert / "pytorch_model.bin")
+    with pytest.raises(UserError, match="something else than named tensors"):
+        merged(seed, tmp_path / "out", x=expert)
+
+
+LORA = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ["up_proj", "q_proj"]},
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": ["up_proj", "down_proj", "embed_tokens"],
+        "rank_pattern": {"layers.1.mlp.up_proj": 2},
+        "alpha_pattern": {"layers.1.mlp.up_proj": 5},
+    },
+    "whole tensors": {"r": 2, "target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def lora(base: Path, folder: Path, **config: Any) -> dict[str, Tensor]:
+    """Save an adapter with random factors; returns the tensors of the model that peft makes of it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **config)
+        )
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return dict(model.merge_and_unload().state_dict())
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_an_adapter_is_the_model_that_peft_makes_of_it(tmp_path: Path, kind: str) -> None:
+    seed = nano_seed()
+    expected = lora(seed, tmp_path / "adapter", **LORA[kind])
+    out = merged(seed, tmp_path / "out", lora=tmp_path / "adapter", targets="all", scale=1.0)
+    assert {name for name in out if not torch.equal(out[name], read(seed)[name])}
+    for name, tensor in out.items():
+        assert (tensor - expected[name]).abs().max() < 1e-6, name
+
+
+def test_an_adapter_on_another_base_than_the_seed(tmp_path: Path) -> None:
+    seed, base = nano_seed(), relative(nano_seed(), tmp_path / "base", 2)
+    expected = lora(base, tmp_path / "adapter", r=2, target_modules=["up_proj"])
+    config = tmp_path / "adapter/adapter_config.json"
+    named = merged(seed, tmp_path / "named", lora=tmp_path / "adapter", targets="all", scale=1.0)
+    for name, tensor in named.items():
+        assert (tensor - expected[name]).abs().max() < 1e-6
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone"}))
+    with pytest.raises(
+        UserError, match=r"was trained on '/gone', which cannot be had: [^\n]*\nName the base yourself"
+    ):
+        merged(seed, tmp_path / "out", lora=tmp_path / "adapter")
+    selfdev.merge(
+        "linear", seed, {"x": f"{tmp_path / 'adapter'}+{base}"}, out=tmp_path / "out", targets="all"
+    )
+    for name, tensor in read(tmp_path / "out").items():
+        assert (tensor - expected[name]).abs().max() < 1e-6
+    with pytest.raises(UserError, match=r"has no adapter_config\.json, so it has no base"):
+        selfdev.merge("linear", seed, {"x": f"{base}+{base}"}, out=tmp_path / "other")
+
+
+def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
+    seed = nano_seed()
+    adapter = tmp_path / "adapter"
+    lora(seed, adapter, r=2, target_modules=["up_proj"], use_dora=True)
+    with pytest.raises(UserError, match="use_dora, which is no plain LoRA; merge it into its base with peft"):
+        merged(seed, tmp_path / "out", x=adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"use_dora": False}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="lora_magnitude_vector"):
+        merged(seed, tmp_path / "out", x=adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
+    with pytest.raises(UserError, match="is of kind LOHA"):
+        merged(seed, tmp_path / "out", x=adapter)
+    with pytest.raises(UserError, match="is a LoRA adapter and a whole model is needed"):
+        merged(adapter, tmp_path / "out", x=seed)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    lora(nano_seed(), tmp_path / "adapter", r=2, target_modules=["up_proj"])
+    seed = write(tmp_path / "seed")
+    with pytest.raises(
+        UserError, match=rf"changes '{UP}' as of shape \(368, 96\), and its base's has \(3, 2\)"
+    ):
+        selfdev.merge("linear", seed, {"x": f"{tmp_path / 'adapter'}+{seed}"}, out=tmp_path / "out")
+
+
+# --- what does not fit ---
+
+
+def refusal(seed: Path, out: Path, **options: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        merged(seed, out, **options)
+    assert not out.exists()
+    return str(raised.value)
+
+
+def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> None:
+    seed, out = write(tmp_path / "seed"), tmp_path / "out"
+    other = write(tmp_path / "other", num_hidden_layers=3)
+    assert "expert 'x': its config says num_hidden_layers 3 and the seed's says 2" in refusal(
+        seed, out, x=other
+    )
+    missing = write(tmp_path / "missing", {UP: None})
+    assert f"it has no tensor '{UP}'" in refusal(seed, out, x=missing)
+    extra = write(tmp_path / "extra", {"model.layers.2.mlp.up_proj.weight": torch.zeros(3, 2)})
+    assert (
+        "it has a tensor 'model.layers.2.mlp.up_proj.weight' of shape (3, 2) and the seed has none"
+        in refusal(seed, out, x=extra)
+    )
+    packed = write(tmp_path / "packed", {UP: torch.zeros(3, 2, dtype=torch.int8)})
+    assert f"its '{UP}' is stored as I8" in refusal(seed, out, x=packed)
+    quantised = write(tmp_path / "q", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "weights are quantised by gptq" in refusal(seed, out, x=quantised)
+    assert "the seed: its config says that its weights are quantised" in refusal(quantised, out, x=seed)
+    broken = write(tmp_path / "broken", {UP: torch.full((3, 2), torch.nan)})
+    assert f"expert 'x': its '{UP}' holds values that are not finite" in refusal(seed, out, x=broken)
+    torn = write(tmp_path / "torn")
+    whole = (torn / "model.safetensors").read_bytes()
+    for damaged in (b"", b"torn", whole[:200], whole[:-1], b"\xff" * 20):
+        (torn / "model.safetensors").write_bytes(damaged)
+        assert "model.safetensors' is damaged" in refusal(seed, out, x=torn)
+
+
+def test_tensors_that_are_not_merged_need_not_be_there(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    expert = write(
+        tmp_path / "expert",
+        {NORM: None, TABLE: None, "value_head.weight": torch.ones(1), UP: TENSORS[UP] + 1},
+    )
+    assert torch.equal(merged(seed, tmp_path / "out", x=expert, scale=1.0)[UP], TENSORS[UP] + 1)
+
+
+LONGER = torch.cat([TENSORS[TABLE] + 1, torch.full((2, 2), 9.0)])
+
+
+def test_vocabularies_of_different_sizes_are_refused_with_the_way_out(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", {HEAD: TENSORS[TABLE] * 2})
+    longer = write(tmp_path / "longer", {TABLE: LONGER, HEAD: LONGER, UP: TENSORS[UP] + 1}, vocab_size=6)
+    message = refusal(seed, tmp_path / "out", x=longer, targets="all")
+    assert (
+        f"its '{TABLE}' has 6 rows and the seed's has 4" in message or f"its '{HEAD}' has 6 rows" in message
+    )
+    assert "--embeddings seed keeps the seed's, --embeddings crop merges the first 4 rows" in message
+
+    kept = merged(seed, tmp_path / "seed's", x=longer, targets="all", embeddings="seed", scale=1.0)
+    assert torch.equal(kept[TABLE], TENSORS[TABLE])
+    assert torch.equal(kept[HEAD], TENSORS[TABLE] * 2)
+    assert torch.equal(kept[UP], TENSORS[UP] + 1)
+
+    cropped = merged(seed, tmp_path / "cropped", x=longer, targets="all", embeddings="crop", scale=1.0)
+    assert torch.equal(cropped[TABLE], TENSORS[TABLE] + 1)
+    assert torch.equal(cropped[HEAD], TENSORS[TABLE] + 1)
+
+    # The other way round, the seed's further rows stay.
+    swapped = merged(longer, tmp_path / "swapped", x=seed, targets="all", embeddings="crop", scale=1.0)
+    assert torch.equal(swapped[TABLE], torch.cat([TENSORS[TABLE], LONGER[4:]]))
+
+
+def test_vocabularies_of_one_size_with_other_tokens(tmp_path: Path) -> None:
+    seed, expert = write(tmp_path / "seed"), write(tmp_path / "expert")
+    for folder, third in ((seed, "c"), (expert, "x")):
+        vocabulary = {"a": 0, "b": 1, third: 2}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    message = refusal(seed, tmp_path / "out", x=expert, targets="all")
+    assert "another token in 1 rows of the embeddings (row 2: 'x', the seed's 'c')" in message
+    assert merged(seed, tmp_path / "mlp", x=expert)
+    assert merged(seed, tmp_path / "kept", x=expert, targets="all", embeddings="seed")
+
+
+def test_tied_heads_stored_or_not(tmp_path: Path) -> None:
+    tied = write(tmp_path / "tied", tie_word_embeddings=True)
+    both = write(tmp_path / "both", {HEAD: TENSORS[TABLE].clone()}, tie_word_embeddings=True)
+    changed = write(tmp_path / "changed", {TABLE: TENSORS[TABLE] + 1}, tie_word_embeddings=True)
+    untied = write(tmp_path / "untied", {HEAD: TENSORS[TABLE] + 2})
+    # A head that only repeats the embeddings is not written, and experts that store one fit all the same.
+    for name, seed in (("a", tied), ("b", both)):
+        out = merged(seed, tmp_path / name, one=changed, two=both, targets="all", scale=1.0)
+        assert HEAD not in out
+        assert torch.equal(out[TABLE], TENSORS[TABLE] + 1)
+    # A seed with a head of its own takes a tied expert's embeddings for its head.
+    out = merged(untied, tmp_path / "c", x=changed, targets="all", scale=1.0)
+    assert torch.equal(out[HEAD], TENSORS[TABLE] + 1)
+    # The other way round there is nowhere to put the expert's head.
+    message = refusal(tied, tmp_path / "d", x=untied, targets="all")
+    assert (
+        f"its output head '{HEAD}' differs from its embeddings, and the seed ties the two; --embeddings seed"
+        in message
+    )
+    assert HEAD not in merged(tied, tmp_path / "d", x=untied, targets="all", embeddings="seed")
+
+
+# --- whole or not there ---
+
+
+def test_a_disk_known_to_be_full_is_told_before_work_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seed = write(tmp_path / "seed")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert "takes 67 MB and 0 MB are free; make room" in refusal(seed, tmp_path / "out", x=seed)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_write_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    seed = write(tmp_path / "seed")
+    calls = []
+
+    def write_some(descriptor: int, data: Any) -> int:
+        calls.append(len(data))
+        if len(calls) > 3:
+            raise OSError(code, os.strerror(code))
+        return os.pwrite(descriptor, data, sum(calls[:-1]))
+
+    monkeypatch.setattr(os, "write", write_some)
+    with pytest.raises(SelfdevError, match=r"no room|cannot be written"):
+        merged(seed, tmp_path / "out", x=seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["seed"]
+
+
+@pytest.mark.parametrize("place", [10, 5000])
+def test_a_disk_that_keeps_something_else_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    seed = write(tmp_path / "seed")
+    sync = os.fdatasync
+
+    def damage(descriptor: int) -> None:
+        os.pwrite(descriptor, b"\x7f", place)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fdatasync", damage)
+    with pytest.raises(SelfdevError, match="reads back from the disk differently"):
+        merged(seed, tmp_path / "out", x=seed)
+    assert [path.name for path in tmp_path.iterdir()] == ["seed"]
+
+
+STOPPED = """
+import os, signal, sys
+import selfdev
+from selfdev.merging import writer
+
+flush, calls = os.fsync, []
+
+def stop(descriptor):
+    os.kill(os.getpid(), int(sys.argv[3]))
+    flush(descriptor)
+
+os.fsync = stop  # called once all files are written, before the folder gets its name
+selfdev.merge("linear", sys.argv[1], {"x": sys.argv[1]}, out=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_merge_that_is_stopped_leaves_no_folder_of_that_name(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    seed = write(tmp_path / "seed")
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(seed), str(tmp_path / "out"), str(int(number))],
+        capture_output=True,
+    )
+    assert done.returncode != 0
+    left = {path.name for path in tmp_path.iterdir()} - {"seed"}
+    if number == signal.SIGINT:
+        assert not left
+    assert all(name.startswith(".out.") for name in left)
+
+
+def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    (tmp_path / "empty").mkdir()
+    assert merged(seed, tmp_path / "empty", x=seed)
+    with pytest.raises(UserError, match="exists already and is not overwritten"):
+        merged(seed, tmp_path / "empty", x=seed)
+    with pytest.raises(UserError, match="is a file, and"):
+        merged(seed, seed / "config.json" / "out", x=seed)
+    assert merged(seed, tmp_path / "new" / "folder", x=seed)
+
+
+# --- memory ---
+
+MEASURED = """
+import resource, sys
+import selfdev.merging.checkpoint
+import torch
+torch.ones(1 << 20).add_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+selfdev.merge("task_arithmetic", sys.argv[1], {"a": sys.argv[1], "b": sys.argv[2]}, out=sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_follows_the_largest_tensor_and_not_the_model(tmp_path: Path) -> None:
+    """Two models of 192 MB in tensors of 8 MB: below four of these for each expert, and something for threads."""
+    big = {f"model.layers.{i}.mlp.up_proj.weight": torch.full((2048, 1024), 0.5) for i in range(24)}
+    seed = write(tmp_path / "seed", big)
+    shutil.copytree(seed, tmp_path / "expert")
+    command = [sys.executable, "-c", MEASURED, str(seed), str(tmp_path / "expert"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) / 1024 < 2 * 4 * 8 + 40
+
+
+# --- properties ---
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from([name for name, each in methods().items() if each.experts is None]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    shape=st.sampled_from([(1,), (1, 1), (3, 2), (2, 5)]),
+    experts=st.integers(1, 3),
+)
+def test_experts_that_are_the_seed_give_the_seed(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    experts: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("same")
+    tensor = torch.linspace(-1, 2, torch.Size(shape).numel()).view(shape)
+    seed = write(folder / "seed", {UP: tensor, DOWN: None}, dtype=dtype)
+    out = merged(seed, folder / "out", name, **{f"e{i}": seed for i in range(experts)})
+    assert torch.equal(out[UP], read(seed)[UP])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    order=st.permutations(["a", "b", "c"]),
+    name=st.sampled_from(["task_arithmetic", "ties", "magmax", "linear"]),
+)
+def test_the_order_of_experts_does_not_matter(
+    tmp_path_factory: pytest.TempPathFactory, order: list[str], name: str
+) -> None:
+    folder = tmp_path_factory.mktemp("order")
+    seed = write(folder / "seed")
+    experts = {each: write(folder / each, {UP: TENSORS[UP] * (1 + i / 4)}) for i, each in enumerate("abc")}
+    first = merged(seed, folder / "first", name, **experts)
+    second = merged(seed, folder / "second", name, **{each: experts[each] for each in order})
+    assert (first[UP] - second[UP]).abs().max() < 1e-5

@@ -1,0 +1,207 @@
+"""`selfdev merge`: how its words are read, what it prints, and how it ends."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoints import TENSORS, UP, nano_seed, read, relative, write
+from selfdev.cli import main
+from selfdev.errors import UserError
+from selfdev.merging.recipe import Recipe, read_experts, read_parameters
+
+MEAN = "import torch\n\ndef merge_models(model_dict, device):\n    return torch.stack(list(model_dict.values())).mean(0)\n"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    return {
+        "seed": write(tmp_path / "seed"),
+        "one": write(tmp_path / "one", {UP: TENSORS[UP] + 1}),
+        "two": write(tmp_path / "two", {UP: TENSORS[UP] * 3}),
+    }
+
+
+def words(models: dict[str, Path], out: Path, *more: str, method: str = "task_arithmetic") -> list[str]:
+    experts = [word for name in ("one", "two") for word in ("--expert", f"{name}={models[name]}")]
+    return ["merge", "--method", method, "--seed", str(models["seed"]), *experts, "--out", str(out), *more]
+
+
+def test_it_says_what_it_did_and_writes_what_the_formula_gives(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(models, tmp_path / "out", "-p", "scale=0.5")) == 0
+    printed, errors = capsys.readouterr()
+    assert re.fullmatch(
+        rf"merged 2 of 4 tensors \(targets mlp; the others are the seed's\) into {tmp_path}/out in \d+\.\d s\n",
+        printed,
+    )
+    assert errors == ""
+    assert torch.equal(read(tmp_path / "out")[UP], TENSORS[UP] + 0.5 * (1 + 2 * TENSORS[UP]))
+
+
+def test_the_card_holds_a_command_that_gives_the_same_again(models: dict[str, Path], tmp_path: Path) -> None:
+    more = ("-p", "density=0.7", "--targets", "all", "--dtype", "bf16", "--embeddings", "crop")
+    assert main(words(models, tmp_path / "out", *more, method="ties")) == 0
+    [command] = re.findall(r"```sh\nselfdev (.+)\n```", (tmp_path / "out/README.md").read_text())
+    assert main([str(tmp_path / "again") if word == "DIR" else word for word in shlex.split(command)]) == 0
+    first, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert first == again
+
+
+def test_a_list_gives_each_expert_its_value(models: dict[str, Path], tmp_path: Path) -> None:
+    assert (
+        main(words(models, tmp_path / "out", "-p", "weights=1,0.25", method="weighted_task_arithmetic")) == 0
+    )
+    assert torch.equal(read(tmp_path / "out")[UP], TENSORS[UP] + 1 + 0.25 * 2 * TENSORS[UP])
+
+
+def test_a_file_runs_in_the_jail_or_trusted(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mean.py").write_text(MEAN)
+    for name, more in (("jailed", ()), ("trusted", ("--trust",))):
+        assert main(words(models, tmp_path / name, *more, method=str(tmp_path / "mean.py"))) == 0
+        assert torch.allclose(read(tmp_path / name)[UP], TENSORS[UP] + (1 + 2 * TENSORS[UP]) / 2)
+    card = (tmp_path / "jailed/README.md").read_text()
+    assert "by `mean.py`, run in the jail" in card
+    assert MEAN in card
+
+
+def test_targets_choose_and_a_regular_expression_will_do(tmp_path: Path) -> None:
+    seed, one = nano_seed(), relative(nano_seed(), tmp_path / "one", 1)
+    for targets, count in (("mlp", 9), ("attention", 12), ("all", 30), (r"layers\.0\..*norm", 2)):
+        out = tmp_path / f"out{count}"
+        given = [
+            "merge",
+            "--method",
+            "linear",
+            "--seed",
+            str(seed),
+            "--expert",
+            f"one={one}",
+            "--out",
+            str(out),
+        ]
+        assert main([*given, "--targets", targets]) == 0
+        changed = [name for name, tensor in read(out).items() if not torch.equal(tensor, read(seed)[name])]
+        assert len(changed) == count
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--method", "tis"), "unknown method: 'tis'; the nearest known one is 'ties'"),
+        (("--method", "ties", "-p", "densty=1"), "unknown parameter of method 'ties': 'densty'"),
+        (("--method", "ties", "-p", "density=much"), "parameter 'density' of method 'ties'"),
+        (("--method", "ties", "-p", "density"), "parameter 'density' is not of the form KEY=VALUE"),
+        (("--method", "ties", "-p", "density=1", "-p", "density=2"), "parameter 'density' is given twice"),
+        (("--method", "ties", "--trust"), "--trust is for a file of your own, and 'ties' is none"),
+        (("--method", "slerp"), "method 'slerp' takes exactly 2 experts, not 3"),
+        (("--method", "nothing.py"), "method 'nothing.py' cannot be read"),
+        (("--method", "runs/none:learning/1/001"), "runs/none holds no run"),
+        (("--method", "ties", "--targets", "mpl"), "targets 'mpl' selects no parameter"),
+        (("--method", "ties", "--dtype", "int8"), "unknown dtype: 'int8'; the nearest known one is"),
+        (
+            ("--method", "ties", "--embeddings", "crp"),
+            "unknown embeddings: 'crp'; the nearest known one is 'crop'",
+        ),
+        (("--method", "ties", "--expert", "one=x"), "two experts are called 'one'"),
+        (("--method", "ties", "--expert", "./x"), "expert './x' is not of the form NAME=MODEL"),
+        (("--method", "ties", "--seed", "./none"), "'./none' is no folder and no other source"),
+    ],
+)
+def test_mistakes_end_with_code_2_and_nothing_is_written(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    third = ["--expert", f"three={models['one']}"]
+    assert main([*words(models, tmp_path / "out"), *third, *more]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_file_takes_no_parameters_but_a_seed(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mean.py").write_text(MEAN)
+    for parameter in ("scale=1", "seed=-1", "seed=x"):
+        assert main(words(models, tmp_path / "out", "-p", parameter, method=str(tmp_path / "mean.py"))) == 2
+        assert "a file takes no parameters but -p seed=N" in capsys.readouterr().err
+    (tmp_path / "mean.py").write_text("x = 1\n")
+    assert main(words(models, tmp_path / "out", method=str(tmp_path / "mean.py"))) == 2
+    assert "defines no merge_models(model_dict, device)" in capsys.readouterr().err
+
+
+def test_an_algorithm_that_fails_ends_with_code_1(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text(
+        "def merge_models(model_dict, device):\n    return model_dict['three']\n"
+    )
+    assert main(words(models, tmp_path / "out", method=str(tmp_path / "bad.py"))) == 1
+    assert (
+        f"the algorithm fails on tensor '{UP}' of shape (3, 2): KeyError: 'three'" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_are_read_as_numbers_lists_and_words() -> None:
+    given = ["a=0.5", "b=3", "c=true", "d=1,0.5,2", "e=[1, 2]", "f=word", "g=1e-3", "h=null", "i=x=y"]
+    read = read_parameters(given)
+    assert read == {
+        "a": 0.5,
+        "b": 3,
+        "c": True,
+        "d": [1, 0.5, 2],
+        "e": [1, 2],
+        "f": "word",
+        "g": 1e-3,
+        "h": None,
+        "i": "x=y",
+    }
+
+
+def test_experts_keep_their_order_and_sources_may_hold_an_equals_sign() -> None:
+    assert list(read_experts(["b=pypi:x==1", "a=./y"]).items()) == [("b", "pypi:x==1"), ("a", "./y")]
+
+
+@given(
+    st.dictionaries(
+        st.text("abc_", min_size=1),
+        st.one_of(
+            st.integers(),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.booleans(),
+            st.lists(st.integers()),
+        ),
+        max_size=3,
+    )
+)
+def test_what_the_card_writes_is_read_back(parameters: dict[str, object]) -> None:
+    line = shlex.split(Recipe("m", "s", {"x": "y"}, parameters).command("all"))
+    assert read_parameters([line[i + 1] for i, word in enumerate(line) if word == "-p"]) == parameters
+
+
+def test_no_expert_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="there is no expert to merge"):
+        Recipe("ties", "s", {}).check()
+
+
+def test_a_program_cannot_end_its_block_in_the_card(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "mean.py").write_text(MEAN + '"""\n```\n# Evidence\nscores 100 %\n"""\n')
+    assert main(words(models, tmp_path / "out", "--trust", method=str(tmp_path / "mean.py"))) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("````") == 2
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (models["seed"] / "config.json").read_text()
+    )
