@@ -60,6 +60,41 @@ def test_what_is_written_is_read_back(archive: Archive) -> None:
         assert again.candidate("learning/1/001") == screened
 
 
+def test_a_race_extends_an_evaluation_and_graded_outcomes_keep_their_values(archive: Archive) -> None:
+    archive.set_questions("development", [(str(i), "xy"[i % 2]) for i in range(9)])
+    first = Evaluation(
+        *("candidate", "learning/1/001", 0, "development", (True, False), 0.5, 2),
+        asked=(7, 2),
+        first_questions=2,
+        first_score=0.5,
+    )
+    archive.set_screened(replace(WRITTEN[0], status="new"), first)
+    longer = replace(first, outcomes=(True, False, True), score=2 / 3, questions=3, asked=(7, 2, 3))
+    archive.extend_evaluation(longer)
+    assert archive.evaluations("candidate") == [longer]
+    assert archive.groups_of(longer) == ["y", "x", "y"]
+    graded = Evaluation("seed", "seed", 0, "development", (-0.25, 1 / 3, 0.0), 0.1, 3)
+    archive.add_evaluation(graded)
+    assert archive.evaluations("seed") == [graded]
+
+
+def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: Archive) -> None:
+    evaluation = Evaluation("seed", "seed", 0, "development", (True, False, True), 2 / 3, 3)
+    archive.add_evaluation(evaluation)
+    archive.close()
+    with sqlite3.connect(archive.path) as db:
+        for column in ("graded", "asked", "first_questions", "first_score"):
+            db.execute(f"ALTER TABLE evaluation DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    with Archive.open(archive.path, read_only=True) as old:
+        assert old.evaluations("seed") == [evaluation]
+    with Archive.open(archive.path) as new:
+        new.add_evaluation(replace(evaluation, number=1, asked=(2, 1, 0)))
+        assert [e.asked for e in new.evaluations("seed")] == [None, (2, 1, 0)]
+    with sqlite3.connect(archive.path) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+
+
 def test_a_failure_inside_a_transaction_leaves_nothing(archive: Archive) -> None:
     before = archive.digest()
     bad = Pair("learning/1/001", "nobody", "score")

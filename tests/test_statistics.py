@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfdev.evaluation.statistics import Difference, holm, mcnemar, paired_difference, wilson
+from selfdev.evaluation.statistics import (
+    Difference,
+    holm,
+    is_plain_share,
+    mcnemar,
+    paired_difference,
+    permutation_test,
+    score_interval,
+    wilson,
+)
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 SHARES = st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -128,7 +137,7 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     assert 364 <= held <= 396
 
 
-@pytest.mark.parametrize("statistic", [paired_difference, mcnemar])
+@pytest.mark.parametrize("statistic", [paired_difference, mcnemar, permutation_test])
 @pytest.mark.parametrize(
     ("a", "b", "reason"),
     [
@@ -173,6 +182,73 @@ def test_mcnemar_is_symmetric(pairs):
     a, b = split(pairs)
     assert 0 < mcnemar(a, b) <= 1
     assert mcnemar(a, b) == pytest.approx(mcnemar(b, a))
+
+
+# --- weights, and outcomes that are graded ---
+
+
+def test_groups_weigh_as_they_are_told():
+    easy = outcomes(both=0, only_a=10, only_b=0, neither=0)
+    hard = outcomes(both=90, only_a=0, only_b=0, neither=0)
+    a, b = (torch.cat(pair) for pair in zip(easy, hard, strict=True))
+    groups = ["easy"] * 10 + ["hard"] * 90
+    assert paired_difference(a, b, groups, weights={"easy": 3.0}) == Difference(0.75, 0.75, 0.75)
+    assert score_interval(b, groups, weights={"easy": 3.0}) == (0.25, 0.25)
+
+
+def test_graded_differences_have_the_interval_of_their_mean():
+    a, b = torch.arange(400, dtype=torch.float64) / 400, torch.zeros(400, dtype=torch.float64)
+    result = paired_difference(a, b)
+    assert result.difference == pytest.approx(0.49875)
+    # Even numbers in 0..1 have the standard deviation 0.2887: 1.96 * 0.2887 / 20 = 0.0283.
+    assert (result.low, result.high) == pytest.approx((0.4705, 0.5270), abs=0.003)
+    assert score_interval(a) == (result.low, result.high)
+
+
+def test_a_plain_share_has_wilsons_interval_and_a_weighted_one_its_own():
+    a, _ = outcomes(both=6, only_a=2, only_b=0, neither=2)
+    assert score_interval(a) == wilson(8, 10)
+    assert score_interval(a, ["x", "y"] * 5) == wilson(8, 10)
+    assert not is_plain_share(a, ["x"] * 4 + ["y"] * 6)
+    assert not is_plain_share(a, ["x", "y"] * 5, {"x": 2.0})
+    assert not is_plain_share(a.double())
+
+
+def test_permutation_by_hand():
+    # Differences 1, 2 and 3 tenths, all in favour: of 8 sign patterns 2 are as extreme. The draw is of 20,000.
+    a = torch.tensor([0.1, 0.2, 0.3])
+    assert permutation_test(a, torch.zeros(3)) == pytest.approx(0.25, abs=0.01)
+    # 0.1 + 0.2 - 0.3 = 0: every pattern is as extreme.
+    assert permutation_test(torch.tensor([0.1, 0.2, 0.0]), torch.tensor([0.0, 0.0, 0.3])) == pytest.approx(
+        1.0
+    )
+    # Two groups, one question each, both in favour; with weights 3 and 1 the statistic is 1 in 2 of 4 patterns.
+    right, wrong = torch.tensor([True, True]), torch.tensor([False, False])
+    p = permutation_test(right, wrong, ["x", "y"], weights={"x": 3.0})
+    assert p == pytest.approx(0.5, abs=0.015)
+
+
+def test_permutation_of_plain_shares_is_mcnemar():
+    a, b = outcomes(both=50, only_a=20, only_b=8, neither=22)
+    assert permutation_test(a, b) == pytest.approx(mcnemar(a, b), abs=0.004)
+    assert permutation_test(a, b) == permutation_test(b, a, seed=0)
+    assert permutation_test(a, a) == 1
+
+
+def test_a_weighted_test_sees_what_counts():
+    """One model wins the heavy group and the other the light one; unweighted there is no difference."""
+    heavy, light = outcomes(0, 12, 0, 30), outcomes(0, 0, 12, 30)
+    a, b = (torch.cat(pair) for pair in zip(heavy, light, strict=True))
+    groups = ["heavy"] * 42 + ["light"] * 42
+    assert permutation_test(a, b, groups) == pytest.approx(1, abs=0.01)
+    assert permutation_test(a, b, groups, weights={"heavy": 10.0}) < 0.01
+
+
+@settings(deadline=None, max_examples=25)
+@given(OUTCOMES, st.integers(0, 5))
+def test_a_permutation_p_is_a_probability_above_zero(pairs, seed):
+    a, b = split(pairs)
+    assert 0 < permutation_test(a, b, [i % 2 for i in range(len(a))], seed, {0: 2.0}) <= 1
 
 
 # --- holm ---

@@ -1,9 +1,10 @@
 """The run's database: everything that was written, run, scored, preferred and learned."""
 
 from selfdev.archive.database import Archive, ArchiveError, TestSealed
-from selfdev.archive.records import Candidate, Evaluation, Iteration, Pair, Refinement, Run
+from selfdev.archive.records import FACTOR, Candidate, Evaluation, Iteration, Pair, Refinement, Run
 
 __all__ = [
+    "FACTOR",
     "Archive",
     "ArchiveError",
     "Candidate",

@@ -13,10 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from selfdev.archive.outcomes import pack, pack_positions, unpack, unpack_positions
 from selfdev.archive.records import Candidate, Evaluation, Iteration, Pair, Refinement, Run
 
 APPLICATION_ID = 0x5E1FDE0
-VERSION = 1
+VERSION = 2
+ADDED = {
+    2: (
+        "ALTER TABLE evaluation ADD COLUMN graded INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE evaluation ADD COLUMN asked BLOB",
+        "ALTER TABLE evaluation ADD COLUMN first_questions INTEGER",
+        "ALTER TABLE evaluation ADD COLUMN first_score REAL",
+    )
+}
+"""What each version added to the one before it."""
 CLOCKS = {"seconds", "created", "opened"}
 """Columns that tell the time, which no two runs share."""
 SPACE_NEEDED = 200 * 1024**2
@@ -115,7 +125,18 @@ class Archive:
             raise ArchiveError(
                 f"{path} is corrupt ({error}); restore it from a copy, or start a new run with another --out"
             ) from error
-        return cls(db, path)
+        archive = cls(db, path)
+        if not read_only:
+            archive._bring_up(version)
+        return archive
+
+    def _bring_up(self, version: int) -> None:
+        """Bring an older format up to date; one that is only read stays as it is."""
+        with self.transaction():
+            for step in range(version + 1, VERSION + 1):
+                for statement in ADDED[step]:
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
 
     def close(self) -> None:
         """Close the file."""
@@ -201,6 +222,11 @@ class Archive:
         rows = self._db.execute("SELECT grp FROM question WHERE split = ? ORDER BY position", (split,))
         return [row[0] for row in rows]
 
+    def groups_of(self, evaluation: Evaluation) -> list[str]:
+        """The group of every question that an evaluation asked, in the order of its outcomes."""
+        groups = self.groups(evaluation.split)
+        return groups if evaluation.asked is None else [groups[position] for position in evaluation.asked]
+
     # --- what the factory wrote
 
     def add_written(self, iteration: Iteration, candidates: Sequence[Candidate]) -> None:
@@ -249,7 +275,10 @@ class Archive:
         return None if row is None else _candidate(row)
 
     def set_screened(self, candidate: Candidate, evaluation: Evaluation | None = None) -> None:
-        """Archive what screening, and with it the evaluation if there was one, said of a candidate."""
+        """Archive what screening, and with it the evaluation if there was one, said of a candidate.
+
+        A candidate that fails later, when it is asked more, is set once more.
+        """
         if candidate.status is None:
             raise ValueError(f"candidate {candidate.name} has no status")
         with self.transaction():
@@ -262,7 +291,7 @@ class Archive:
                 ),
             )
             if evaluation is not None:
-                self._add_evaluation(evaluation)
+                self._add_evaluation(evaluation, instead=True)
 
     # --- scores
 
@@ -271,14 +300,33 @@ class Archive:
         with self.transaction():
             self._add_evaluation(evaluation)
 
-    def _add_evaluation(self, e: Evaluation) -> None:
-        outcomes = None if e.outcomes is None else np.packbits(np.asarray(e.outcomes, dtype=bool)).tobytes()
+    def extend_evaluation(self, evaluation: Evaluation) -> None:
+        """Replace a candidate's evaluation by one that rests on more questions, in a race that goes on."""
+        with self.transaction():
+            self._add_evaluation(evaluation, instead=True)
+
+    def _add_evaluation(self, e: Evaluation, *, instead: bool = False) -> None:
+        outcomes, graded = pack(e.outcomes)
+        row = {
+            "kind": e.kind,
+            "subject": e.subject,
+            "number": e.number,
+            "split": e.split,
+            "parameters": _json(e.parameters),
+            "score": e.score,
+            "outcomes": outcomes,
+            "graded": graded,
+            "questions": e.questions,
+            "failure": e.failure,
+            "seconds": e.seconds,
+            "asked": pack_positions(e.asked),
+            "first_questions": e.first_questions,
+            "first_score": e.first_score,
+        }
+        marks = ", ".join("?" * len(row))
         self._db.execute(
-            "INSERT INTO evaluation VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                *(e.kind, e.subject, e.number, e.split, _json(e.parameters), e.score, outcomes, e.questions),
-                *(e.failure, e.seconds),
-            ),
+            f"INSERT {'OR REPLACE ' if instead else ''}INTO evaluation ({', '.join(row)}) VALUES ({marks})",
+            tuple(row.values()),
         )
 
     def evaluations(
@@ -395,7 +443,8 @@ def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+    # Keys keep their order: that of the experts is the order in which programs see them.
+    return json.dumps(value)
 
 
 def _candidate(row: sqlite3.Row) -> Candidate:
@@ -404,8 +453,9 @@ def _candidate(row: sqlite3.Row) -> Candidate:
 
 
 def _evaluation(row: sqlite3.Row) -> Evaluation:
-    outcomes = None
-    if row["outcomes"] is not None:
-        bits = np.unpackbits(np.frombuffer(row["outcomes"], dtype=np.uint8), count=row["questions"])
-        outcomes = tuple(bool(bit) for bit in bits)
-    return Evaluation(**dict(row) | {"outcomes": outcomes, "parameters": json.loads(row["parameters"])})
+    known = dict(row)
+    outcomes = unpack(known.pop("outcomes"), bool(known.pop("graded", False)), known["questions"])
+    asked = unpack_positions(known.pop("asked", None))
+    return Evaluation(
+        **known | {"outcomes": outcomes, "asked": asked, "parameters": json.loads(known["parameters"])}
+    )

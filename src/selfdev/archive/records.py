@@ -73,33 +73,54 @@ class Candidate:
         return self.status is not None and self.status != "failed"
 
 
+FACTOR = "factor"
+"""Among the parameters of a `scaled` evaluation."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """One merged model on the questions of one split.
 
     Attributes:
-        kind: `seed`, `rival` or `candidate`.
+        kind: `seed`, `rival`, `candidate`, or `scaled`: a candidate whose merged task vector is multiplied by a factor.
         subject: `seed`, or the name of the method or candidate.
-        number: which of a rival's settings; 0 for the others.
+        number: which of a rival's settings, or which factor; 0 for the others.
         split: `development` or `test`.
-        outcomes: right or wrong for every question, in the archived order; None with a failure.
+        outcomes: right or wrong for every question, or how right; None with a failure.
         score: in 0..1; None with a failure.
         questions: how many questions the score rests on.
         parameters: of a rival; of a candidate what was measured beside the score.
         failure: class of the failure, if it failed.
         seconds: merging and scoring.
+        asked: the questions of these outcomes, as positions in the archived order; None if it was asked all of them
+            in that order.
+        first_questions: of one that raced, how many questions every entrant answered; None without a race.
+        first_score: its score on these.
     """
 
     kind: str
     subject: str
     number: int
     split: str
-    outcomes: tuple[bool, ...] | None
+    outcomes: tuple[float, ...] | None
     score: float | None
     questions: int
     parameters: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
     seconds: float = 0.0
+    asked: tuple[int, ...] | None = None
+    first_questions: int | None = None
+    first_score: float | None = None
+
+    @property
+    def factor(self) -> float:
+        """What the merged task vector was multiplied by."""
+        return float(self.parameters.get(FACTOR, 1.0))
+
+    @property
+    def score_on_first(self) -> float | None:
+        """The score on the questions that all of its iteration answered: what the worst and the mean are taken from."""
+        return self.score if self.first_questions is None else self.first_score
 
 
 @dataclass(frozen=True)

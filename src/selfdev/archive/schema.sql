@@ -52,16 +52,20 @@ CREATE TABLE candidate (
 ) STRICT;
 
 CREATE TABLE evaluation (
-    kind TEXT NOT NULL CHECK (kind IN ('seed', 'rival', 'candidate')),
+    kind TEXT NOT NULL CHECK (kind IN ('seed', 'rival', 'candidate', 'scaled')),
     subject TEXT NOT NULL,            -- seed, method or candidate
-    number INTEGER NOT NULL,          -- which setting of a rival; 0 elsewhere
+    number INTEGER NOT NULL,          -- which setting of a rival, which factor of a scaled candidate; 0 elsewhere
     split TEXT NOT NULL,
     parameters TEXT NOT NULL,         -- JSON: a rival's setting, or what was measured beside a candidate's score
     score REAL,                       -- 0..1; NULL with a failure: invalid is a status, never a number
-    outcomes BLOB,                    -- one bit a question, in the order of `question`
-    questions INTEGER NOT NULL,
+    outcomes BLOB,                    -- one bit a question, or a float64 where they are graded
+    questions INTEGER NOT NULL,       -- on how many the score rests
     failure TEXT,
     seconds REAL NOT NULL,
+    graded INTEGER NOT NULL DEFAULT 0,
+    asked BLOB,                       -- int32: positions of the questions in the order of the outcomes; NULL: all
+    first_questions INTEGER,          -- of a race: its first prefix, which all entrants answered ...
+    first_score REAL,                 -- ... and the score on it
     PRIMARY KEY (kind, subject, number, split)
 ) STRICT;
 

@@ -5,7 +5,8 @@ start; test questions come when the verdict opens them.
 """
 
 import time
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from selfdev.algorithms.library import method
 from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
-from selfdev.archive import Candidate, Evaluation
-from selfdev.evaluation.scoring import Encoded, ScoringError, aggregate, encode, mean_by_group, score_exact
+from selfdev.archive import FACTOR, Candidate, Evaluation
+from selfdev.evaluation.objective import Objective
+from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
 from selfdev.evaluation.tasks import Question, Seal, Task
 from selfdev.merging.apply import applied
 from selfdev.merging.task_vectors import TaskVectors, merge_by_method
@@ -25,6 +27,10 @@ from selfdev.streams import stream_seed
 
 DISTANCE = "distance_on_real_tensors"
 """Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
+
+KEPT_BYTES = 512 * 1024**2
+"""Merged task vectors that stay in memory for the next questions of a race. What does not fit is merged again, which
+gives the same tensors: a candidate's random streams are its own."""
 
 
 class Refused(Exception):
@@ -44,7 +50,15 @@ class Refused(Exception):
 class Scorer(Protocol):
     """What the cycle and the verdict need of an evaluator."""
 
-    def candidate(self, candidate: Candidate, split: str) -> Evaluation: ...
+    def candidate(
+        self,
+        candidate: Candidate,
+        split: str,
+        asked: Sequence[int] | None = None,
+        *,
+        number: int = 0,
+        factor: float = 1.0,
+    ) -> Evaluation: ...
     def rival(self, name: str, number: int, parameters: Mapping[str, Any], split: str) -> Evaluation: ...
     def seed(self, split: str) -> Evaluation: ...
     def questions(self, split: str) -> list[Question]: ...
@@ -54,7 +68,7 @@ class Scorer(Protocol):
 @dataclass(frozen=True)
 class _Split:
     questions: list[Question]
-    encoded: Encoded
+    scoring: Scoring
 
 
 class Evaluator:
@@ -67,16 +81,29 @@ class Evaluator:
         development: number of development questions.
         box: where candidates run.
         seed: the run's, for the streams of candidates that draw random numbers and for the order of questions.
+        objective: what the groups' scores come to; by default their mean.
     """
 
-    def __init__(self, folder: Path, vectors: TaskVectors, task: Task, development: int, box: Box, seed: int):
+    def __init__(
+        self,
+        folder: Path,
+        vectors: TaskVectors,
+        task: Task,
+        development: int,
+        box: Box,
+        seed: int,
+        objective: Objective | None = None,
+    ):
         self.model = load_model(folder)
         self.tokenizer = load_tokenizer(folder)
         self.vectors = vectors
         self.task = task
         self.box = box
         self.run_seed = seed
+        self.objective = objective or Objective()
         self._splits: dict[str, _Split] = {}
+        self._part: tuple[tuple[str, tuple[int, ...]], _Split] | None = None
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._add("development", task.development(development, order_seed=seed))
 
     def open_test(self, count: int, seal: Seal) -> None:
@@ -99,19 +126,38 @@ class Evaluator:
         merged = merge_by_method(method(name), self.vectors, dict(parameters))
         return self._evaluation("rival", name, number, split, parameters, merged, began)
 
-    def candidate(self, candidate: Candidate, split: str = "development") -> Evaluation:
+    def candidate(
+        self,
+        candidate: Candidate,
+        split: str = "development",
+        asked: Sequence[int] | None = None,
+        *,
+        number: int = 0,
+        factor: float = 1.0,
+    ) -> Evaluation:
         """Merge a candidate in the jail and score it.
+
+        Args:
+            candidate: that works.
+            split: `development`, or `test` once it is open.
+            asked: positions of the questions to ask, in this order; all by default.
+            number: of the factor, if its scale is tuned; 0 otherwise.
+            factor: what its merged task vector is multiplied by.
 
         Raises:
             Refused: it fails on the real tensors, or is a constant linear combination of them.
         """
         began = time.perf_counter()
-        merged = self.merge(candidate)
+        merged = self._merged(candidate)
         distance = explained_by_combination(merged, self.vectors.vectors)
         if distance <= REAL_TOLERANCE:
             raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
         facts = {DISTANCE: float(f"{distance:.4g}")}
-        return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began)
+        if number == 0:
+            return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
+        scaled = {name: factor * tensor for name, tensor in merged.items()}
+        facts[FACTOR] = factor
+        return self._evaluation("scaled", candidate.name, number, split, facts, scaled, began, asked)
 
     def merge(self, candidate: Candidate) -> dict[str, Tensor]:
         """Run a candidate in the jail on every selected tensor.
@@ -127,7 +173,10 @@ class Evaluator:
             stream_seed(self.run_seed, "merge", candidate.iteration, candidate.number, name) for name in names
         ]
         outcomes = self.box.merge_many(
-            candidate.source or "", [self.vectors.vectors[name] for name in names], seeds=seeds
+            candidate.source or "",
+            [self.vectors.vectors[name] for name in names],
+            contexts=[self.vectors.context(name) for name in names],
+            seeds=seeds,
         )
         merged = {}
         for name, outcome in zip(names, outcomes, strict=True):
@@ -136,8 +185,34 @@ class Evaluator:
             merged[name] = outcome.tensor
         return merged
 
+    def _merged(self, candidate: Candidate) -> dict[str, Tensor]:
+        """What `merge` returns, kept as long as there is room."""
+        if candidate.name in self._kept:
+            self._kept.move_to_end(candidate.name)
+            return self._kept[candidate.name]
+        merged = self._kept[candidate.name] = self.merge(candidate)
+        held = sum(t.nbytes for each in self._kept.values() for t in each.values())
+        while held > KEPT_BYTES:
+            _, oldest = self._kept.popitem(last=False)
+            held -= sum(t.nbytes for t in oldest.values())
+        return merged
+
+    def _asked(self, split: str, asked: Sequence[int] | None) -> _Split:
+        """The questions to ask; those of one prefix stay encoded, since many candidates in turn are asked them."""
+        whole = self._splits[split]
+        if asked is None:
+            return whole
+        key = split, tuple(asked)
+        if self._part is None or self._part[0] != key:
+            questions = [whole.questions[position] for position in asked]
+            self._part = key, _Split(questions, self._prepared(questions))
+        return self._part[1]
+
+    def _prepared(self, questions: Sequence[Question]) -> Scoring:
+        return prepare(self.model, self.tokenizer, questions, self.task.grading)
+
     def _add(self, split: str, questions: list[Question]) -> None:
-        self._splits[split] = _Split(questions, encode(self.tokenizer, questions))
+        self._splits[split] = _Split(questions, self._prepared(questions))
 
     def _evaluation(
         self,
@@ -148,26 +223,30 @@ class Evaluator:
         parameters: Mapping[str, Any],
         merged: Mapping[str, Tensor] | None,
         began: float | None = None,
+        asked: Sequence[int] | None = None,
     ) -> Evaluation:
         began = time.perf_counter() if began is None else began
-        part = self._splits[split]
+        part = self._asked(split, asked)
         count = len(part.questions)
         try:
-            right = self._outcomes(part.encoded, merged)
+            right = self._outcomes(part.scoring, merged)
         except ScoringError as error:
             seconds = time.perf_counter() - began
             return Evaluation(
                 kind, subject, number, split, None, None, count, parameters, f"ScoringError: {error}", seconds
             )
-        score = aggregate(mean_by_group(part.questions, right))
-        outcomes = tuple(bool(r) for r in right.tolist())
+        outcomes = tuple(right.tolist())
+        score = self.objective.score([question.group for question in part.questions], outcomes)
         seconds = time.perf_counter() - began
-        return Evaluation(kind, subject, number, split, outcomes, score, count, parameters, None, seconds)
+        positions = None if asked is None else tuple(asked)
+        return Evaluation(
+            kind, subject, number, split, outcomes, score, count, parameters, None, seconds, positions
+        )
 
-    def _outcomes(self, encoded: Encoded, merged: Mapping[str, Tensor] | None) -> Tensor:
+    def _outcomes(self, scoring: Scoring, merged: Mapping[str, Tensor] | None) -> Tensor:
         if merged is None:
-            return score_exact(self.model, encoded)
+            return scoring(self.model).outcomes
         if not all(torch.isfinite(tensor).all() for tensor in merged.values()):
             raise ScoringError("the merged task vector is not finite")
         with applied(self.model, self.vectors, merged):
-            return score_exact(self.model, encoded)
+            return scoring(self.model).outcomes

@@ -6,6 +6,7 @@ from typing import Any
 
 from selfdev.algorithms.library import method
 from selfdev.archive import Archive, Evaluation
+from selfdev.evaluation.objective import kept_floors
 from selfdev.streams import stream_seed
 
 
@@ -14,7 +15,7 @@ def settings_to_try(name: str, budget: int, experts: int, seed: int) -> Iterator
 
     Args:
         name: of the method.
-        budget: how many evaluations it has; a method without parameters uses one.
+        budget: how many evaluations it has; a method without searched parameters uses one.
         experts: how many experts are merged.
         seed: the run's.
 
@@ -22,7 +23,7 @@ def settings_to_try(name: str, budget: int, experts: int, seed: int) -> Iterator
         The number of the setting and its parameters; the same number always gives the same setting.
     """
     rival = method(name)
-    if not rival.parameters:
+    if not any(parameter.searched for parameter in rival.parameters):
         budget = min(budget, 1)
     for number in range(budget):
         draw = random.Random(stream_seed(seed, "rival", name, number))
@@ -35,6 +36,6 @@ def best_of(evaluations: list[Evaluation]) -> Evaluation | None:
     return max(scored, key=lambda e: e.score or 0.0, default=None)
 
 
-def best_rival(archive: Archive) -> Evaluation | None:
-    """The rival and setting with the best development score so far."""
-    return best_of(archive.evaluations("rival"))
+def best_rival(archive: Archive, name: str | None = None) -> Evaluation | None:
+    """The rival and setting, or the setting of that rival, with the best development score so far; floors bind it."""
+    return best_of(kept_floors(archive, archive.evaluations("rival", name)))

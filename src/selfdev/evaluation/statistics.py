@@ -1,7 +1,7 @@
 """How sure one can be of a score, and of the difference between two models on the same questions."""
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,15 @@ from torch import Tensor
 
 RESAMPLES = 5000
 """Resamples of the bootstrap: the ends of a 95 % interval then vary by about 1 % of its width."""
+
+PERMUTATIONS = 20_000
+"""Random changes of sign in a permutation test: its smallest p value is 1 in 20,001."""
+
+_AT_ONCE = 2_000_000
+"""Numbers drawn at once: 16 MB."""
+
+Values = NDArray[np.float64]
+Weights = Mapping[Hashable, float]
 
 
 @dataclass(frozen=True)
@@ -44,12 +53,44 @@ def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def score_interval(
+    outcomes: Tensor,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+    weights: Weights | None = None,
+) -> tuple[float, float]:
+    """A confidence interval for the score of one model.
+
+    Wilson's where the score is a plain share of right answers; else, as groups weigh differently or outcomes are
+    graded, the percentile interval of the bootstrap within the groups, which has no width where all outcomes of every
+    group are equal.
+
+    Args:
+        outcomes: of the model, shape (questions,); bool, or floating-point.
+        groups: see `paired_difference`.
+        level: confidence level, in (0, 1).
+        seed: of the drawing.
+        weights: see `paired_difference`.
+
+    Raises:
+        ValueError: see `paired_difference`.
+    """
+    _check_pair(outcomes, outcomes, graded=True)
+    _check_level(level)
+    if is_plain_share(outcomes, groups, weights):
+        return wilson(int(outcomes.sum()), len(outcomes), level)
+    found = _bootstrap(*_strata(outcomes, groups, weights), level, seed)
+    return found.low, found.high
+
+
 def paired_difference(
     a: Tensor,
     b: Tensor,
     groups: Sequence[Hashable] | None = None,
     level: float = 0.95,
     seed: int = 0,
+    weights: Weights | None = None,
 ) -> Difference:
     """The score of `a` minus that of `b`, with a percentile interval of the paired bootstrap (Efron 1979).
 
@@ -58,29 +99,63 @@ def paired_difference(
     has no width where the models never differ, and is too narrow with fewer than about 50 questions in all.
 
     Args:
-        a: which questions the first model answered right, bool, shape (questions,).
+        a: which questions the first model answered right, bool, or how well, floating-point; shape (questions,).
         b: the same of the second model, in the same order.
-        groups: the group of each question. The score is the unweighted mean over the groups' shares, as in
-            `scoring.aggregate`; without groups, the share of all questions.
+        groups: the group of each question. The score is the mean over the groups' mean outcomes; without groups,
+            the mean of all questions.
         level: confidence level, in (0, 1).
         seed: of the drawing; the same seed gives the same interval.
+        weights: of groups in the mean over them, above 0; 1 where a group is not named.
 
     Raises:
-        ValueError: no questions, outcomes or groups of different lengths, outcomes that are not bool.
+        ValueError: no questions, outcomes or groups of different lengths, bool outcomes beside graded ones.
     """
-    _check_pair(a, b)
+    _check_pair(a, b, graded=True)
     _check_level(level)
-    if groups is not None and len(groups) != len(a):
-        raise ValueError(f"{len(groups)} groups for {len(a)} questions; give the group of each question")
-    change = (a.int() - b.int()).numpy(force=True)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or [None]))}
-    members = np.array([numbers[group] for group in groups]) if groups else np.zeros(len(change), dtype=int)
-    by_group = [change[members == number] for number in range(len(numbers))]
+    return _bootstrap(*_strata(_minus(a, b), groups, weights), level, seed)
 
+
+def permutation_test(
+    a: Tensor,
+    b: Tensor,
+    groups: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    weights: Weights | None = None,
+) -> float:
+    """Two-sided p value of "it makes no difference which of the models answers a question" (Fisher 1935).
+
+    Under the hypothesis each question's difference is as likely as its negative. The statistic is the difference of
+    the scores, in which groups may weigh differently and outcomes may be graded; what is drawn are signs. The p value
+    counts the drawing itself, so it is never 0 and valid at any number of draws (Phipson and Smyth 2010). Where
+    outcomes are right or wrong and all questions count alike, this is McNemar's test, which `mcnemar` does exactly.
+
+    Args:
+        a: outcomes of the first model, shape (questions,).
+        b: those of the second model, in the same order.
+        groups: see `paired_difference`.
+        seed: of the drawing.
+        weights: see `paired_difference`.
+
+    Raises:
+        ValueError: see `paired_difference`.
+    """
+    _check_pair(a, b, graded=True)
+    strata, shares = _strata(_minus(a, b), groups, weights)
     rng = np.random.default_rng(seed)
-    resampled = np.mean([_resampled_means(each, rng) for each in by_group], axis=0)
-    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(float(np.mean([each.mean() for each in by_group])), float(low), float(high))
+    drawn = sum(share * _signed_means(each, rng) for each, share in zip(strata, shares, strict=True))
+    observed = abs(sum(share * each.mean() for each, share in zip(strata, shares, strict=True)))
+    # Sums of the same numbers in another order may differ by a rounding.
+    as_large = np.count_nonzero(np.abs(drawn) >= observed - 1e-12)
+    return (1 + as_large) / (1 + PERMUTATIONS)
+
+
+def is_plain_share(
+    outcomes: Tensor, groups: Sequence[Hashable] | None = None, weights: Weights | None = None
+) -> bool:
+    """Whether the score is the share of right answers: outcomes are bool, and every question counts alike."""
+    strata, shares = _strata(outcomes, groups, weights)
+    each = [share / len(stratum) for stratum, share in zip(strata, shares, strict=True)]
+    return outcomes.dtype == torch.bool and bool(np.allclose(each, each[0], rtol=1e-9))
 
 
 def mcnemar(a: Tensor, b: Tensor) -> float:
@@ -128,22 +203,68 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _resampled_means(change: NDArray[np.int32], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Means of `RESAMPLES` bootstrap samples of one group's differences, shape (RESAMPLES,).
+def _minus(a: Tensor, b: Tensor) -> Tensor:
+    return a.int() - b.int() if a.dtype == torch.bool else a.double() - b.double()
 
-    A difference is -1, 0 or 1, and how often each is drawn follows a multinomial distribution: drawing the
+
+def _strata(
+    values: Tensor, groups: Sequence[Hashable] | None, weights: Weights | None
+) -> tuple[list[Values], list[float]]:
+    """The values of each group, and what the group counts in the score; the sum is 1."""
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} questions; give the group of each question")
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or [None]))}
+    members = np.array([numbers[group] for group in groups]) if groups else np.zeros(len(values), dtype=int)
+    numeric = values.double().numpy(force=True)
+    shares = [(weights or {}).get(group, 1.0) for group in numbers]
+    return [numeric[members == number] for number in range(len(numbers))], [s / sum(shares) for s in shares]
+
+
+def _bootstrap(strata: list[Values], shares: list[float], level: float, seed: int) -> Difference:
+    rng = np.random.default_rng(seed)
+    resampled = np.average([_resampled_means(each, rng) for each in strata], axis=0, weights=shares)
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    mean = float(np.average([each.mean() for each in strata], weights=shares))
+    return Difference(mean, float(low), float(high))
+
+
+def _resampled_means(values: Values, rng: np.random.Generator) -> Values:
+    """Means of `RESAMPLES` bootstrap samples of one group's values, shape (RESAMPLES,).
+
+    Where a value is -1, 0 or 1, how often each is drawn follows a multinomial distribution: drawing the
     three counts is the bootstrap itself, not an approximation, and takes no time.
     """
-    n = len(change)
-    better, worse = np.count_nonzero(change == 1), np.count_nonzero(change == -1)
-    counts = rng.multinomial(n, [better / n, worse / n, (n - better - worse) / n], size=RESAMPLES)
-    means: NDArray[np.float64] = (counts[:, 0] - counts[:, 1]) / n
-    return means
+    n = len(values)
+    better, worse, same = (np.count_nonzero(values == each) for each in (1, -1, 0))
+    if better + worse + same == n:
+        counts = rng.multinomial(n, [better / n, worse / n, same / n], size=RESAMPLES)
+        means: Values = (counts[:, 0] - counts[:, 1]) / n
+        return means
+    rows = max(1, _AT_ONCE // n)
+    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
+    return np.concatenate([values[rng.integers(n, size=(size, n))].mean(1) for size in sizes])
 
 
-def _check_pair(a: Tensor, b: Tensor) -> None:
-    if a.dtype != torch.bool or b.dtype != torch.bool:
-        raise ValueError(f"outcomes are {a.dtype} and {b.dtype}; whether an answer is right is a bool")
+def _signed_means(values: Values, rng: np.random.Generator) -> Values:
+    """Means of one group's values with random signs, shape (PERMUTATIONS,)."""
+    differing = values[values != 0]
+    n = len(differing)
+    if np.all(np.abs(differing) == 1):
+        means: Values = (2 * rng.binomial(n, 0.5, size=PERMUTATIONS) - n) / len(values)
+        return means
+    rows = max(1, _AT_ONCE // n)
+    sizes = [min(rows, PERMUTATIONS - start) for start in range(0, PERMUTATIONS, rows)]
+    signs = (2 * rng.integers(2, size=(size, n)) - 1 for size in sizes)
+    return np.concatenate([each @ differing for each in signs]) / len(values)
+
+
+def _check_pair(a: Tensor, b: Tensor, *, graded: bool = False) -> None:
+    fits = a.dtype == b.dtype and (a.dtype == torch.bool or (graded and a.dtype.is_floating_point))
+    if not fits:
+        raise ValueError(
+            f"outcomes are {a.dtype} and {b.dtype}; whether an answer is right is a bool"
+            + ("; graded outcomes are both floating-point" if graded else "")
+        )
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError(
             f"outcomes of shapes {tuple(a.shape)} and {tuple(b.shape)}; give both models' outcomes on the "

@@ -10,17 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.config import Config
+from selfdev.evaluation.comparison import Comparison, by_task, group_scores, shrinkage
 from selfdev.evaluation.evaluator import Refused, Scorer
 from selfdev.evaluation.rivals import best_of, best_rival
-from selfdev.evaluation.statistics import holm, mcnemar, paired_difference, wilson
-from selfdev.streams import stream_seed
-
-LEARNING = "learning"
-"""The arm whose factory is trained; every other arm is a control."""
+from selfdev.evaluation.standing import LEARNING, pareto, ranked_new
+from selfdev.evaluation.statistics import holm
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,10 @@ class Row:
         against_best_rival: paired difference on test from the rival that was best on development; None for that
             rival itself and where nothing was measured.
         parameters: of a rival.
+        tasks: score of each group on development and on test.
+        retention: difference from the seed on test for each group, with its interval; empty for the seed.
+        below_floor: groups on which it loses more on test than the run allows, and how much it loses.
+        shrinkage: how much of its gain on the seed was lost from development to test.
     """
 
     name: str
@@ -43,13 +43,10 @@ class Row:
     test: dict[str, Any] | None
     against_best_rival: dict[str, Any] | None
     parameters: dict[str, Any]
-
-
-def ranked_new(archive: Archive, arm: str) -> list[tuple[Candidate, Evaluation]]:
-    """New programs of one arm with their development evaluations, best first."""
-    scored = {e.subject: e for e in archive.evaluations("candidate") if e.score is not None}
-    new = [(c, scored[c.name]) for c in archive.candidates(arm) if c.status == "new" and c.name in scored]
-    return sorted(new, key=lambda pair: -(pair[1].score or 0.0))
+    tasks: dict[str, dict[str, float | None]]
+    retention: dict[str, dict[str, float]]
+    below_floor: dict[str, float]
+    shrinkage: float | None
 
 
 def reach_verdict(
@@ -77,6 +74,7 @@ def reach_verdict(
         {
             "best": finalists[0][0].name if finalists else None,
             "best_rival": None if rival is None else [rival.subject, rival.number],
+            "pareto": pareto(archive, LEARNING),
         }
     )
     scorer.open_test(config.task.test, archive)
@@ -104,7 +102,8 @@ def _entrants(
     """(kind, development evaluation, candidate) of everybody who is measured on test."""
     entrants: list[_Entrant] = [("seed", e, None) for e in archive.evaluations("seed")]
     for name in config.rivals:
-        tuned = best_of(archive.evaluations("rival", name))
+        # Where no setting keeps the floors, the best of all is measured, and the table says what it loses.
+        tuned = best_rival(archive, name) or best_of(archive.evaluations("rival", name))
         if tuned is not None:
             entrants.append(("rival", tuned, None))
     for control in config.controls:
@@ -115,11 +114,12 @@ def _entrants(
 def _measure(scorer: Scorer, dev: Evaluation, candidate: Candidate | None) -> Evaluation:
     if candidate is not None:
         try:
-            return scorer.candidate(candidate, "test")
+            return scorer.candidate(candidate, "test", number=dev.number, factor=dev.factor)
         except Refused as refused:
             # It ran on these very tensors before, so this is a machine in trouble and no verdict on the program.
             count = len(scorer.questions("test"))
-            return Evaluation("candidate", dev.subject, 0, "test", None, None, count, {}, str(refused))
+            failed = None, None, count, dev.parameters, str(refused)
+            return Evaluation(dev.kind, dev.subject, dev.number, "test", *failed)
     if dev.kind == "seed":
         return scorer.seed("test")
     return scorer.rival(dev.subject, dev.number, dev.parameters, "test")
@@ -132,10 +132,14 @@ def _compare(
     measured: dict[tuple[str, str, int], Evaluation],
     rival: Evaluation | None,
 ) -> dict[str, Any]:
-    level = config.verdict.level
+    comparison = Comparison.of(archive, config)
     tests = [measured[(dev.kind, dev.subject, dev.number)] for _, dev, _ in entrants]
     against = None if rival is None else measured.get((rival.kind, rival.subject, rival.number))
-    differences = [_difference(test, against, archive.groups("test"), config) for test in tests]
+    seed = next(
+        ((dev, test) for (_, dev, _), test in zip(entrants, tests, strict=True) if dev.kind == "seed"), None
+    )
+    seed_on_test = None if seed is None else seed[1]
+    differences = [comparison.difference(test, against) for test in tests]
     # Holm over the finalists: several discoveries are tested against one rival.
     finalists = [i for i, (kind, _, _) in enumerate(entrants) if kind == "discovered" and differences[i]]
     adjusted = holm([differences[i]["p"] for i in finalists])  # type: ignore[index]
@@ -143,8 +147,20 @@ def _compare(
         differences[i]["p_adjusted"] = p  # type: ignore[index]
     rows = []
     for (kind, dev, _), test, difference in zip(entrants, tests, differences, strict=True):
-        shown = {"score": dev.score, "questions": dev.questions}
-        rows.append(Row(dev.subject, kind, shown, _shown(test, level), difference, dict(dev.parameters)))
+        rows.append(
+            Row(
+                name=dev.subject,
+                kind=kind,
+                dev={"score": dev.score, "questions": dev.questions},
+                test=comparison.score(test),
+                against_best_rival=difference,
+                parameters=dict(dev.parameters),
+                tasks=by_task(group_scores(archive, dev), group_scores(archive, test)),
+                retention=comparison.retention(test, seed_on_test),
+                below_floor=comparison.below_floor(test, seed_on_test),
+                shrinkage=shrinkage(dev, test, seed),
+            )
+        )
     discovered = [row for row in rows if row.kind == "discovered" and row.test]
     return {
         "best": next((row.name for row in rows if row.kind == "discovered"), None),
@@ -152,33 +168,6 @@ def _compare(
         "best_on_test": max(discovered, key=lambda r: r.test["score"]).name if discovered else None,  # type: ignore[index]
         "headline": _headline(rows, None if rival is None else rival.subject),
         "table": [asdict(row) for row in rows],
-    }
-
-
-def _shown(test: Evaluation, level: float) -> dict[str, Any] | None:
-    if test.outcomes is None:
-        return None
-    low, high = wilson(sum(test.outcomes), len(test.outcomes), level)
-    return {"score": test.score, "questions": test.questions, "low": low, "high": high}
-
-
-def _difference(
-    test: Evaluation, against: Evaluation | None, groups: list[str], config: Config
-) -> dict[str, Any] | None:
-    if against is None or test.outcomes is None or against.outcomes is None:
-        return None
-    if (test.kind, test.subject, test.number) == (against.kind, against.subject, against.number):
-        return None
-    mine, theirs = Tensor(test.outcomes).bool(), Tensor(against.outcomes).bool()
-    seed = stream_seed(config.seed, "bootstrap", test.subject)
-    interval = paired_difference(mine, theirs, groups, config.verdict.level, seed)
-    return {
-        "difference": interval.difference,
-        "low": interval.low,
-        "high": interval.high,
-        "level": config.verdict.level,
-        "p": mcnemar(mine, theirs),
-        "p_adjusted": None,
     }
 
 
@@ -195,6 +184,8 @@ def _headline(rows: list[Row], rival: str | None) -> str:
         f"{100 * difference['difference']:+.1f} points on test, {100 * difference['level']:.0f} % interval "
     )
     points += f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
+    for group, loss in best.below_floor.items():
+        points += f"; it loses {100 * loss:.1f} points on {group} against the seed, more than its floor"
     if difference["low"] > 0:
         return f"{best.name} beats {rival}, the best rival on development: {points}"
     if difference["high"] < 0:

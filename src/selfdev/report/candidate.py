@@ -1,6 +1,5 @@
 """One candidate: everything that the archive knows of it."""
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -8,6 +7,7 @@ from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Evaluation
+from selfdev.evaluation.objective import mean_by_group
 from selfdev.report.terminal import facts, percent, python, table, visible
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
     rounds = range(run.config.iterations)
     pairs = [pair for t in rounds for pair in run.archive.pairs(candidate.arm, t)]
     scored = [
-        e for split in ("development", "test") for e in run.archive.evaluations("candidate", name, split)
+        e
+        for split in ("development", "test")
+        for kind in ("candidate", "scaled")
+        for e in run.archive.evaluations(kind, name, split)
     ]
     return {
         "name": candidate.name,
@@ -54,19 +57,18 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
 
 
 def _evaluation(run: "Run", evaluation: Evaluation) -> dict[str, Any]:
-    groups = run.archive.groups(evaluation.split)
-    asked, right = Counter(groups), Counter[str]()
-    for group, outcome in zip(groups, evaluation.outcomes or (), strict=False):
-        right[group] += outcome
     return {
         "split": evaluation.split,
+        "factor": evaluation.factor,
         "score": evaluation.score,
         "questions": evaluation.questions,
+        "first_score": evaluation.first_score,
+        "first_questions": evaluation.first_questions,
         "failure": evaluation.failure,
         "seconds": evaluation.seconds,
         "groups": {}
         if evaluation.outcomes is None
-        else {group: right[group] / asked[group] for group in asked},
+        else mean_by_group(run.archive.groups_of(evaluation), evaluation.outcomes),
     }
 
 
@@ -106,5 +108,8 @@ def _scores(evaluations: list[dict[str, Any]]) -> RenderableType:
     rows = table("accuracy in %", "score", *groups, "questions", "time")
     for e in evaluations:
         shares = [percent(e["groups"].get(group)) for group in groups]
-        rows.add_row(e["split"], percent(e["score"]), *shares, str(e["questions"]), f"{e['seconds']:.1f} s")
+        scaled = "" if e["factor"] == 1 else f" x {e['factor']:g}"
+        rows.add_row(
+            e["split"] + scaled, percent(e["score"]), *shares, str(e["questions"]), f"{e['seconds']:.1f} s"
+        )
     return rows

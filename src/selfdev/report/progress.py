@@ -19,7 +19,7 @@ from rich.text import Text
 
 from selfdev.archive import Candidate, Evaluation
 from selfdev.config import Config
-from selfdev.evaluation.verdict import LEARNING
+from selfdev.evaluation.standing import LEARNING, ranked_new
 from selfdev.report.terminal import Terminal, duration, percent, table, visible
 from selfdev.watcher import Tick
 
@@ -80,11 +80,13 @@ class Progress:
 
     def recall(self, run: "Run") -> None:
         """Take up what a run that goes on has done before."""
-        scores = {e.subject: e for e in run.archive.evaluations("candidate")}
         for candidate in run.candidates():
             self._written[candidate.arm, candidate.iteration] += 1
             if candidate.status is not None:
-                self.screened(candidate, scores.get(candidate.name))
+                self.screened(candidate, None)
+        for arm in (LEARNING, *self.config.controls):
+            for _, evaluation in ranked_new(run.archive, arm)[:1]:
+                self.scored(evaluation)
         self._rival = max(
             (e for e in run.archive.evaluations("rival") if e.score is not None),
             key=lambda e: e.score or 0.0,
@@ -110,10 +112,15 @@ class Progress:
         """Count what a candidate is, and remember the best."""
         found = self._found.setdefault((candidate.arm, candidate.iteration), Counter())
         found[candidate.status or "failed"] += 1
-        if candidate.status == "new" and evaluation is not None and evaluation.score is not None:
-            best = self._best.get(candidate.arm)
-            if best is None or evaluation.score > (best.score or 0.0):
-                self._best[candidate.arm] = evaluation
+        if candidate.status == "new" and evaluation is not None:
+            self.scored(evaluation)
+
+    def scored(self, evaluation: Evaluation) -> None:
+        """Remember the best."""
+        arm = evaluation.subject.partition("/")[0]
+        best = self._best.get(arm)
+        if evaluation.score is not None and (best is None or evaluation.score > (best.score or 0.0)):
+            self._best[arm] = evaluation
 
     def rival(self, best: Evaluation | None) -> None:
         """Remember the best rival."""
@@ -159,8 +166,10 @@ class Progress:
         return f"best on development so far: {found}; best rival: {against}"
 
     def _title(self, name: str, arm: str | None, iteration: int | None) -> str:
-        if arm is None or iteration is None:
+        if arm is None:
             return name
+        if iteration is None:
+            return f"{name} {arm}"
         title = f"{name} {arm} {iteration + 1}/{self.config.iterations}"
         if name == "write":
             title += f" at T={self.config.factory.temperature_at(iteration):.2f}"

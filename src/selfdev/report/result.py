@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
-from selfdev.evaluation.verdict import LEARNING
+from selfdev.archive import FACTOR
+from selfdev.evaluation.standing import LEARNING
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def result(run: "Run") -> RenderableType:
     summary = run.summary()
     parts: list[RenderableType] = [_headline(summary, run), ""]
     if summary["table"]:
-        parts += [_scores(summary, run), ""]
+        parts += [_scores(summary, run), "", *_tasks(summary, run)]
     if summary["iterations"]:
         parts += [_iterations(summary), ""]
     if summary["best"] is not None:
@@ -97,16 +98,39 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
         yield f"{len(finalists) - _SHOWN} more finalists were measured: --json lists them."
     if finalists and summary["best_on_test"] not in (None, finalists[0]["name"]):
         yield f"Best finalist on test, which is a selection on test: {summary['best_on_test']}."
+    lost = finalists[0].get("shrinkage") if finalists else None
+    if lost is not None:
+        yield f"From dev to test, {finalists[0]['name']}'s gain on the seed changed by {points(-lost)} points."
     for arm in run.config.controls:
         if not any(row["name"].startswith(f"{arm}/") for row in summary["table"]):
             yield f"The control '{arm}' has no new program."
+
+
+def _tasks(summary: dict[str, Any], run: "Run") -> Iterator[RenderableType]:
+    """Test scores by task, and what each merge kept of the seed's; a verdict of an older run has none."""
+    best_rival = (run.verdict or {}).get("best_rival")
+    rows = [row for row in summary["table"] if row["test"] is not None and row.get("tasks")]
+    discovered = [row for row in rows if row["kind"] == "discovered"][:1]
+    shown = [row for row in rows if row["kind"] == "seed" or row["name"] == best_rival] + discovered
+    if not shown:
+        return
+    groups = list(shown[0]["tasks"])
+    tasks = table("test by task, points from the seed", *groups)
+    for row in shown:
+        cells = [percent(row["tasks"][group]["test"]) for group in groups]
+        for number, group in enumerate(groups):
+            if group in row["retention"]:
+                cells[number] += f" ({points(row['retention'][group]['difference'])})"
+        tasks.add_row(visible(row["name"]), *cells)
+    yield tasks
+    yield ""
 
 
 def _row(row: dict[str, Any], *, is_best_rival: bool) -> list[RenderableType]:
     test, against = row["test"], row["against_best_rival"]
     indent = "" if row["kind"] == "seed" else "  "
     cells = [
-        indent + row["name"],
+        indent + row["name"] + (f" x {row['parameters'][FACTOR]:g}" if FACTOR in row["parameters"] else ""),
         percent(row["dev"]["score"]),
         "-",
         "",

@@ -1,9 +1,10 @@
-"""Tasks: questions with a checkable answer, in three splits that never share a question.
+"""Tasks: questions with a checkable answer, in splits that never share a question.
 
-A question's content decides its split (`split_of`), so no draw, seed or order can move it from one split to
-another. What is guaranteed: the splits share no question and no rewording that the task knows of (`12+34` and
-`34+12` fall together), and the test questions come out through `Task.open_test` alone, which tells the seal
-first. What is not: Python hides nothing from code that wants to reach around it.
+A question's content decides its split, so no draw, seed or order can move it from one split to another. What is
+guaranteed: the splits share no question and no rewording that the task knows of (of generated tasks: the same
+operands in another order; of tasks made of files: see `near_duplicates`), and the test questions come out through
+`Task.open_test` alone, which tells the seal first. What is not: Python hides nothing from code that wants to reach
+around it.
 """
 
 import difflib
@@ -11,11 +12,13 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from selfdev.errors import UserError
+from selfdev.evaluation.tasks.grading import Grading
 
 
 class Split(StrEnum):
@@ -28,17 +31,44 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question and its only right answer."""
+    """One question and its right answer.
+
+    Attributes:
+        group: the sub-task it belongs to, such as `add`.
+        prompt: the question itself, as its template writes it.
+        answer: what the checker compares with.
+        context: the few-shot examples that stand before the prompt.
+        solution: what a right continuation of the prompt looks like, the space before it included: the gold text
+            of `exact` and `loglikelihood`; the answer where it is empty.
+        where: file and line that it came from, for messages.
+    """
 
     group: str
-    """The sub-task it belongs to, such as `add`."""
     prompt: str
     answer: str
+    context: str = ""
+    solution: str = ""
+    where: str = field(default="", compare=False)
 
     @property
     def id(self) -> str:
-        """Sixteen hexadecimal digits: the hash of the content."""
-        return _digest("\x1f".join((self.group, self.prompt, self.answer))).hex()
+        """Sixteen hexadecimal digits: the hash of the content. The few-shot examples are no part of it."""
+        return digest("\x1f".join((self.group, self.prompt, self.answer))).hex()
+
+    @property
+    def text(self) -> str:
+        """What the model is given."""
+        return self.context + self.prompt
+
+    @property
+    def gold(self) -> str:
+        """What the model should write, to the letter."""
+        return self.solution or self.answer
+
+    @property
+    def named(self) -> str:
+        """How a message names it: file and line, or the prompt's end."""
+        return self.where or f"question '{self.prompt[-60:]}'"
 
 
 class Seal(Protocol):
@@ -49,10 +79,17 @@ class Seal(Protocol):
 
 
 class Task(ABC):
-    """Questions in groups. The score of a model is the mean over the groups of its share of right answers."""
+    """Questions in groups. The score of a model is the mean over the groups of its mean outcome there.
+
+    Attributes:
+        name: of the task.
+        groups: its sub-tasks.
+        grading: how an answer is written, read and judged.
+    """
 
     name: str
     groups: tuple[str, ...]
+    grading: Grading = Grading()
 
     def development(self, count: int, order_seed: int) -> list[Question]:
         """Draw development questions, balanced over the groups.
@@ -74,7 +111,7 @@ class Task(ABC):
         """
         self.check_count(Split.TEST, count)  # a request that cannot be met must not cost the one opening
         seal.opened(self.name)
-        return self._take(Split.TEST, count, random.Random(f"{self.name}/test"))
+        return self._take(Split.TEST, count, self._test_order())
 
     @abstractmethod
     def training(self, groups: Sequence[str], stream: random.Random) -> Iterator[Question]:
@@ -84,47 +121,93 @@ class Task(ABC):
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
         """All distinct questions of one group that the split offers, always in the same order."""
 
+    def size(self, split: Split) -> int:
+        """How many questions the split has, the groups balanced."""
+        return len(self.groups) * min(len(self._pool(group, split)) for group in self.groups)
+
     def check_count(self, split: Split, count: int) -> None:
         """Raise UserError unless the split has `count` questions; shows none of them."""
-        most = len(self.groups) * min(len(self._pool(group, split)) for group in self.groups)
+        most = self.size(split)
         if not 0 < count <= most:
             raise UserError(
                 f"task '{self.name}': {count} {split} questions were asked for, and it has {most}; "
                 f"ask for 1 to {most}"
             )
 
-    def _take(self, split: Split, count: int, stream: random.Random) -> list[Question]:
+    def _test_order(self) -> random.Random | None:
+        """What shuffles the test split; None leaves it as it lies."""
+        return random.Random(f"{self.name}/test")
+
+    def _take(self, split: Split, count: int, stream: random.Random | None) -> list[Question]:
         self.check_count(split, count)
-        shuffled = []
+        ordered = []
         for group in self.groups:
             pool = list(self._pool(group, split))
-            stream.shuffle(pool)
-            shuffled.append(pool)
-        return [shuffled[i % len(shuffled)][i // len(shuffled)] for i in range(count)]
+            if stream is not None:
+                stream.shuffle(pool)
+            ordered.append(pool)
+        return [ordered[i % len(ordered)][i // len(ordered)] for i in range(count)]
 
 
 def split_of(content: str) -> Split:
     """The split of a question, by the hash of its content: 60 % training, 15 % development, 25 % test."""
-    share = int.from_bytes(_digest(content)) / 2**64
+    share = share_of(content)
     if share < 0.60:
         return Split.TRAINING
     return Split.DEVELOPMENT if share < 0.75 else Split.TEST
 
 
+def share_of(content: str) -> float:
+    """A number in 0..1 that the content alone decides, spread evenly."""
+    return int.from_bytes(digest(content)) / 2**64
+
+
+def digest(text: str) -> bytes:
+    """Eight bytes that identify a text."""
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
+def task_names() -> list[str]:
+    """The names of the built-in tasks."""
+    return sorted([*_generated(), *_declared()])
+
+
 def load_task(name: str) -> Task:
     """The task of that name.
 
+    Args:
+        name: of a built-in task; of one that is made of files with the folder they lie in, such as
+            `gsm8k:data/gsm8k` (without it they come from the Hub); or the path of a YAML file.
+
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its files cannot be used.
     """
+    if name in _generated():
+        return _generated()[name]()
+    if name.endswith((".yaml", ".yml")):
+        return _load_declared(Path(name), None)
+    base, colon, folder = name.partition(":")
+    if base in _declared():
+        return _load_declared(_declared()[base], Path(folder).expanduser() if colon else None)
+    nearest = difflib.get_close_matches(base, task_names(), n=1, cutoff=0.0)[0]
+    raise UserError(
+        f"unknown task '{name}'; the nearest known one is '{nearest}'; a task of your own is a file that "
+        "ends in .yaml"
+    )
+
+
+def _generated() -> dict[str, type[Task]]:
+    from selfdev.evaluation.tasks.everyday import EVERYDAY
     from selfdev.evaluation.tasks.nano import NanoTask
 
-    known: dict[str, type[Task]] = {"nano": NanoTask}
-    if name not in known:
-        nearest = (difflib.get_close_matches(name, known, n=1, cutoff=0.0) or list(known))[0]
-        raise UserError(f"unknown task '{name}'; the nearest known one is '{nearest}'")
-    return known[name]()
+    return {"nano": NanoTask, **EVERYDAY}
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+def _declared() -> dict[str, Path]:
+    return {path.stem: path for path in sorted((Path(__file__).parent / "declared").glob("*.yaml"))}
+
+
+def _load_declared(path: Path, folder: Path | None) -> Task:
+    from selfdev.evaluation.tasks.files import load_file_task
+
+    return load_file_task(path, folder)

@@ -1,27 +1,24 @@
 """Exact-match scores of a causal language model, in one forward pass.
 
 Greedy decoding writes the gold answer and stops exactly if, with the gold answer fed in, the arg max at every
-answer position is the gold token, the end token included. So a short answer costs one pass and not one pass a
-token. This holds only where the answer can be written in one way, which `encode` checks: a tokenizer that
-cannot promise it is refused.
+answer position is the gold token, and after it an end token or a token that begins with a stop string. So a short
+answer costs one pass and not one pass a token. This holds only where the answer can be written in one way, which
+`encode` checks: a tokenizer that cannot promise it is refused.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfdev.errors import SelfdevError, UserError
+from selfdev.errors import UserError
+from selfdev.evaluation.scoring.scored import ScoringError
 from selfdev.evaluation.tasks import Question
 
 BATCH_TOKENS = 4096
 """Tokens in one forward pass: large enough to fill the cores, small enough to stay in the cache."""
-
-
-class ScoringError(SelfdevError):
-    """The model gives no usable logits: a failure of the model, never a score of zero."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Batch:
     position: Tensor
     """The position whose logits must name it, which is the one before it, shape (n,)."""
     gold: Tensor
-    """The answer tokens, each answer's end token included, shape (n,)."""
+    """The answer tokens, each answer's end token included, shape (n,). It stands for every way to end."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,30 @@ class Encoded:
     """Questions as tensors, made once and used for every candidate."""
 
     count: int
+    lengths: tuple[int, ...]
+    """Tokens of each question and its answer, the end left out."""
     batches: tuple[Batch, ...]
+    end: int
+    """The tokenizer's end token."""
+    ends: Tensor
+    """All tokens that end an answer: the end tokens, and those that begin with a stop string; shape (ends,)."""
 
 
-def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int = BATCH_TOKENS) -> Encoded:
+def encode(
+    tokenizer: Any,
+    questions: Sequence[Question],
+    *,
+    stop: Sequence[str] = (),
+    ends: Collection[int] = (),
+    batch_tokens: int = BATCH_TOKENS,
+) -> Encoded:
     """Turn questions into batches sorted by length.
 
     Args:
         tokenizer: a tokenizer of transformers, with an end-of-sequence token.
         questions: at least one.
+        stop: strings of one character that end an answer.
+        ends: tokens that end it, beside the tokenizer's end token.
         batch_tokens: the most tokens of one forward pass, padding included; one question may exceed it.
 
     Raises:
@@ -64,12 +76,13 @@ def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int =
         raise UserError("there is no question to score; ask for at least one")
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-sequence token, which ends an answer; set its eos_token")
-    prompts = tokenizer([q.prompt for q in questions])["input_ids"]
-    answers = tokenizer([q.answer for q in questions], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer([q.text for q in questions])["input_ids"]
+    answers = tokenizer([q.gold for q in questions], add_special_tokens=False)["input_ids"]
     _refuse_unknown(
         tokenizer, questions, [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
     )
-    _refuse_ambiguous(tokenizer, {question.answer for question in questions})
+    pieces = _pieces(tokenizer)
+    _refuse_ambiguous(pieces, {question.gold for question in questions}, stop)
 
     lengths = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     batches, pending = [], list[int]()
@@ -79,7 +92,9 @@ def encode(tokenizer: Any, questions: Sequence[Question], *, batch_tokens: int =
             pending = []
         pending.append(i)
     batches.append(_batch(pending, prompts, answers, tokenizer.eos_token_id))
-    return Encoded(len(questions), tuple(batches))
+    stopping = [token for first in stop for token, _ in pieces.get(first, [])]
+    every_end = torch.tensor(sorted({tokenizer.eos_token_id, *ends, *stopping}))
+    return Encoded(len(questions), tuple(lengths), tuple(batches), tokenizer.eos_token_id, every_end)
 
 
 @torch.inference_mode()
@@ -106,22 +121,11 @@ def score_exact(model: Any, encoded: Encoded) -> Tensor:
         logits = head(hidden[batch.row.to(model.device), batch.position.to(model.device)])
         if not logits.isfinite().all():
             raise ScoringError("the model's logits are not finite; the merged weights are broken")
-        wrong = batch.row[logits.argmax(-1).cpu() != batch.gold]
+        written = logits.argmax(-1).cpu()
+        ended = (batch.gold == encoded.end) & torch.isin(written, encoded.ends)
+        wrong = batch.row[(written != batch.gold) & ~ended]
         right[batch.questions[wrong]] = False
     return right
-
-
-def mean_by_group(questions: Sequence[Question], right: Tensor) -> dict[str, float]:
-    """The share of right answers in each group, in 0..1; groups in the order of their first question."""
-    outcomes: dict[str, list[bool]] = {}
-    for question, is_right in zip(questions, right.tolist(), strict=True):
-        outcomes.setdefault(question.group, []).append(is_right)
-    return {group: sum(each) / len(each) for group, each in outcomes.items()}
-
-
-def aggregate(by_group: Mapping[str, float]) -> float:
-    """The score of a model: the unweighted mean over its groups, in 0..1."""
-    return sum(by_group.values()) / len(by_group)
 
 
 def _batch(
@@ -145,21 +149,36 @@ def _refuse_unknown(tokenizer: Any, questions: Sequence[Question], encoded: Sequ
     for question, ids in zip(questions, encoded, strict=True):
         if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             raise UserError(
-                f"question '{question.prompt}{question.answer}' holds a character that the tokenizer does "
+                f"question '{question.prompt}{question.gold}' holds a character that the tokenizer does "
                 "not know; use the tokenizer of a model that was made for this task"
             )
 
 
-def _refuse_ambiguous(tokenizer: Any, answers: Collection[str]) -> None:
-    """Raise unless each answer can be spelt in one way only, so that greedy decoding has no other."""
-    pieces: dict[str, list[str]] = {}  # what each ordinary token writes, by its first character
-    for token in set(range(len(tokenizer))) - set(tokenizer.all_special_ids):
+def _pieces(tokenizer: Any) -> dict[str, list[tuple[int, str]]]:
+    """Every ordinary token and what it writes, by its first character."""
+    pieces: dict[str, list[tuple[int, str]]] = {}
+    for token in sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)):
         piece = tokenizer.decode([token])
-        pieces.setdefault(piece[:1], []).append(piece)
+        pieces.setdefault(piece[:1], []).append((token, piece))
+    return pieces
+
+
+def _refuse_ambiguous(
+    pieces: dict[str, list[tuple[int, str]]], answers: Collection[str], stop: Sequence[str]
+) -> None:
+    """Raise unless each answer can be spelt in one way only, so that greedy decoding has no other.
+
+    A token that holds the end of the answer and the stop string after it is one more way.
+    """
     for answer in answers:
         ways = [0] * len(answer) + [1]  # ways[i]: in how many ways the tokens spell answer[i:]
         for i in range(len(answer) - 1, -1, -1):
-            ways[i] = sum(ways[i + len(p)] for p in pieces.get(answer[i], []) if answer.startswith(p, i))
+            rest = answer[i:]
+            for _, piece in pieces.get(answer[i], []):
+                if rest.startswith(piece):
+                    ways[i] += ways[i + len(piece)]
+                elif stop and piece.startswith(tuple(rest + each for each in stop)):
+                    ways[i] += 1
         if ways[0] != 1:
             raise UserError(
                 f"answer '{answer}' can be written in {ways[0]} ways with this tokenizer's tokens, and exact "

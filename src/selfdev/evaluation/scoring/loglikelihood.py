@@ -1,0 +1,84 @@
+"""Log-likelihood of the gold solution, in nats a token, for models that are too weak to answer.
+
+It moves before the first answer is right, so it ranks candidates where accuracy is zero for all. It says nothing
+about whether the model would write the solution.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from selfdev.errors import UserError
+from selfdev.evaluation.scoring.prompts import Prompts, behind, check_fits, padded, positions, tokenize
+from selfdev.evaluation.scoring.scored import Scored, ScoringError
+from selfdev.evaluation.tasks import Question
+from selfdev.models.shared_prefix import attending
+
+ROWS = 16
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass: the logits of each are as many numbers as there are tokens in the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Questions with their gold solutions as tokens, made once and used for every candidate.
+
+    Attributes:
+        prompts: question and solution.
+        solutions: how many of the last tokens of each are the solution's.
+    """
+
+    prompts: Prompts
+    solutions: list[int]
+
+    @classmethod
+    def prepare(cls, config: Any, tokenizer: Any, questions: Sequence[Question]) -> "Likelihood":
+        """Tokenise questions and solutions together; what exceeds the prompt's tokens is the solution's.
+
+        That is how lm-evaluation-harness counts them.
+
+        Raises:
+            UserError: there is none, one does not fit the model's context, or the tokenizer lacks a character.
+        """
+        prompts = tokenize(tokenizer, questions, [question.text for question in questions])
+        whole = tokenize(tokenizer, questions, [question.text + question.gold for question in questions])
+        check_fits(config, questions, list(map(len, whole)), 0)
+        solutions = [len(both) - len(prompt) for both, prompt in zip(whole, prompts, strict=True)]
+        for question, count in zip(questions, solutions, strict=True):
+            if count < 1:
+                raise UserError(f"{question.named}: the solution adds no token to the prompt")
+        shared = Prompts.of(prompts).shared  # the solutions' own tokens are never in the common part
+        return cls(Prompts(shared, [both[len(shared) :] for both in whole]), solutions)
+
+    @torch.inference_mode()
+    def __call__(self, model: Any) -> Scored:
+        """The mean log-probability of each solution's tokens, given the prompt.
+
+        Raises:
+            ScoringError: one is infinite or not a number.
+        """
+        prefix, count = self.prompts.prefill(model), len(self.prompts.shared)
+        outcomes = torch.zeros(len(self.solutions))
+        with attending(model):
+            for batch in self.prompts.batches(ROWS, BATCH_TOKENS, extra=0):
+                ids, padding = padded([self.prompts.rest[i] for i in batch], model.device)
+                width = ids.shape[1]
+                longest = max(self.solutions[i] for i in batch)
+                logits = model(
+                    ids,
+                    position_ids=positions(count, 0, width, padding),
+                    use_cache=False,
+                    shared_prefix=behind(prefix, len(batch), width, padding),
+                    logits_to_keep=longest + 1,
+                ).logits[:, -longest - 1 : -1]
+                nats = -F.cross_entropy(
+                    logits.float().transpose(1, 2), ids[:, -longest:], reduction="none"
+                ).cpu()
+                for row, i in enumerate(batch):
+                    outcomes[i] = nats[row, longest - self.solutions[i] :].mean()
+        if not outcomes.isfinite().all():
+            raise ScoringError("the solutions' log-likelihoods are not finite; the merged weights are broken")
+        return Scored(outcomes)

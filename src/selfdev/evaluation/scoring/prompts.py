@@ -1,0 +1,126 @@
+"""Prompts as tokens: what all have in common is kept once, and the rest is batched by length."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdev.errors import UserError
+from selfdev.evaluation.tasks import Question
+from selfdev.models.limits import context_limit
+from selfdev.models.shared_prefix import LayerCache, SharedPrefix
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Token sequences, split into their common beginning and each one's own rest.
+
+    Attributes:
+        shared: the tokens that all begin with, such as the few-shot examples; maybe none.
+        rest: what follows them in each, at least one token.
+    """
+
+    shared: list[int]
+    rest: list[list[int]]
+
+    @classmethod
+    def of(cls, sequences: Sequence[list[int]]) -> "Prompts":
+        """Split the sequences; `sequences` has at least one, and none is empty."""
+        first, last = min(sequences), max(sequences)  # what these two share, all between them share
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+        common = min(common, min(map(len, sequences)) - 1)
+        return cls(first[:common], [sequence[common:] for sequence in sequences])
+
+    @torch.inference_mode()
+    def prefill(self, model: Any) -> list[LayerCache]:
+        """The keys and values of the common beginning, layer by layer, shape (kv heads, tokens, head size)."""
+        count = len(self.shared)
+        # A model takes one token at least; of none, the shapes remain.
+        ids = torch.tensor([self.shared or self.rest[0][:1]], device=model.device)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        return [
+            (layer.keys[0, :, :count], layer.values[0, :, :count]) for layer in out.past_key_values.layers
+        ]
+
+    def batches(self, rows: int, tokens: int, extra: int) -> Iterator[list[int]]:
+        """Indices of rests of similar length, the longest first.
+
+        Args:
+            rows: the most of one batch.
+            tokens: the most tokens of one batch, padding and what is written included; one row may exceed it.
+            extra: tokens that will be written behind each.
+        """
+        order = sorted(range(len(self.rest)), key=lambda i: -len(self.rest[i]))
+        while order:
+            width = len(self.rest[order[0]]) + extra
+            count = max(1, min(rows, tokens // width))
+            yield order[:count]
+            order = order[count:]
+
+
+def padded(sequences: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """The sequences in one tensor, padded on the left.
+
+    Returns:
+        The tokens, shape (rows, longest), and how many of each row's are padding, shape (rows,).
+    """
+    longest = max(map(len, sequences))
+    padding = torch.tensor([longest - len(sequence) for sequence in sequences], device=device)
+    # Padding is never seen, so any token serves.
+    ids = torch.tensor([[0] * (longest - len(sequence)) + sequence for sequence in sequences], device=device)
+    return ids, padding
+
+
+def positions(prefix: int, start: int, stop: int, padding: Tensor) -> Tensor:
+    """Positions of the columns `start` to `stop` of left-padded rows behind a prefix, shape (rows, stop - start)."""
+    columns = torch.arange(start, stop, device=padding.device)
+    return prefix + (columns - padding[:, None]).clamp(min=0)
+
+
+def behind(prefix: Sequence[LayerCache], rows: int, capacity: int, padding: Tensor) -> SharedPrefix:
+    """Empty continuations of one prefix."""
+    return SharedPrefix([prefix], [rows], capacity, padding)
+
+
+def tokenize(tokenizer: Any, questions: Sequence[Question], texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, special tokens as the tokenizer puts them.
+
+    Raises:
+        UserError: there is no question, or a text holds something that the tokenizer has no token for.
+    """
+    if not questions:
+        raise UserError("there is no question to score; ask for at least one")
+    sequences: list[list[int]] = tokenizer(list(texts))["input_ids"]
+    for question, ids in zip(questions, sequences, strict=True):
+        if not ids:
+            raise UserError(f"{question.named}: the prompt is empty")
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            raise UserError(
+                f"{question.named}: it holds a character that the tokenizer does not know; use the tokenizer of a "
+                "model that was made for this task"
+            )
+    return sequences
+
+
+def check_fits(config: Any, questions: Sequence[Question], lengths: Sequence[int], written: int) -> None:
+    """Raise UserError unless every prompt and what is written behind it fit the model's context.
+
+    Args:
+        config: the model's.
+        questions: named in the error.
+        lengths: tokens of each prompt.
+        written: the most tokens that follow one.
+    """
+    limit = context_limit(config)
+    if limit is None:
+        return
+    field, most = limit
+    for question, length in zip(questions, lengths, strict=True):
+        if length + written > most:
+            raise UserError(
+                f"{question.named}: prompt and answer need {length} + {written} tokens, and the model's context has "
+                f"{most} ({field}); use fewer few-shot examples, a smaller max_new_tokens, or another model"
+            )

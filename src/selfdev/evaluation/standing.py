@@ -1,0 +1,59 @@
+"""Who is ahead on development among the new programs of an arm.
+
+Only those who answered every question and lose nowhere more than the run's floors allow can win. One that left a race
+early has a score of its own, on fewer questions, which ranks it nowhere; what all of an iteration have in common are
+their scores on the first prefix.
+"""
+
+from selfdev.archive import Archive, Candidate, Evaluation
+from selfdev.evaluation.objective import kept_floors, mean_by_group, pareto_set
+
+LEARNING = "learning"
+"""The arm whose factory is trained; every other arm is a control."""
+
+
+def ranked_new(archive: Archive, arm: str, *, scaled: bool = True) -> list[tuple[Candidate, Evaluation]]:
+    """The new programs of one arm that can win, with their development evaluations, best first.
+
+    Args:
+        archive: of the run.
+        arm: whose.
+        scaled: whether a program counts with the best of its tuned scales, where there are any, or as it was written.
+    """
+    scored = _finished(archive) + (_finished(archive, "scaled") if scaled else [])
+    finished: dict[str, Evaluation] = {}
+    for each in kept_floors(archive, scored):
+        if each.subject not in finished or (each.score or 0.0) > (finished[each.subject].score or 0.0):
+            finished[each.subject] = each
+    new = [(c, finished[c.name]) for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
+    return sorted(new, key=lambda pair: -(pair[1].score or 0.0))
+
+
+def scores_on_first(archive: Archive) -> dict[str, float]:
+    """The score of every program on the questions that all of its iteration answered."""
+    scored = {e.subject: e.score_on_first for e in archive.evaluations("candidate")}
+    return {name: score for name, score in scored.items() if score is not None}
+
+
+def pareto(archive: Archive, arm: str) -> list[dict[str, object]]:
+    """The new programs of one arm that no other one beats on every group; floors are no matter here.
+
+    Returns:
+        For each its name, its score and its `groups`' scores, best score first.
+    """
+    finished = {e.subject: e for e in _finished(archive)}
+    new = [c.name for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
+    by_group = {
+        name: mean_by_group(archive.groups_of(finished[name]), finished[name].outcomes or ()) for name in new
+    }
+    order = list(dict.fromkeys(archive.groups("development")))
+    by_group = {name: {group: each[group] for group in order} for name, each in by_group.items()}
+    best_first = sorted(pareto_set(by_group), key=lambda name: -(finished[name].score or 0.0))
+    return [{"name": name, "score": finished[name].score, "groups": by_group[name]} for name in best_first]
+
+
+def _finished(archive: Archive, kind: str = "candidate") -> list[Evaluation]:
+    """Evaluations of candidates on every development question."""
+    questions = len(archive.groups("development"))
+    scored = [e for e in archive.evaluations(kind) if e.score is not None]
+    return [e for e in scored if e.questions == questions]
