@@ -1,49 +1,53 @@
 """A run whose factory is scripted, and whose process can be killed anywhere.
 
-As a program: `python tests/scripted.py RUN [KILL_AT]` begins or resumes the run, and ends itself with SIGKILL when the
-progress reports reach `KILL_AT`, such as `judge:3` (the third report of that phase's kind).
+As a program: `python tests/scripted.py RUN KILL_AT [MODEL]` begins or resumes the run, and ends itself with SIGKILL when
+the progress reports reach `KILL_AT`, such as `judge:3` (the third report of that phase's kind). With a model's folder
+that model is the factory, and nothing is scripted.
 """
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selfdev.config import Config, parse_config
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
-from selfdev.runs import Run, resume, run
+from selfdev.runs import Run, open_run, resume, run
 from selfdev.watcher import Silent, Tick
 
 PROGRAMS = [
     # New: none of them is in the library, among the examples or a constant combination.
-    "a(deltas):\n    s = torch.stack(deltas)\n    return 0.3 * s.sum(0) * (1 + torch.tanh(s.abs().mean(0) / s.abs().mean()))\n",
-    "b(deltas):\n    s = torch.stack(deltas)\n    w = s.abs().amax(0)\n    return 0.35 * s.sum(0) * w / (w + s.abs().mean())\n",
+    "a(deltas):\n    s = deltas\n    return 0.3 * s.sum(0) * (1 + torch.tanh(s.abs().mean(0) / s.abs().mean()))\n",
+    "b(deltas):\n    s = deltas\n    w = s.abs().amax(0)\n    return 0.35 * s.sum(0) * w / (w + s.abs().mean())\n",
     "c(deltas):\n    m = sum(deltas)\n    return 0.3 * torch.roll(m, 1, 0)\n",
     "d(deltas):\n    m = sum(deltas)\n    return 0.3 * m * (m.abs() < 2 * m.abs().mean()) + 0.1 * m.abs().mean() * m.sign()\n",
     # Trivial, known, known with another constant, repeated, repeated with other names.
     "e(deltas):\n    return 0.3 * sum(deltas)\n",
-    "f(deltas):\n    return torch.stack(deltas).median(dim=0).values\n",
-    "g(deltas):\n    index = torch.stack(deltas).abs().argmax(dim=0, keepdim=True)\n"
-    "    return 0.5 * torch.stack(deltas).gather(0, index).squeeze(0)\n",
+    "f(deltas):\n    return deltas.median(dim=0).values\n",
+    "g(deltas):\n    index = deltas.abs().argmax(dim=0, keepdim=True)\n"
+    "    return 0.5 * deltas.gather(0, index).squeeze(0)\n",
     "c2(deltas):\n    m = sum(deltas)\n    return 0.3 * torch.roll(m, 1, 0)\n",
     # Failing: syntax, type, shape, time, not a number, no function.
     "h(deltas):\n    return (\n",
-    "i(deltas):\n    return deltas + 1\n",
+    "i(deltas):\n    return deltas + None\n",
     "j(deltas):\n    return deltas[0].sum()\n",
     "k(deltas):\n    while True:\n        pass\n",
     "l(deltas):\n    return deltas[0] / 0\n",
     "this is no function",
     # Random: seeded by itself, and as the jail seeds it.
     "n(deltas):\n    torch.seed()\n    return 0.3 * sum(deltas) * torch.rand_like(deltas[0])\n",
-    "o(deltas):\n    s = torch.stack(deltas)\n    return 0.3 * s.sum(0) * torch.rand_like(s[0])\n",
+    "o(deltas):\n    s = deltas\n    return 0.3 * s.sum(0) * torch.rand_like(s[0])\n",
 ]
 """What a short program's opening is continued with; iteration t writes a variation on it."""
 
-VARIATION = "v{t}_{i}(deltas):\n    s = torch.stack(deltas)\n    m = s.sum(0)\n    return 0.3 * m{suffix}\n"
+VARIATION = "v{t}_{i}(deltas):\n    s = deltas\n    m = s.sum(0)\n    return 0.3 * m{suffix}\n"
 
 
 class ScriptedFactory:
@@ -87,7 +91,6 @@ class ScriptedFactory:
     def refine(
         self,
         pairs: Sequence[Any],
-        prompts: Sequence[Prompt],
         iteration: int,
         adapters: Sequence[Path],
         out: Path,
@@ -148,7 +151,8 @@ def scripted_config(**changes: Any) -> Config:
                 "copies_as_rejected": True,
                 "pairs": 8,
             },
-            "rivals": ["task_arithmetic", "ties", "model_stock"],
+            "scaling": {"programs": 2, "factors": [0.5, 2.0]},
+            "rivals": ["task_arithmetic", "weighted_task_arithmetic", "dare_ties"],
             "jail": {"wall_seconds": 1.0},
         }
         | changes,
@@ -156,12 +160,42 @@ def scripted_config(**changes: Any) -> Config:
     )
 
 
-def begin_or_resume(folder: Path, kill_at: str | None = None) -> Run:
+def writer_config(model: Path, **changes: Any) -> Config:
+    """A small run whose factory is a real transformer."""
+    return scripted_config(
+        programs=20,
+        factory={"model": str(model), "temperature": 1.0, "max_new_tokens": 120, "batch": 8},
+        prompt={"form": "short", "names": ["vote"]},
+        refinement={
+            "rank": 8,
+            "learning_rate": 2e-2,
+            "epochs": 3,
+            "beta": 0.1,
+            "supervised": 0.5,
+            "refit": "fresh",
+        },
+        rivals=["task_arithmetic"],
+        **changes,
+    )
+
+
+def begin_or_resume(folder: Path, kill_at: str | None = None, model: Path | None = None) -> Run:
     watch = Killer(kill_at) if kill_at else None
+    factory = ScriptedFactory() if model is None else None
     if (folder / "archive.db").exists():
-        return resume(folder, factory=ScriptedFactory(), watch=watch)
-    return run(scripted_config(), folder, factory=ScriptedFactory(), watch=watch)
+        return resume(folder, factory=factory, watch=watch)
+    config = scripted_config() if model is None else writer_config(model)
+    return run(config, folder, factory=factory, watch=watch)
+
+
+def killed(folder: Path, kill_at: str, model: Path | None = None) -> None:
+    """Begin or resume a run in a process of its own that dies there."""
+    command = [sys.executable, __file__, folder, kill_at, *([] if model is None else [model])]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run(command, env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert open_run(folder).archive.run.status != "done"
 
 
 if __name__ == "__main__":
-    begin_or_resume(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    begin_or_resume(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]) if len(sys.argv) > 3 else None)

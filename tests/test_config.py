@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from selfdev.config import load_config, presets
+from selfdev.config import load_config, parse_config, presets
 from selfdev.errors import UserError
 
 
@@ -34,6 +34,12 @@ def test_every_preset_loads(name: str) -> None:
         ("quickstart", "seed.a=1", "seed"),
         ("quickstart", "factory.temperature=.inf", "factory.temperature"),
         ("quickstart", "jail.wall_seconds=0.001", "jail.wall_seconds"),
+        ("quickstart", "race.frist=30", "nearest known one is 'first'"),
+        ("quickstart", "race.growth=1", "race.growth"),
+        ("quickstart", "race=maybe", "race"),
+        ("quickstart", "task.weights={ad: 2}", "nearest known one is 'add'"),
+        ("quickstart", "task.weights={add: 0}", "task.weights.add"),
+        ("quickstart", "task.floors={rve: 2}", "nearest known one is 'rev'"),
         ("absent.yaml", "seed=1", "No such file"),
     ],
 )
@@ -51,6 +57,17 @@ def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
     assert (config.name, config.programs, config.factory.temperature) == ("mine", 7, 0.5)
     assert config.factory.model == load_config("quickstart").factory.model
     assert list(config.merge.experts) == ["a", "b"]
+
+
+def test_a_race_is_on_or_off_or_spelled_out() -> None:
+    assert load_config("quickstart", ["race=off"]).race is None
+    on = load_config("quickstart", ["race=on"])
+    assert on.race is not None
+    assert on.race.alpha == 0.05
+    spelled = load_config("quickstart", ["race=off", "race.first=12"]).race
+    assert spelled is not None
+    assert (spelled.first, spelled.growth) == (12, on.race.growth)
+    assert parse_config(on.model_dump(mode="json"), "again") == on
 
 
 def test_the_temperature_falls_as_in_the_paper() -> None:

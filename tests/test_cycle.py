@@ -1,18 +1,16 @@
 """The whole cycle with a scripted factory on the real zoo, jail, screening and evaluation."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from scripted import ScriptedFactory, begin_or_resume, scripted_config
+from scripted import ScriptedFactory, begin_or_resume, killed, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
-from selfdev.runs import Run, open_run, resume, run
+from selfdev.evaluation.standing import ranked_new
+from selfdev.runs import Run, resume, run
 from selfdev.watcher import Silent
 
 
@@ -70,9 +68,26 @@ def test_failing_programs_have_no_score(finished: Run) -> None:
 
 
 def test_rivals_are_tuned_as_often_as_the_learning_arm_evaluated(finished: Run) -> None:
-    spent = [e for e in finished.archive.evaluations("candidate") if e.subject.startswith("learning/")]
-    for name in ("task_arithmetic", "ties", "model_stock"):
+    evaluations = finished.archive.evaluations("candidate") + finished.archive.evaluations("scaled")
+    spent = [e for e in evaluations if e.subject.startswith("learning/")]
+    for name in finished.config.rivals:
         assert len(finished.archive.evaluations("rival", name)) == len(spent)
+
+
+def test_the_best_programs_of_each_arm_are_tried_at_other_scales(finished: Run) -> None:
+    scaled = finished.archive.evaluations("scaled")
+    assert {(e.number, e.factor) for e in scaled} == {(1, 0.5), (2, 2.0)}
+    for arm in ("learning", "frozen"):
+        best = [c.name for c, _ in ranked_new(finished.archive, arm, scaled=False)[:2]]
+        assert {e.subject for e in scaled if e.subject.startswith(arm)} == set(best)
+    for candidate, dev in ranked_new(finished.archive, "learning"):
+        tried = [e for e in scaled if e.subject == candidate.name]
+        tried += finished.archive.evaluations("candidate", candidate.name)
+        assert dev.score == max(e.score or 0.0 for e in tried)
+    # On test a finalist stands at the scale that was best on development.
+    for candidate, dev in ranked_new(finished.archive, "learning"):
+        [test] = finished.archive.evaluations(dev.kind, candidate.name, "test")
+        assert (test.number, test.factor) == (dev.number, dev.factor)
 
 
 def test_the_verdict_is_reached_once_on_questions_of_its_own(finished: Run) -> None:
@@ -111,32 +126,16 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
         "judge:40",
         "rivals:3",
         "refine:2",
+        "scales:2",
         "verdict:4",
     ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_archive(kill_at: str, finished: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": str(threads())}
-    killed = subprocess.run(
-        [sys.executable, here / "scripted.py", folder, kill_at], env=environment, check=False
-    )
-    assert killed.returncode == -9
-    assert open_run(folder).archive.run.status != "done"
+    killed(folder, kill_at)
     resumed = begin_or_resume(folder)
     assert resumed.archive.run.status == "done"
-    assert resumed.archive.digest() == digest_under_name(finished, resumed)
-
-
-def digest_under_name(finished: Run, resumed: Run) -> str:
-    assert finished.folder.name == resumed.folder.name
-    return finished.archive.digest()
-
-
-def threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+    assert resumed.archive.digest() == finished.archive.digest()
 
 
 def test_control_c_ends_cleanly_and_names_the_way_on(tmp_path: Path) -> None:
@@ -161,9 +160,7 @@ def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path
 
 
 def test_a_program_that_is_the_mean_on_real_tensors_is_trivial(tmp_path: Path) -> None:
-    softmax = (
-        "p(deltas):\n    s = torch.stack(deltas)\n    return 1.5 * (torch.softmax(s, dim=0) * s).sum(dim=0)\n"
-    )
+    softmax = "p(deltas):\n    s = deltas\n    return 1.5 * (torch.softmax(s, dim=0) * s).sum(dim=0)\n"
     ended = run(
         scripted_config(programs=1, iterations=1), tmp_path / "run", factory=ScriptedFactory([softmax])
     )

@@ -15,7 +15,7 @@ SOURCES = examples()
 def compiled(name: str) -> Callable[[list[Tensor]], Tensor]:
     scope = {"torch": torch}
     exec(SOURCES[name], scope)
-    return scope[f"merge_{name}"]
+    return lambda task_vectors: scope[f"merge_{name}"](torch.stack(task_vectors))
 
 
 def probe(seed: int, shape: tuple[int, ...], experts: int, scale: float, density: float) -> list[Tensor]:

@@ -7,19 +7,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from scripted import scripted_config
+from scripted import begin_or_resume, killed, writer_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
-from selfdev.config import Config
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import ask
-from selfdev.runs import run
+from selfdev.runs import Run
 
 LESSONS = [
     "r(deltas):\n    return torch.roll(sum(deltas), 1, 0)\n",
     "a(deltas):\n    return sum(deltas).abs()\n",
     "t(deltas):\n    return 0.3 * sum(deltas)\n",
-    "f(deltas):\n    return deltas + 1\n",
+    "f(deltas):\n    return deltas + None\n",
 ]
 """What the tiny model is taught to write: two new programs, a trivial one, a failing one."""
 
@@ -69,26 +68,12 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(folder: Path, **changes: object) -> Config:
-    return scripted_config(
-        programs=20,
-        factory={"model": str(folder), "temperature": 1.0, "max_new_tokens": 120, "batch": 8},
-        prompt={"form": "short", "names": ["vote"]},
-        refinement={
-            "rank": 8,
-            "learning_rate": 2e-2,
-            "epochs": 3,
-            "beta": 0.1,
-            "supervised": 0.5,
-            "refit": "fresh",
-        },
-        rivals=["task_arithmetic"],
-        **changes,
-    )
+@pytest.fixture(scope="module")
+def ended(tiny_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return begin_or_resume(tmp_path_factory.mktemp("unbroken") / "run", model=tiny_writer)
 
 
-def test_the_cycle_with_a_real_transformer(tiny_writer: Path, tmp_path: Path) -> None:
-    ended = run(config(tiny_writer), tmp_path / "run")
+def test_the_cycle_with_a_real_transformer(ended: Run) -> None:
     [refinement] = ended.archive.refinements("learning")
     assert refinement.adapter is not None
     losses = refinement.facts["losses"][0]
@@ -103,13 +88,19 @@ def test_the_cycle_with_a_real_transformer(tiny_writer: Path, tmp_path: Path) ->
     assert ended.best is not None
     assert len(ended.archive.run.facts["factory"]["weights"]) == 64
 
-    # The same again from the start is the same archive.
-    again = run(config(tiny_writer), tmp_path / "again" / "run")
-    assert again.archive.digest() == ended.archive.digest()
+
+@pytest.mark.parametrize("kill_at", [["write:30", "refine:3"], ["refine:7", "judge:30"]])
+def test_killed_anywhere_a_real_factory_resumes_to_the_same_archive(
+    kill_at: list[str], tiny_writer: Path, ended: Run, tmp_path: Path
+) -> None:
+    for place in kill_at:
+        killed(tmp_path / "run", place, tiny_writer)
+    resumed = begin_or_resume(tmp_path / "run", model=tiny_writer)
+    assert resumed.archive.digest() == ended.archive.digest()
 
 
 def test_what_is_written_is_a_function_of_the_index(tiny_writer: Path) -> None:
-    factory = LocalFactory(config(tiny_writer))
+    factory = LocalFactory(writer_config(tiny_writer))
     prompts = factory.prompts(0)
     written = factory.write(prompts, 0, 0.8, [], lambda *_: None)
     assert factory.write(prompts, 0, 0.8, [], lambda *_: None) == written
@@ -122,11 +113,13 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
-    settings = config(tiny_writer).factory.model_dump() | {
+    settings = writer_config(tiny_writer).factory.model_dump() | {
         "warm_start": {"steps": 2, "rank": 2, "targets": 2}
     }
     warm = LocalFactory(
-        config(tiny_writer).model_copy(update={"factory": type(config(tiny_writer).factory)(**settings)})
+        writer_config(tiny_writer).model_copy(
+            update={"factory": type(writer_config(tiny_writer).factory)(**settings)}
+        )
     )
     ticks: list[int] = []
     warm.prepare(lambda done, total, note: ticks.append(done))
@@ -134,9 +127,21 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     assert warm.facts["warm_start"]
     warm.prepare(lambda done, total, note: ticks.append(done))
     assert ticks == [1, 2]
-    cold = LocalFactory(config(tiny_writer))
+    cold = LocalFactory(writer_config(tiny_writer))
     assert cold.facts["warm_start"] is None
     prompts = cold.prompts(0)
     assert warm.write(prompts, 0, 0.8, [], lambda *_: None) != cold.write(
         prompts, 0, 0.8, [], lambda *_: None
     )
+
+
+def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp_path: Path) -> None:
+    config = writer_config(tiny_writer)
+    shunning = config.refinement.model_copy(update={"shun_examples": 1, "rehearsal": 1, "epochs": 1})
+    factory = LocalFactory(config.model_copy(update={"refinement": shunning}))
+    [prompt] = factory.prompts(0)
+    [(_, chosen), (_, rejected)] = factory.write([prompt], 0, 1.0, [], lambda *_: None)[:2]
+    pairs = [(prompt, chosen.tokens, rejected.tokens)]
+    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    assert prompt.examples == ("vote",)
+    assert (facts["pairs"], facts["shunned"]) == (1, 1)

@@ -45,6 +45,24 @@ def test_failing_programs_are_rejected_only_if_asked_and_up_to_their_cap() -> No
     assert reasons.count("score") == 7
 
 
+def test_a_cap_on_the_pairs_of_a_program_leaves_no_reason_out() -> None:
+    written = [candidate(i, "new") for i in range(6)]
+    written += [candidate(i, "failed" if i % 2 else "trivial") for i in range(10, 60)]
+    settings = Preferences(
+        chosen_floor=3,
+        rejected_floor=3,
+        pairs=60,
+        pairs_each=4,
+        failures_as_rejected=True,
+        copies_as_rejected=True,
+    )
+    pairs = prefer(written, {f"0/{i}": i / 10 for i in range(6)}, 0, settings, seed=0)
+    chosen = [p.chosen for p in pairs]
+    assert {name: chosen.count(name) for name in chosen} == {"0/3": 4, "0/4": 4, "0/5": 4}
+    reasons = [p.reason for p in pairs]
+    assert {reason: reasons.count(reason) for reason in reasons} == {"failure": 6, "copy": 3, "score": 3}
+
+
 def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
     written = [candidate(0, "new"), candidate(1, "repeated", nearest="0/0")]
     settings = Preferences(copies_as_rejected=True)

@@ -53,7 +53,8 @@ def test_the_readme_names_every_command(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_options_in_prose_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["run", "--help"])
+    for command in ("run", "evaluate", "merge"):
+        main([command, "--help"])
     shown = capsys.readouterr().out
     named = re.findall(r"`(--[\w-]+)", README)
     assert named

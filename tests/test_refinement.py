@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from selfdev.factory.packing import completion_log_probs
-from selfdev.factory.refinement import Diverged, Step, dpo_loss, plan, refine
+from selfdev.factory.refinement import Diverged, Preference, Step, dpo_loss, plan, refine
 from tiny import tiny_model
 
 PROMPT = (1, 2, 3, 4, 5)
@@ -59,14 +59,38 @@ def test_before_training_the_loss_is_log_2() -> None:
     assert zero.item() == pytest.approx(math.log(2))
 
 
-def test_plan_shares_programs_within_a_step_and_takes_prompts_in_turn() -> None:
-    pairs = [((1,), (2,)), ((1,), (3,)), ((4,), (2,)), ((4,), (3,))]
-    steps = plan(pairs, [(7,), (8,)], pairs_a_step=2, seed=0)
-    assert [step.prompt for step in steps] == [(7,), (8,)]
-    rebuilt = [(step.completions[a], step.completions[b]) for step in steps for a, b in step.pairs]
-    assert sorted(rebuilt) == sorted(pairs)
+A, B = (7,), (8,)
+PREFERENCES = [
+    Preference(A, (1,), (2,)),
+    Preference(A, (1,), (3,)),
+    Preference(B, (4,), (2,)),
+    Preference(A, (5,), (2,)),
+]
+
+
+def test_a_step_shares_one_prompt_and_computes_a_program_once() -> None:
+    steps = plan(PREFERENCES, pairs_a_step=2, seed=0)
+    assert sorted((step.prompt, len(step.pairs)) for step in steps) == [(A, 1), (A, 2), (B, 1)]
+    rebuilt = [
+        Preference(step.prompt, step.completions[a], step.completions[b])
+        for step in steps
+        for a, b in step.pairs
+    ]
+    assert sorted(map(repr, rebuilt)) == sorted(map(repr, PREFERENCES))
     assert all(len(set(step.completions)) == len(step.completions) for step in steps)
-    assert plan(pairs, [(7,)], 2, seed=0) == plan(pairs, [(7,)], 2, seed=0)
+    assert plan(PREFERENCES, 2, seed=0) == steps != plan(PREFERENCES, 2, seed=1)
+
+
+def test_rehearsed_programs_are_imitated_and_in_no_pair() -> None:
+    known = {A: [(10,), (11,), (12,)], B: [(20,)]}
+    steps = plan(PREFERENCES, pairs_a_step=2, seed=0, rehearsal=1, known=known)
+    rehearsed = [(step.prompt, step.completions[i]) for step in steps for i in step.rehearsed]
+    assert all(completion in known[prompt] for prompt, completion in rehearsed)
+    assert len({each for each in rehearsed if each[0] == A}) == 2  # dealt as cards: none twice
+    for step in steps:
+        chosen = {c for c, _ in step.pairs}
+        assert step.imitated == sorted(chosen | set(step.rehearsed))
+        assert not set(step.rehearsed) & {i for pair in step.pairs for i in pair}
 
 
 def test_refining_raises_the_chosen_above_the_rejected_and_repeats_itself() -> None:

@@ -35,13 +35,13 @@ TRIVIAL = {
     "zero": "    return torch.zeros_like(deltas[0])\n",
     "copy of the last": "    return deltas[-1]\n",
     "copy of the first, by a detour over 1,000 entries": "    d = deltas[0]\n    return d if d.numel() > 1000 else d * 1.0\n",
-    "scaled mean": "    return 0.7 * torch.stack(deltas).mean(0)\n",
+    "scaled mean": "    return 0.7 * deltas.mean(0)\n",
     "weights": "    return sum((i + 1) * d for i, d in enumerate(deltas))\n",
-    "mean with a speck": "    s = torch.stack(deltas)\n    return s.mean(0) + 0.002 * s.abs().mean(0)\n",
+    "mean with a speck": "    s = deltas\n    return s.mean(0) + 0.002 * s.abs().mean(0)\n",
 }
 KNOWN = {
-    "an example": "    return torch.stack(deltas).median(dim=0).values\n",
-    "an example with another factor": "    return 3.0 * torch.stack(deltas).median(dim=0).values\n",
+    "an example": "    return deltas.median(dim=0).values\n",
+    "an example with another factor": "    return 3.0 * deltas.median(dim=0).values\n",
     "magmax in other words": "    m = deltas[0]\n    for d in deltas[1:]:\n        m = torch.where(d.abs() > m.abs(), d, m)\n    return m\n",
 }
 NEW = {
@@ -87,15 +87,13 @@ def test_repeated_by_form_and_by_behaviour(screen: Screen) -> None:
     first = screened(screen, NEW["rolled"])
     history.add("first", first)
     by_form = screened(screen, "    return torch.roll(sum(deltas), 2, 0)  # further\n", history)
-    by_behaviour = screened(
-        screen, "    s = torch.stack(deltas).mean(0)\n    return s.roll(1, dims=0)\n", history
-    )
+    by_behaviour = screened(screen, "    s = deltas.mean(0)\n    return s.roll(1, dims=0)\n", history)
     assert [by_form.novelty, by_behaviour.novelty] == [Novelty.REPEATED] * 2
     assert by_form.nearest == by_behaviour.nearest == "first"
     assert by_form.canonical == first.canonical != by_behaviour.canonical
     # What repeats a repetition repeats the original.
     history.add("second", by_behaviour)
-    third = screened(screen, "    s = torch.stack(deltas).mean(0)\n    return s.roll(3, dims=0)\n", history)
+    third = screened(screen, "    s = deltas.mean(0)\n    return s.roll(3, dims=0)\n", history)
     assert (third.novelty, third.nearest) == (Novelty.REPEATED, "first")
 
 
@@ -136,9 +134,7 @@ def test_what_cannot_be_compared_is_a_failure(screen: Screen, expression: str, f
 
 def test_a_program_whose_two_runs_differ_is_rejected(screen: Screen) -> None:
     clock = "torch.serialization.sys.modules['time'].perf_counter_ns()"
-    found = screened(
-        screen, f"    s = torch.stack(deltas)\n    return s.abs().mean(0) * ({clock} % 9973 + 1)\n"
-    )
+    found = screened(screen, f"    s = deltas\n    return s.abs().mean(0) * ({clock} % 9973 + 1)\n")
     assert (found.novelty, found.failure) == (None, "NonDeterministic")
 
 

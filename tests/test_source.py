@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form, Unreadable, canonical, read_program, unwrap_short, wrap_short
 
-SHORT = 'mean(deltas):\n    """Mean."""\n    return torch.stack(deltas).mean(dim=0)\n'
+SHORT = 'mean(deltas):\n    """Mean."""\n    return deltas.mean(dim=0)\n'
 
 
 def test_a_short_program_is_wrapped_and_unwrapped() -> None:
     source = read_program(SHORT + "\n\ndef merge_next(deltas):\n    return 1", Form.SHORT)
     assert "merge_next" not in source
     assert source.endswith(
-        "def merge_models(model_dict, device):\n    return merge_mean(list(model_dict.values()))\n"
+        "def merge_models(model_dict, device):\n    return merge_mean(torch.stack(list(model_dict.values())))\n"
     )
     assert unwrap_short(source) == "def merge_" + SHORT
     compile(source, "program", "exec")

@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -37,7 +38,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _UNSAFE = "--unsafe-sandbox"
-_UNSAFE_NOTICE = "model-written code runs with resource limits alone; it can read files and use the network"
 
 app = typer.Typer(
     help="A language model invents model-merging algorithms, and trains itself on what worked.",
@@ -54,6 +54,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; prog
 Unsafe = Annotated[
     bool, typer.Option(_UNSAFE, help="Run model-written code with resource limits alone, without the jail.")
 ]
+
+
+class Beside(StrEnum):
+    """Who else may judge an evaluation."""
+
+    LM_EVAL = "lm-eval"
 
 
 @app.callback(invoke_without_command=True)
@@ -151,6 +157,96 @@ def methods(as_json: AsJson = False) -> None:
         _print_json(listed)
     else:
         _terminal().say(methods_table(listed))
+
+
+@app.command()
+def merge(
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.py|RUN:CANDIDATE",
+            help="`selfdev methods` lists the names; a run's program; a file.",
+        ),
+    ],
+    seed: Annotated[str, typer.Option(metavar="MODEL", help="Folder, GGUF file or Hub name of the seed.")],
+    expert: Annotated[
+        list[str], typer.Option(metavar="NAME=MODEL", help="One of the experts, which may be a LoRA adapter.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", metavar="KEY=VALUE", help="Parameter of the method, such as density=0.3."),
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mlp|attention|all|REGEX", help="Which tensors; mlp, or what the run merged, by default."
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="bf16|fp16|fp32", help="Of what is written; the seed's by default.")
+    ] = None,
+    embeddings: Annotated[
+        str | None,
+        typer.Option(
+            metavar="seed|crop",
+            help="Where vocabularies differ: keep the seed's, or merge the rows all have.",
+        ),
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run a FILE.py of your own without the jail, with your rights.")
+    ] = False,
+) -> None:
+    """Merge experts into a seed, and write a model that transformers loads."""
+    from selfdev.merging.checkpoint import merge_checkpoints
+    from selfdev.merging.recipe import Recipe, read_experts, read_parameters
+
+    recipe = Recipe(
+        method,
+        seed,
+        read_experts(expert),
+        read_parameters(parameter or ()),
+        targets,
+        dtype,
+        embeddings,
+        trust,
+    )
+    typer.echo(merge_checkpoints(recipe, out).summary)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Where it comes from: a folder, zoo:nano/seed, ...")
+    ],
+    task: Annotated[
+        str,
+        typer.Option(metavar="NAME|FILE.yaml", help="A built-in task, gsm8k:FOLDER, or a file of your own."),
+    ],
+    split: Annotated[
+        str, typer.Option(metavar="development|test", help="The test split opens only if it is named.")
+    ] = "development",
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Questions; all of the split by default.")
+    ] = None,
+    beside: Annotated[
+        Beside | None, typer.Option("--with", help="Let lm-evaluation-harness judge the same questions.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a model on a task, question by question."""
+    from selfdev.evaluation.harness import compare
+    from selfdev.evaluation.measure import measure
+    from selfdev.report.measurement import measurement_json, measurement_text
+
+    if beside is None:
+        measured, agreement = measure(model, task, split, limit), None
+    else:
+        measured, agreement = compare(model, task, split, limit)
+    if as_json:
+        _print_json(measurement_json(measured, agreement))
+    else:
+        typer.echo(measurement_text(measured, agreement))
 
 
 @app.command()
@@ -262,7 +358,9 @@ def _terminal(unsafe: bool = False, *, to_stderr: bool = False) -> "Terminal":
 
     terminal = Terminal(to_stderr=to_stderr, unsafe=unsafe)
     if unsafe:
-        terminal.say(_UNSAFE_NOTICE)
+        from selfdev.sandbox import UNSAFE_NOTICE
+
+        terminal.say(UNSAFE_NOTICE)
     return terminal
 
 

@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.library import method
@@ -81,9 +81,25 @@ class Merge(_Section):
 class TaskSettings(_Section):
     """The questions that decide."""
 
-    name: str = Field(description="A built-in task.")
+    name: str = Field(description="A built-in task, gsm8k:FOLDER, or a YAML file; see docs/tasks.md.")
     development: int = Field(100, ge=1, description="Questions of the development split.")
     test: int = Field(1000, ge=1, description="Questions of the test split, which the verdict opens once.")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="Weight of a group in the score; 1 for groups that are not named."
+    )
+    floors: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(
+        {}, description="Points that may be lost on a group against the seed; who loses more may not win."
+    )
+
+
+class Race(_Section):
+    """How the new programs of an iteration race; see `evaluation/race.py`."""
+
+    first: int = Field(60, ge=1, description="Questions that every program answers.")
+    growth: float = Field(1.2, gt=1, description="How many times as many it is from one look to the next.")
+    alpha: float = Field(
+        0.05, gt=0, lt=1, description="Probability at which one of the best may leave early."
+    )
 
 
 class Preferences(_Section):
@@ -110,6 +126,7 @@ class Preferences(_Section):
         0.5, ge=0, le=1, description="Largest share of pairs whose rejected side fails."
     )
     pairs: int = Field(64, ge=1, description="Pairs of one round.")
+    pairs_each: int = Field(64, ge=1, description="Pairs of a round that one chosen program may stand in.")
 
 
 class RefinementSettings(_Section):
@@ -120,6 +137,17 @@ class RefinementSettings(_Section):
     rank: int = Field(256, ge=1, description="LoRA rank; alpha is the same.")
     epochs: int = Field(1, ge=1, description="Passes over the pairs.")
     supervised: float = Field(0.0, ge=0, description="Factor on the chosen side's loss in nats a token.")
+    shun_examples: int = Field(
+        0,
+        ge=0,
+        description="So many of the worked examples that a prompt shows, the first ones, are rejected against its "
+        "chosen programs: copies of them, before anybody writes one; short form only.",
+    )
+    rehearsal: int = Field(
+        0,
+        ge=0,
+        description="Worked examples that each step imitates beside the chosen programs; short form only.",
+    )
     pairs_a_step: int = Field(
         4, ge=1, description="Pairs that share one packed prompt and one optimiser step."
     )
@@ -127,6 +155,15 @@ class RefinementSettings(_Section):
         "continue",
         description="`continue`: on top of the last adapter, which is the reference (the paper). `fresh`: a new one "
         "on the first factory, which is the reference, from the pairs of all rounds.",
+    )
+
+
+class Scaling(_Section):
+    """The scale of the best programs is tuned before the verdict, as that of every rival is; off in the paper."""
+
+    programs: int = Field(0, ge=0, description="Best new programs of each arm that are tuned; 0 tunes none.")
+    factors: tuple[float, ...] = Field(
+        (0.5, 0.7, 1.4, 2.0), description="What a program's merged task vector is multiplied by, beside 1."
     )
 
 
@@ -157,14 +194,26 @@ class Config(_Section):
     prompt: PromptSettings = PromptSettings()
     merge: Merge
     task: TaskSettings
+    race: Race | None = Field(
+        None, description="`off`: every new program answers all questions, the paper's way; `on`, or fields."
+    )
     preferences: Preferences = Preferences()
     refinement: RefinementSettings = RefinementSettings()
     rivals: tuple[str, ...] = Field((), description="Human-designed methods, tuned on the development split.")
     controls: tuple[Literal["frozen"], ...] = Field(
         ("frozen",), description="`frozen`: the same without learning."
     )
+    scaling: Scaling = Scaling()
     verdict: Verdict = Verdict()
     jail: Jail = Jail()
+
+    @field_validator("race", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        """`on` and `off` are truth values in YAML, and words elsewhere."""
+        if _is_switch(value):
+            return {} if value in (True, "on") else None
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> "Config":
@@ -179,6 +228,15 @@ class Config(_Section):
             raise ValueError(
                 "factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short"
             )
+        if self.prompt.form is not Form.SHORT:
+            for key, on in (
+                ("rehearsal", self.refinement.rehearsal),
+                ("shun_examples", self.refinement.shun_examples),
+            ):
+                if on:
+                    raise ValueError(
+                        f"refinement.{key}: it takes worked examples in the short form; set prompt.form: short"
+                    )
         if self.factory.warm_start.targets + self.prompt.shown > len(known):
             raise ValueError(
                 f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples"
@@ -194,6 +252,12 @@ class Config(_Section):
         task = load_task(self.task.name)
         task.check_count(Split.DEVELOPMENT, self.task.development)
         task.check_count(Split.TEST, self.task.test)
+        for field, named in (("weights", self.task.weights), ("floors", self.task.floors)):
+            for group in named:
+                if group not in task.groups:
+                    raise ValueError(
+                        f"task.{field}: the task has no group '{group}'; {_nearest(group, task.groups)}"
+                    )
         return self
 
 
@@ -279,10 +343,16 @@ def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        data = data.setdefault(section, {})
+        if data.get(section) is None or _is_switch(data[section]):
+            data[section] = {}  # a field of a section that is on or off turns it on
+        data = data[section]
         if not isinstance(data, dict):
             raise UserError(f"--set {key}: {section} is no section")
     data[last] = value
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool) or value in ("on", "off")
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -304,7 +374,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
 def _fields(path: Sequence[str]) -> Sequence[str]:
     section: Any = Config
     for part in path:
-        section = section.model_fields[part].annotation
+        annotation = section.model_fields[part].annotation
+        section = next(each for each in (*get_args(annotation), annotation) if each is not type(None))
     return list(section.model_fields)
 
 

@@ -12,9 +12,11 @@ from selfdev.algorithms.screening import Behaviour, History, Novelty, Screening
 from selfdev.algorithms.source import Form, Unreadable, read_program
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration, Refinement
 from selfdev.config import Config
+from selfdev.evaluation.course import Course
 from selfdev.evaluation.evaluator import Refused, Scorer
 from selfdev.evaluation.rivals import best_rival, settings_to_try
-from selfdev.evaluation.verdict import LEARNING, ranked_new, reach_verdict
+from selfdev.evaluation.standing import LEARNING, ranked_new, scores_on_first
+from selfdev.evaluation.verdict import reach_verdict
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
 from selfdev.preferences import prefer
@@ -39,8 +41,7 @@ class Factory(Protocol):
     ) -> list[tuple[int, Sample]]: ...
     def refine(
         self,
-        pairs: Sequence[Any],
-        prompts: Sequence[Prompt],
+        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
         iteration: int,
         adapters: Sequence[Path],
         out: Path,
@@ -77,6 +78,9 @@ class Cycle:
                 self._tune_rivals()
                 if t + 1 < self.config.iterations:
                     self._learn(t)
+            for arm in (LEARNING, *self.config.controls):
+                self._tune_scales(arm)
+            self._tune_rivals()
         if self.archive.run.status != "done":
             with self.watch.phase("verdict") as tick:
                 reach_verdict(
@@ -128,7 +132,7 @@ class Cycle:
 
     def _judge(self, arm: str, t: int) -> None:
         """Screen every program, and score on development those that are new."""
-        history = History()
+        history, course = History(), Course(self.archive, self.config, arm, t)
         with self.watch.phase("judge", arm, t) as tick:
             for earlier in self.archive.candidates(arm):
                 _remember(history, earlier)
@@ -136,11 +140,18 @@ class Cycle:
             for done, candidate in enumerate(candidates):
                 tick(done, len(candidates), "")
                 if candidate.status is None:
-                    candidate, evaluation = self._judged(candidate, history)
-                    self.watch.screened(candidate, evaluation)
+                    candidate, evaluation = self._judged(candidate, history, course)
+                    # What a race has not compared yet leads nothing.
+                    self.watch.screened(candidate, evaluation if self.config.race is None else None)
+            for finished in course.finish(
+                self.scorer, lambda note: tick(len(candidates), len(candidates), note)
+            ):
+                self.watch.scored(finished)
             tick(len(candidates), len(candidates), "")
 
-    def _judged(self, candidate: Candidate, history: History) -> tuple[Candidate, Evaluation | None]:
+    def _judged(
+        self, candidate: Candidate, history: History, course: Course
+    ) -> tuple[Candidate, Evaluation | None]:
         found = self.screen(candidate.source or "", history)
         candidate = replace(
             candidate,
@@ -155,7 +166,7 @@ class Cycle:
         evaluation = None
         if found.novelty is Novelty.NEW:
             try:
-                evaluation = self.scorer.candidate(candidate, "development")
+                evaluation = course.start(self.scorer, candidate)
             except Refused as refused:
                 candidate = replace(
                     candidate, status=refused.status, failure=refused.failure or None, error=refused.error
@@ -166,9 +177,24 @@ class Cycle:
         _remember(history, candidate)
         return candidate, evaluation
 
+    def _tune_scales(self, arm: str) -> None:
+        """Try the best programs of an arm at other scales: a constant is the least of what they invent."""
+        settings = self.config.scaling
+        best = [c for c, _ in ranked_new(self.archive, arm, scaled=False)[: settings.programs]]
+        known = {(e.subject, e.number) for e in self.archive.evaluations("scaled")}
+        with self.watch.phase("scales", arm) as tick:
+            for place, candidate in enumerate(best):
+                tick(place, len(best), candidate.name)
+                for number, factor in enumerate(settings.factors, start=1):
+                    if (candidate.name, number) not in known:
+                        scaled = self.scorer.candidate(candidate, "development", number=number, factor=factor)
+                        self.archive.add_evaluation(scaled)
+                        self.watch.scored(scaled)
+
     def _tune_rivals(self) -> None:
         """Give every rival as many evaluations as the learning arm has spent on candidates so far."""
-        spent = [e for e in self.archive.evaluations("candidate") if e.subject.startswith(f"{LEARNING}/")]
+        evaluations = self.archive.evaluations("candidate") + self.archive.evaluations("scaled")
+        spent = [e for e in evaluations if e.subject.startswith(f"{LEARNING}/")]
         experts = len(self.config.merge.experts)
         with self.watch.phase("rivals") as tick:
             for index, name in enumerate(self.config.rivals):
@@ -188,8 +214,10 @@ class Cycle:
         candidates = [c for c in self.archive.candidates(LEARNING) if c.iteration <= t]
         if not self.archive.pairs(LEARNING, t):
             scores = {c.name: e.score for c, e in ranked_new(self.archive, LEARNING) if e.score is not None}
+            first = scores_on_first(self.archive)
             seed = stream_seed(self.config.seed, "pairs", t)
-            self.archive.add_pairs(LEARNING, t, prefer(candidates, scores, t, self.config.preferences, seed))
+            preferred = prefer(candidates, scores, t, self.config.preferences, seed, first)
+            self.archive.add_pairs(LEARNING, t, preferred)
         fresh = self.config.refinement.refit == "fresh"
         rounds = range(t + 1) if fresh else [t]
         named = [pair for round_ in rounds for pair in self.archive.pairs(LEARNING, round_)]
@@ -197,12 +225,18 @@ class Cycle:
             why = "nothing to prefer: no new program, or none to reject"
             self.archive.add_refinement(Refinement(LEARNING, t, None, {"skipped": why}, 0.0))
             return
+        prompts = [self.factory.prompts(round_) for round_ in range(t + 1)]
+        prompt = {c.name: prompts[c.iteration][c.prompt] for c in candidates}
         tokens = {c.name: c.tokens for c in candidates}
-        pairs = [(tokens[pair.chosen], tokens[pair.rejected]) for pair in named]
+        # Under the prompt of the chosen program, but a copy under its own: there the example stands that it copies.
+        asked = [prompt[pair.rejected if pair.reason == "copy" else pair.chosen] for pair in named]
+        pairs = [
+            (p, tokens[pair.chosen], tokens[pair.rejected]) for p, pair in zip(asked, named, strict=True)
+        ]
         adapter = f"adapters/{LEARNING}-{t + 1}"
         below = [] if fresh else self._adapters(LEARNING)
         with self.watch.phase("refine", LEARNING, t) as tick:
-            facts = self.factory.refine(pairs, self.factory.prompts(t), t, below, self.folder / adapter, tick)
+            facts = self.factory.refine(pairs, t, below, self.folder / adapter, tick)
         self.archive.add_refinement(Refinement(LEARNING, t, adapter, facts, tick.seconds))
 
     def _adapters(self, arm: str, before: int | None = None) -> list[Path]:

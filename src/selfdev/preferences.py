@@ -19,31 +19,36 @@ def prefer(
     iteration: int,
     settings: Preferences,
     seed: int,
+    first: Mapping[str, float] | None = None,
 ) -> list[Pair]:
     """Make the pairs of one iteration of one arm.
 
     Args:
         candidates: of the arm, up to and with this iteration, all screened.
-        scores: development score of each evaluated candidate by name, in 0..1.
+        scores: development score by name of each candidate that may be chosen, in 0..1.
         iteration: the one that has just been evaluated, from 0.
         settings: shares, floors and caps.
         seed: of the draw among rejected candidates.
+        first: score by name of every evaluated candidate on the questions that all of its iteration answered, from
+            which the worst are taken: leaving a race early does not say who is worst. Without it, `scores`.
 
     Returns:
         At most `settings.pairs` pairs, the chosen side in turns so that none stands in many more pairs than
         another; none where there is nobody to choose or nobody to reject.
     """
     written = [c for c in candidates if c.iteration == iteration]
+    first = scores if first is None else first
     ranked = _ranked(written, scores)
     best = max(settings.chosen_floor, math.ceil(settings.chosen_share * len(written)))
     chosen = ranked[:best] + _elites(candidates, scores, iteration, settings.elites)
     worst = max(settings.rejected_floor, math.ceil(settings.rejected_share * len(written)))
-    pools = {"score": ranked[best:][-worst:]}
+    others = [c for c in _ranked(written, first) if c not in ranked[:best]]
+    pools = {"score": others[-worst:]}
     if settings.copies_as_rejected:
         pools["copy"] = [c for c in written if c.status in ("trivial", "known", "repeated")]
     if settings.failures_as_rejected:
         pools["failure"] = [c for c in written if c.status == "failed"]
-    return _pair_up(chosen, pools, scores, settings, random.Random(seed))
+    return _pair_up(chosen, pools, scores, first, settings, random.Random(seed))
 
 
 def _ranked(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> list[Candidate]:
@@ -63,6 +68,7 @@ def _pair_up(
     chosen: Sequence[Candidate],
     pools: Mapping[str, Sequence[Candidate]],
     scores: Mapping[str, float],
+    first: Mapping[str, float],
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
@@ -74,20 +80,21 @@ def _pair_up(
     wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
     for number in range(settings.pairs - failing if working else 0):
         wanted[working[number % len(working)]] += 1
+    # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
+    turns = sorted((turn / count, reason) for reason, count in wanted.items() for turn in range(1, count + 1))
     pairs: dict[tuple[str, str], Pair] = {}
     uses = dict.fromkeys([c.name for c in chosen], 0)
-    for reason, count in wanted.items():
-        deck, made, misses = decks[reason], 0, 0
-        while made < count and misses < len(deck):
+    for _, reason in turns:
+        deck = decks[reason]
+        for _ in range(len(deck)):
             deck.append(rejected := deck.pop(0))
-            better = (c for c in uses if reason != "score" or scores[c] > scores[rejected.name])
+            free = [name for name, used in uses.items() if used < settings.pairs_each]
+            better = (c for c in free if reason != "score" or scores[c] > first[rejected.name])
             partner = min(_partners(better, rejected, pairs), key=uses.__getitem__, default=None)
-            if partner is None:
-                misses += 1
-                continue
-            pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
-            uses[partner] += 1
-            made, misses = made + 1, 0
+            if partner is not None:
+                pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
+                uses[partner] += 1
+                break
     return list(pairs.values())
 
 

@@ -3,7 +3,6 @@
 A run is a folder: `archive.db`, and `adapters/` with what the factory learned.
 """
 
-import fcntl
 import platform
 import shutil
 import time
@@ -25,9 +24,11 @@ from selfdev.config import Config, parse_config
 from selfdev.cycle import Cycle, Factory
 from selfdev.errors import Interrupted, SelfdevError, UserError
 from selfdev.evaluation.evaluator import DISTANCE, Evaluator
+from selfdev.evaluation.objective import Objective
+from selfdev.evaluation.standing import LEARNING, pareto, ranked_new, scores_on_first
 from selfdev.evaluation.tasks import load_task
-from selfdev.evaluation.verdict import LEARNING, ranked_new
 from selfdev.factory.factory import LocalFactory
+from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
@@ -126,7 +127,13 @@ def _carry_out(
             experts = {name: resolve(source) for name, source in config.merge.experts.items()}
             vectors = read_task_vectors(seed, experts, config.merge.targets)
             scorer = Evaluator(
-                seed, vectors, load_task(config.task.name), config.task.development, box, config.seed
+                seed,
+                vectors,
+                load_task(config.task.name),
+                config.task.development,
+                box,
+                config.seed,
+                Objective(config.task.weights),
             )
             tick(2, 4, f"factory {config.factory.model}")
             factory = factory or LocalFactory(config)
@@ -206,9 +213,9 @@ def _told(folder: Path, flags: str = "") -> Iterator[None]:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the run's folder against a second process; the kernel lets go of it however this one ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(held(folder))
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it, or stop it"
@@ -285,25 +292,22 @@ class Run:
                 "non_trivial": best.status == "new",
                 "nearest": best.nearest,
                 "distance": best.distance,
-                "distance_on_real_tensors": self.archive.evaluations("candidate", best.name)[
-                    0
-                ].parameters.get(DISTANCE),
+                "distance_on_real_tensors": scored.parameters.get(DISTANCE),
+                "factor": scored.factor,
             },
             "headline": None if verdict is None else verdict["headline"],
             "best_on_test": None if verdict is None else verdict["best_on_test"],
             "table": [] if verdict is None else verdict["table"],
+            "pareto": pareto(self.archive, LEARNING),
             "iterations": [self._iteration(i.arm, i.iteration) for i in self.archive.iterations()],
         }
 
     def _iteration(self, arm: str, t: int) -> dict[str, Any]:
         [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
         written = self.archive.candidates(arm, t)
-        names = {c.name for c in written}
-        scores = [
-            e.score
-            for e in self.archive.evaluations("candidate")
-            if e.subject in names and e.score is not None
-        ]
+        first = scores_on_first(self.archive)
+        scores = [first[c.name] for c in written if c.name in first]
+        finished = [e.score for c, e in ranked_new(self.archive, arm, scaled=False) if c.iteration == t]
         count = {
             status: sum(c.status == status for c in written)
             for status in ("trivial", "known", "repeated", "new")
@@ -316,7 +320,7 @@ class Run:
             "working": sum(count.values()),
             **count,
             "evaluated": len(scores),
-            "best_dev": max(scores, default=None),
+            "best_dev": finished[0] if finished else None,
             "mean_dev": sum(scores) / len(scores) if scores else None,
             "pairs": len(self.archive.pairs(arm, t)),
             "seconds": iteration.seconds,

@@ -33,6 +33,9 @@ class Watcher(Protocol):
     def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
         """A candidate has its status."""
 
+    def scored(self, evaluation: Evaluation) -> None:
+        """A candidate has answered every question of its race."""
+
     def rival(self, best: Evaluation | None) -> None:
         """The best rival so far."""
 
@@ -50,6 +53,9 @@ class Silent:
             tick.seconds = time.monotonic() - began
 
     def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
+        """Say nothing."""
+
+    def scored(self, evaluation: Evaluation) -> None:
         """Say nothing."""
 
     def rival(self, best: Evaluation | None) -> None:

@@ -23,7 +23,7 @@ class Form(StrEnum):
     """The form in which a factory is asked to write."""
 
     SHORT = "short"
-    """One function `merge_NAME(deltas)` over a list of task vectors."""
+    """One function `merge_NAME(deltas)` of the stacked task vectors."""
     CONTRACT = "contract"
     """A Python block with `merge_models(model_dict, device)`, as in the paper."""
 
@@ -70,7 +70,7 @@ def wrap_short(source: str) -> str:
         function = function.replace(ENTRY, called, 1)
     return (
         f"import torch\n\n\n{function}\n\n\n"
-        f"def {ENTRY}(model_dict, device):\n    return {called}(list(model_dict.values()))\n"
+        f"def {ENTRY}(model_dict, device):\n    return {called}(torch.stack(list(model_dict.values())))\n"
     )
 
 

@@ -19,9 +19,9 @@ from selfdev.algorithms.examples import examples
 from selfdev.config import Config
 from selfdev.errors import SelfdevError
 from selfdev.factory.prompt import STOP, Prompt, ask, deal
-from selfdev.factory.refinement import plan, refine
+from selfdev.factory.refinement import Preference, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
-from selfdev.factory.warm_start import warm_start
+from selfdev.factory.warm_start import completion, warm_start
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
 from selfdev.models.sources import cache_dir, resolve
 from selfdev.streams import stream_seed
@@ -134,18 +134,16 @@ class LocalFactory:
 
     def refine(
         self,
-        pairs: Sequence[tuple[tuple[int, ...], tuple[int, ...]]],
-        prompts: Sequence[Prompt],
+        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
         iteration: int,
         adapters: Sequence[Path],
         out: Path,
         tick: Tick,
     ) -> dict[str, Any]:
-        """Train a new adapter on token ids of (chosen, rejected), and save it.
+        """Train a new adapter on pairs, and save it.
 
         Args:
-            pairs: at least one.
-            prompts: which the steps take in turn.
+            pairs: at least one: the prompt, token ids of the chosen program, those of the rejected one.
             iteration: names the random stream.
             adapters: what the new one stands on, and its reference.
             out: the adapter's folder, written aside and renamed.
@@ -158,8 +156,11 @@ class LocalFactory:
         seed = stream_seed(self.config.seed, "refine", iteration)
         self._loaded = None  # two models at once would double the memory
         model = _with_adapter(self._build(adapters), settings.rank, seed)
-        tokens = [tuple(prompt.tokens(self.tokenizer)) for prompt in prompts]
-        steps = plan(pairs, tokens, settings.pairs_a_step, seed)
+        asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _, _ in pairs}
+        known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
+        preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
+        preferences += self._shunned(pairs)
+        steps = plan(preferences, settings.pairs_a_step, seed, settings.rehearsal, known)
         total = len(steps) * (1 + settings.epochs)
         losses = refine(
             model,
@@ -173,12 +174,36 @@ class LocalFactory:
         _save(model, out)
         return {
             "pairs": len(pairs),
+            "shunned": len(preferences) - len(pairs),
             "steps": len(steps),
             "refit": settings.refit,
             "reference": "first" if settings.refit == "fresh" else "previous",
             "losses": [asdict(each) for each in losses],
             "adapter": weights_hash(out),
         }
+
+    def _rehearsed(self, prompt: Prompt) -> list[tuple[int, ...]]:
+        """The worked examples that a prompt does not show, as it would be continued with them."""
+        return [
+            tuple(completion(self.tokenizer, source))
+            for name, source in sorted(self._sources.items())
+            if name not in prompt.examples
+        ]
+
+    def _shunned(self, pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]) -> list[Preference]:
+        """Under each prompt, its chosen programs in turn preferred to the worked examples that it shows first."""
+        chosen: dict[Prompt, dict[tuple[int, ...], None]] = {}
+        for prompt, tokens, _ in pairs:
+            chosen.setdefault(prompt, {})[tokens] = None
+        return [
+            Preference(
+                tuple(prompt.tokens(self.tokenizer)),
+                list(answers)[place % len(answers)],
+                tuple(completion(self.tokenizer, self._sources[name])),
+            )
+            for prompt, answers in chosen.items()
+            for place, name in enumerate(prompt.examples[: self.config.refinement.shun_examples])
+        ]
 
     def _model(self, adapters: Sequence[Path]) -> PreTrainedModel:
         wanted = tuple(adapters)

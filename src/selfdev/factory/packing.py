@@ -79,7 +79,8 @@ def completion_log_probs(
         use_cache=False,
     ).last_hidden_state[0]
     flat = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
-        hidden[torch.tensor(before, device=device)],
+        # Not hidden[before]: its gradient adds up in an order that varies from run to run, this one's does not.
+        hidden.index_select(0, torch.tensor(before, device=device)),
         causal.get_output_embeddings().weight,
         torch.tensor(target, device=device),
     )

@@ -15,8 +15,8 @@ from selfdev.algorithms.source import OPENING, Form, wrap_short
 
 SHORT_HEAD = '''"""Merge expert models by combining their task vectors.
 
-Each algorithm receives `deltas`, a list with one task vector (expert minus seed) per expert,
-tensors of the same shape, and returns the merged task vector.
+Each algorithm receives `deltas`, the task vectors (expert minus seed) of all experts in one tensor:
+deltas[0] is that of the first expert. It returns the merged task vector, of the shape of deltas[0].
 """
 import torch
 

@@ -10,7 +10,7 @@ of threads. A loss that is not finite ends the round with an error before anythi
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +29,34 @@ class Diverged(SelfdevError):
 
 
 @dataclass(frozen=True)
+class Preference:
+    """Token ids of a prompt, of the program that is to become more likely after it, and of one that is not."""
+
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens
+
+
+@dataclass(frozen=True)
 class Step:
-    """One optimiser step: a prompt, distinct completions of it, and pairs (chosen, rejected) of their indices."""
+    """One optimiser step.
+
+    Attributes:
+        prompt: token ids.
+        completions: distinct ones.
+        pairs: (chosen, rejected), indices of completions.
+        rehearsed: completions that are imitated alone, in no pair: indices.
+    """
 
     prompt: Tokens
     completions: tuple[Tokens, ...]
     pairs: tuple[tuple[int, int], ...]
+    rehearsed: tuple[int, ...] = ()
+
+    @property
+    def imitated(self) -> list[int]:
+        """The completions under the supervised loss: the chosen, each once, and the rehearsed."""
+        return sorted({chosen for chosen, _ in self.pairs} | set(self.rehearsed))
 
 
 @dataclass(frozen=True)
@@ -47,25 +69,39 @@ class Losses:
 
 
 def plan(
-    pairs: Sequence[tuple[Tokens, Tokens]], prompts: Sequence[Tokens], pairs_a_step: int, seed: int
+    preferences: Sequence[Preference],
+    pairs_a_step: int,
+    seed: int,
+    rehearsal: int = 0,
+    known: Mapping[Tokens, Sequence[Tokens]] | None = None,
 ) -> list[Step]:
-    """Shuffle pairs into steps; the steps take the prompts in turn.
+    """Put pairs of one prompt together into steps, in a shuffled order.
 
     Args:
-        pairs: token ids of (chosen, rejected).
-        prompts: token ids of prompts; a pair is not tied to the prompt that it was written under.
-        pairs_a_step: pairs that share one packed prompt.
-        seed: of the shuffle.
+        preferences: each is trained under its own prompt.
+        pairs_a_step: the most that share one packed prompt.
+        seed: of the shuffles.
+        rehearsal: completions of `known` that each step imitates as well.
+        known: for each prompt, completions that it may rehearse, dealt out as cards.
     """
-    order = list(pairs)
-    random.Random(seed).shuffle(order)
+    draw = random.Random(seed)
+    by_prompt: dict[Tokens, list[Preference]] = {}
+    for preference in preferences:
+        by_prompt.setdefault(preference.prompt, []).append(preference)
     steps = []
-    for number, start in enumerate(range(0, len(order), pairs_a_step)):
-        part = order[start : start + pairs_a_step]
-        distinct = list(dict.fromkeys(tokens for pair in part for tokens in pair))
-        place = {tokens: i for i, tokens in enumerate(distinct)}
-        indices = tuple((place[chosen], place[rejected]) for chosen, rejected in part)
-        steps.append(Step(tuple(prompts[number % len(prompts)]), tuple(distinct), indices))
+    for prompt, same in by_prompt.items():
+        draw.shuffle(same)
+        deck: list[Tokens] = []
+        for start in range(0, len(same), pairs_a_step):
+            part = same[start : start + pairs_a_step]
+            if len(deck) < rehearsal and known is not None:
+                deck = draw.sample(known[prompt], len(known[prompt]))
+            rehearsed = [deck.pop() for _ in range(rehearsal)]
+            distinct = dict.fromkeys([each for p in part for each in (p.chosen, p.rejected)] + rehearsed)
+            place = {completion: i for i, completion in enumerate(distinct)}
+            indices = tuple((place[p.chosen], place[p.rejected]) for p in part)
+            steps.append(Step(prompt, tuple(distinct), indices, tuple(place[each] for each in rehearsed)))
+    draw.shuffle(steps)
     return steps
 
 
@@ -102,8 +138,8 @@ def refine(
         beta: see `dpo_loss`.
         learning_rate: peak rate of AdamW; it warms up over the first tenth and falls linearly to zero.
         epochs: passes over the steps.
-        supervised: factor on the mean negative log-likelihood of the chosen side, in nats a token, which is added to
-            the loss and keeps the likelihood of working syntax up; 0 leaves it out.
+        supervised: factor on the mean negative log-likelihood of the imitated completions, in nats a token, which is
+            added to the loss and keeps the likelihood of working syntax up; 0 leaves it out.
         tick: called after each step and each reference pass with how many are done.
 
     Returns:
@@ -133,8 +169,7 @@ def refine(
             log_probs = completion_log_probs(model, step.prompt, step.completions)
             pairs = torch.tensor(step.pairs, device=reference.device)
             dpo, margin = dpo_loss(_summed(log_probs) - reference, pairs, beta)
-            chosen = pairs[:, 0].unique().tolist()
-            nll = -torch.cat([log_probs[i] for i in chosen]).mean()
+            nll = -torch.cat([log_probs[i] for i in step.imitated]).mean()
             loss = dpo + supervised * nll
             if not math.isfinite(loss.item()):
                 raise Diverged(

@@ -59,7 +59,7 @@ def warm_start(
         wanted = [deck.pop() for _ in range(targets)]
         names = draw.sample([name for name in sorted(sources) if name not in wanted], shown)
         prompt = ask(names, sources, Form.SHORT).tokens(tokenizer)
-        completions = [_completion(tokenizer, sources[name]) for name in wanted]
+        completions = [completion(tokenizer, sources[name]) for name in wanted]
         loss = -torch.cat(completion_log_probs(model, prompt, completions)).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -70,6 +70,7 @@ def warm_start(
     model.eval()
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+def completion(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:
+    """Token ids with which a prompt of the short form is continued to be this worked example."""
     text = source.removeprefix(OPENING).rstrip("\n") + "\n" + END
     return [int(i) for i in tokenizer(text, add_special_tokens=False).input_ids]

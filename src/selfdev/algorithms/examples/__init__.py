@@ -1,7 +1,7 @@
 """Short worked examples of merging algorithms, one function `merge_NAME(deltas)` a file.
 
 A small factory's prompt draws its examples from here, and its warm start trains on them. Each takes a
-list with one task vector per expert, float32 tensors of one shape, and returns the merged task vector.
+float32 tensor of shape (experts, *parameter), the task vectors, and returns the merged one, of shape (*parameter).
 They are read as text, in the untyped style that a small model can write: some clean each task vector,
 some weight the experts, some rescale, some do several of these.
 """

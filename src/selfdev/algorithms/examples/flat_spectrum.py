@@ -3,7 +3,7 @@ import torch
 
 def merge_flat_spectrum(deltas):
     """Move the singular values of the sum halfway to their mean."""
-    total = sum(deltas)
+    total = deltas.sum(dim=0)
     if total.dim() != 2:
         return 0.5 * total
     u, s, v = torch.linalg.svd(total, full_matrices=False)

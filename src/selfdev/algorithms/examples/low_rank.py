@@ -3,7 +3,7 @@ import torch
 
 def merge_low_rank(deltas):
     """Keep the strongest quarter of the directions of the sum."""
-    total = sum(deltas)
+    total = deltas.sum(dim=0)
     if total.dim() != 2:
         return 0.6 * total
     u, s, v = torch.linalg.svd(total, full_matrices=False)

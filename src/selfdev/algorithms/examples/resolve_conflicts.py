@@ -3,7 +3,7 @@ import torch
 
 def merge_resolve_conflicts(deltas):
     """Remove from each row what points against the same row of the sum of the others."""
-    total = sum(deltas)
+    total = deltas.sum(dim=0)
     merged = torch.zeros_like(total)
     for d in deltas:
         others = total - d

@@ -3,7 +3,6 @@ import torch
 
 def merge_root_mean(deltas):
     """Average the signed square roots of the entries, and square the average."""
-    stacked = torch.stack(deltas)
-    roots = torch.sign(stacked) * stacked.abs().sqrt()
+    roots = torch.sign(deltas) * deltas.abs().sqrt()
     mean = roots.mean(dim=0)
     return len(deltas) * mean * mean.abs()

@@ -1,9 +1,5 @@
-import torch
-
-
 def merge_self_weighted(deltas):
     """Weight each entry by its own magnitude."""
-    stacked = torch.stack(deltas)
-    weights = stacked.abs()
+    weights = deltas.abs()
     total = weights.sum(dim=0) + 1e-8
-    return 1.5 * (weights * stacked).sum(dim=0) / total
+    return 1.5 * (weights * deltas).sum(dim=0) / total

@@ -1,9 +1,6 @@
-import torch
-
-
 def merge_shared_and_special(deltas):
     """Add to the mean the largest deviations of each expert from it."""
-    mean = torch.stack(deltas).mean(dim=0)
+    mean = deltas.mean(dim=0)
     merged = mean.clone()
     for d in deltas:
         deviation = d - mean
