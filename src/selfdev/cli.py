@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import selfdev
-from selfdev.errors import Interrupted, SelfdevError
+from selfdev.errors import Interrupted, SelfdevError, UserError
 
 if TYPE_CHECKING:
     from selfdev.report.terminal import Terminal
@@ -60,6 +60,14 @@ class Beside(StrEnum):
     """Who else may judge an evaluation."""
 
     LM_EVAL = "lm-eval"
+
+
+class Export(StrEnum):
+    """What a discovered program may become."""
+
+    PY = "py"
+    MERGEKIT = "mergekit"
+    MODEL = "model"
 
 
 @app.callback(invoke_without_command=True)
@@ -212,6 +220,39 @@ def merge(
         trust,
     )
     typer.echo(merge_checkpoints(recipe, out).summary)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    candidate: Annotated[
+        str, typer.Argument(metavar="CANDIDATE", help="One program, such as learning/2/017.")
+    ],
+    to: Annotated[
+        Export, typer.Option(help="A Python file, a merge method for mergekit, or the run's merged model.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="File or folder to write; must not exist.")],
+) -> None:
+    """Write a discovered program as a file that needs nothing of this project, or merge the run's models by it."""
+    from selfdev.merging.discovered import load_candidate
+    from selfdev.merging.export import to_mergekit, to_python
+
+    if to is Export.MODEL:
+        from selfdev.merging.checkpoint import merge_checkpoints
+        from selfdev.merging.recipe import Recipe
+
+        merged = load_candidate(folder, candidate).config.merge
+        typer.echo(
+            merge_checkpoints(Recipe(f"{folder}:{candidate}", merged.seed, merged.experts), out).summary
+        )
+        return
+    text = (to_python if to is Export.PY else to_mergekit)(folder, candidate)
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"'{out}' exists already and is not overwritten; choose another --out") from None
+    typer.echo(f"wrote {out}: a model wrote what is in it, so read it before you run it")
 
 
 @app.command()

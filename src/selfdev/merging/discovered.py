@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,29 @@ from selfdev.streams import stream_seed
 _ARCHIVE = "archive.db"
 
 
-def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found:
-    """A program that a run wrote, with the random seeds it had when it was scored.
+@dataclass(frozen=True)
+class Discovered:
+    """A program that works, and what its run knows of it.
+
+    Attributes:
+        candidate: the program.
+        config: the run's.
+        origin: for a model card: a title, its source, the evidence.
+        factor: the scale at which it was best on development.
+    """
+
+    candidate: Candidate
+    config: Config
+    origin: Origin
+    factor: float
+
+
+def load_candidate(run: Path, name: str) -> Discovered:
+    """Read a program that a run wrote.
 
     Args:
         run: folder of the run, finished or not.
-        name: of the candidate, such as `learning/2/017`; merged at the scale at which it was best on development.
-        parameters: none are taken.
+        name: of the candidate, such as `learning/2/017`.
 
     Raises:
         UserError: no such run or candidate, or one that does not work.
@@ -39,14 +56,29 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
     if candidate.source is None or candidate.status == "failed":
         why = candidate.failure or "it is not screened yet"
         raise UserError(f"candidate '{name}' of {run} does not work ({why}); choose another")
+    title = f"candidate `{name}` of the run `{run.resolve().name}`, written by {config.factory.model}"
+    if factor != 1:
+        title += f", at {factor:g} times its scale"
+    return Discovered(candidate, config, Origin(title, candidate.source, evidence), factor)
+
+
+def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found:
+    """A program that a run wrote, with the scale and the random seeds it had when it was scored.
+
+    Args:
+        run: folder of the run, finished or not.
+        name: of the candidate.
+        parameters: none are taken.
+
+    Raises:
+        UserError: as `load_candidate`, and for a parameter.
+    """
+    found = load_candidate(run, name)
+    candidate, config = found.candidate, found.config
     if parameters:
         raise UserError(
             f"candidate '{name}' takes no parameters, since its constants are part of it; leave -p out"
         )
-    title = f"candidate `{name}` of the run `{run.resolve().name}`, written by {config.factory.model}"
-    if factor != 1:
-        title += f", at {factor:g} times its scale"
-    origin = Origin(title, candidate.source, evidence)
 
     def seed_of(tensor: str) -> int:
         return stream_seed(config.seed, "merge", candidate.iteration, candidate.number, tensor)
@@ -56,7 +88,7 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
     @contextmanager
     def opened(experts: int, largest: int) -> Iterator[Algorithm]:
         with jail(limits, experts, largest) as box:
-            yield JailedProgram(origin, box, seed_of, factor)
+            yield JailedProgram(found.origin, box, seed_of, found.factor)
 
     return Found(config.merge.targets, opened)
 

@@ -71,6 +71,12 @@ def selects(targets: str, name: str, shape: tuple[int, ...]) -> bool:
         return False
 
 
+def pattern_of(targets: str) -> tuple[str, int]:
+    """What `select_targets` selects by: a regular expression for names, and the least number of dimensions."""
+    known = {"mlp": (_MLP.pattern, 0), "attention": (_ATTENTION.pattern, 2), "all": ("", 0)}
+    return known.get(targets, (targets, 0))
+
+
 def of_vocabulary(name: str) -> bool:
     """Whether the tensor has a row for each token: the embeddings, the output head and its bias."""
     return bool(_VOCABULARY.search(name))
