@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from scripted import ScriptedFactory, begin_or_resume, killed, scripted_config
+from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, killed, scripted_config
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
+from selfdev.evaluation.evaluator import Evaluator, Refused
 from selfdev.evaluation.standing import ranked_new
+from selfdev.evaluation.tasks.nano import NanoTask
 from selfdev.runs import Run, resume, run
 from selfdev.watcher import Silent
 
@@ -205,6 +207,38 @@ def test_a_run_whose_factory_has_changed_does_not_go_on(tmp_path: Path) -> None:
     other = ScriptedFactory(name="another")
     with pytest.raises(UserError, match="factory has changed"):
         resume(tmp_path / "run", factory=other)
+
+
+def test_a_run_whose_task_has_changed_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Silent):
+        def screened(self, candidate, evaluation) -> None:  # type: ignore[no-untyped-def]
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Stop())
+    monkeypatch.setattr(NanoTask, "fingerprint", "judged in another way")
+    with pytest.raises(UserError, match="task has changed"):
+        resume(tmp_path / "run", factory=ScriptedFactory())
+
+
+def test_a_scale_that_cannot_be_tried_has_a_failure_and_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = Evaluator.candidate
+
+    def trouble(self, candidate, split, asked=None, *, number=0, factor=1.0):  # type: ignore[no-untyped-def]
+        if number:
+            raise Refused("failed", "Timeout", "too slow today")
+        return score(self, candidate, split, asked)
+
+    monkeypatch.setattr(Evaluator, "candidate", trouble)
+    config = scripted_config(programs=4, iterations=1, controls=[], rivals=[])
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory(PROGRAMS[:4]))
+    scaled = ended.archive.evaluations("scaled")
+    assert len(scaled) == 4
+    assert all(e.score is None and "too slow today" in str(e.failure) for e in scaled)
+    assert ended.verdict["best"] == ended.best.name
+    assert ended.verdict["table"][1]["test"]["questions"] == 240
 
 
 def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from selfdev.algorithms.source import Form, Unreadable, read_program
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration, Refinement
 from selfdev.config import Config
 from selfdev.evaluation.course import Course
-from selfdev.evaluation.evaluator import Refused, Scorer
+from selfdev.evaluation.evaluator import Refused, Scorer, score_again
 from selfdev.evaluation.rivals import best_rival, settings_to_try
 from selfdev.evaluation.standing import LEARNING, ranked_new, scores_on_first
 from selfdev.evaluation.verdict import reach_verdict
@@ -187,7 +187,7 @@ class Cycle:
                 tick(place, len(best), candidate.name)
                 for number, factor in enumerate(settings.factors, start=1):
                     if (candidate.name, number) not in known:
-                        scaled = self.scorer.candidate(candidate, "development", number=number, factor=factor)
+                        scaled = score_again(self.scorer, candidate, "development", number, factor)
                         self.archive.add_evaluation(scaled)
                         self.watch.scored(scaled)
 

@@ -126,10 +126,11 @@ def _carry_out(
             seed = resolve(config.merge.seed)
             experts = {name: resolve(source) for name, source in config.merge.experts.items()}
             vectors = read_task_vectors(seed, experts, config.merge.targets)
+            task = load_task(config.task.name)
             scorer = Evaluator(
                 seed,
                 vectors,
-                load_task(config.task.name),
+                task,
                 config.task.development,
                 box,
                 config.seed,
@@ -149,6 +150,7 @@ def _carry_out(
                 "factory": factory.facts,
                 "seed": weights_hash(seed),
                 "experts": {name: weights_hash(path) for name, path in experts.items()},
+                "task": task.fingerprint,
                 "versions": {
                     "selfdev": selfdev.__version__,
                     "torch": torch.__version__,

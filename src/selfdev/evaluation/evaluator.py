@@ -65,6 +65,21 @@ class Scorer(Protocol):
     def open_test(self, count: int, seal: Seal) -> None: ...
 
 
+def score_again(scorer: Scorer, candidate: Candidate, split: str, number: int, factor: float) -> Evaluation:
+    """Score a candidate that has been scored before; where that fails now, the evaluation says so and has no score.
+
+    It ran on these very tensors, so a failure tells of a machine in trouble and is no verdict on the program.
+    """
+    try:
+        return scorer.candidate(candidate, split, number=number, factor=factor)
+    except Refused as refused:
+        kind, count = "scaled" if number else "candidate", len(scorer.questions(split))
+        facts = {FACTOR: factor} if number else {}
+        return Evaluation(
+            kind, candidate.name, number, split, None, None, count, facts, f"Refused: {refused}"
+        )
+
+
 @dataclass(frozen=True)
 class _Split:
     questions: list[Question]

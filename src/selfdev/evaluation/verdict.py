@@ -13,7 +13,7 @@ from typing import Any
 from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.config import Config
 from selfdev.evaluation.comparison import Comparison, by_task, group_scores, shrinkage
-from selfdev.evaluation.evaluator import Refused, Scorer
+from selfdev.evaluation.evaluator import Scorer, score_again
 from selfdev.evaluation.rivals import best_of, best_rival
 from selfdev.evaluation.standing import LEARNING, pareto, ranked_new
 from selfdev.evaluation.statistics import holm
@@ -113,13 +113,7 @@ def _entrants(
 
 def _measure(scorer: Scorer, dev: Evaluation, candidate: Candidate | None) -> Evaluation:
     if candidate is not None:
-        try:
-            return scorer.candidate(candidate, "test", number=dev.number, factor=dev.factor)
-        except Refused as refused:
-            # It ran on these very tensors before, so this is a machine in trouble and no verdict on the program.
-            count = len(scorer.questions("test"))
-            failed = None, None, count, dev.parameters, str(refused)
-            return Evaluation(dev.kind, dev.subject, dev.number, "test", *failed)
+        return score_again(scorer, candidate, "test", dev.number, dev.factor)
     if dev.kind == "seed":
         return scorer.seed("test")
     return scorer.rival(dev.subject, dev.number, dev.parameters, "test")

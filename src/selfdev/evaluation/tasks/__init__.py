@@ -91,6 +91,11 @@ class Task(ABC):
     groups: tuple[str, ...]
     grading: Grading = Grading()
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with what is asked and how it is judged; a built-in task changes with the version alone."""
+        return self.name
+
     def development(self, count: int, order_seed: int) -> list[Question]:
         """Draw development questions, balanced over the groups.
 
