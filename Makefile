@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# dev,eval runs the agreement with lm-evaluation-harness too, as CI does.
+EXTRAS ?= dev
 BIN = $(VENV)/bin
 QUICKSTART = runs/quickstart-1
 
@@ -48,7 +50,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@ $(VENV)/.installed
 
 $(BIN)/python:

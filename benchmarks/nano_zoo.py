@@ -1,7 +1,7 @@
-"""Is merging the zoo a real problem? The seed, its experts and the human methods on development questions.
+"""Is merging a zoo a real problem? The seed, its experts and the human methods on development questions.
 
-python benchmarks/nano_zoo.py [--folder ZOO] [--questions 1024] [--settings 29]
-python benchmarks/nano_zoo.py --transplant GROUP
+python benchmarks/nano_zoo.py [nano|nano2] [--folder ZOO] [--questions 1024] [--settings 29]
+python benchmarks/nano_zoo.py [nano|nano2] --transplant GROUP
 
 Each method is tuned on the questions that it is shown with, so its row is a little too good.
 The row "best model for each group" is what a merge would reach that kept every expert's skill.
@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from selfdev.algorithms.library import Method, methods
 from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
 from selfdev.evaluation.tasks import load_task
-from selfdev.zoo import zoo_models, zoo_path
-from selfdev.zoo.nano import Recipe, nano_tokenizer, train
+from selfdev.zoo import zoo_models, zoos
+from selfdev.zoo.nano import RECIPES, nano_tokenizer, train
 
 METHODS = (
     "linear",
@@ -42,19 +42,22 @@ METHODS = (
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    arguments.add_argument("--folder", type=Path, default=zoo_path("nano"), help="a zoo's folder")
+    arguments.add_argument("zoo", nargs="?", default="nano", choices=zoos())
+    arguments.add_argument(
+        "--folder", type=Path, help="where it was built anew; the one of the package by default"
+    )
     arguments.add_argument("--questions", type=int, default=1024)
     arguments.add_argument("--settings", type=int, default=29, help="settings tried for each method")
     arguments.add_argument("--transplant", metavar="GROUP", help="train one expert in all of its weights")
     options = arguments.parse_args()
 
-    models = zoo_models("nano", options.folder)
-    questions = load_task("nano").development(options.questions, order_seed=0)
+    models, task = zoo_models(options.zoo, options.folder), load_task(options.zoo)
+    questions = task.development(options.questions, order_seed=0)
     encoded = encode(AutoTokenizer.from_pretrained(models["seed"]), questions)
     seed = AutoModelForCausalLM.from_pretrained(models["seed"])
     experts = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in models["experts"].items()}
 
-    print(f"{'':26}" + "".join(f"{group:>7}" for group in load_task("nano").groups) + "   mean")
+    print(f"{'':26}" + "".join(f"{group:>7}" for group in task.groups) + "   mean")
     alone = {
         name: mean_by_group(questions, score_exact(m, encoded))
         for name, m in {"seed": seed, **experts}.items()
@@ -76,8 +79,8 @@ def main() -> None:
     }
     if options.transplant:
         expert = copy.deepcopy(seed)
-        recipe = dataclasses.replace(Recipe().experts[options.transplant], mlp_only=False)
-        train(expert, nano_tokenizer(), recipe, print)
+        recipe = dataclasses.replace(RECIPES[options.zoo].experts[options.transplant], mlp_only=False)
+        train(expert, nano_tokenizer(), task, recipe, print)
         show("expert, all weights", mean_by_group(questions, score_exact(expert, encoded)))
         with torch.no_grad():
             for name, parameter in parameters.items():

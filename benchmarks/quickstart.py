@@ -1,9 +1,10 @@
-"""The quickstart over several run seeds: time, memory, inventions of the learning arm against the frozen control.
+"""The quickstart over several run seeds: does learning help, and by how much? And time, and memory.
 
-    python benchmarks/quickstart.py --seeds 1 2 3 --out runs/benchmark
+    python benchmarks/quickstart.py --seeds 1 2 3 4 5 --out runs/benchmark --picture docs/images/inventions.png
 
 Runs that are finished are read, not run again, so the script can be stopped and called anew. It prints Markdown for
-docs/results.md. Nothing else should run on the machine meanwhile.
+docs/results.md. `--set KEY=VALUE` changes the preset, for ablations: give those an `--out` of their own. For times,
+nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -11,22 +12,35 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
+
+from scipy.stats import t as student
 
 from selfdev.runs import Run, open_run
 
-COLUMNS = ("written", "working", "trivial", "known", "repeated", "new")
+COLUMNS = ("written", "working", "trivial", "known", "repeated", "new", "better")
+SHARES = {
+    "working": "work",
+    "new": "are new and distinct",
+    "better": "are new and surely better than the seed",
+}
+"""What is counted in percent of the programs written."""
+
+Row = dict[str, object]
 
 
-def run_seed(seed: int, folder: Path) -> float:
+def run_seed(seed: int, folder: Path, changes: Sequence[str]) -> float:
     """Run or resume one seed; returns the peak memory of its largest process in GB, 0 if it was finished before."""
     if (folder / "archive.db").exists():
         if open_run(folder).archive.run.status == "done":
             return 0.0
         command = ["resume", str(folder)]
     else:
-        command = ["run", "quickstart", "--set", f"seed={seed}", "--out", str(folder)]
+        command = ["run", "quickstart", "--out", str(folder)]
+        command += [part for change in (f"seed={seed}", *changes) for part in ("--set", change)]
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         process = subprocess.Popen([sys.executable, "-m", "selfdev", *command], stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
@@ -35,10 +49,24 @@ def run_seed(seed: int, folder: Path) -> float:
     return usage.ru_maxrss / 1e6
 
 
-def iterations(run: Run) -> list[dict[str, object]]:
+@cache
+def iterations(run: Run) -> list[Row]:
     """The counts of every arm and iteration."""
-    rows: list[dict[str, object]] = run.summary()["iterations"]
+    rows: list[Row] = run.summary()["iterations"]
     return rows
+
+
+def number(row: Row, column: str) -> float:
+    """A column as a number; the counts of `SHARES` as percent of the programs written."""
+    value = float(str(row[column]))
+    return 100 * value / float(str(row["written"])) if column in SHARES else value
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % interval by Student's t over the seeds."""
+    if len(values) < 2:
+        return mean(values), float("nan")
+    return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
 def print_run(seed: int, run: Run, gigabytes: float) -> None:
@@ -79,34 +107,102 @@ def print_arms(runs: dict[int, Run]) -> None:
             print(
                 f"| {seed} | {row['iteration']} | {row['arm']} | {row['temperature']:.2f} | {counts} | {best} |"
             )
-    print("\nMean over the seeds, percent of the programs written:\n")
-    print("| iteration | arm | working | new |\n| --- | --- | --- | --- |")
-    rows = [row for run in runs.values() for row in iterations(run)]
-    for iteration in sorted({int(str(row["iteration"])) for row in rows}):
-        for arm in ("learning", "frozen"):
-            these = [row for row in rows if (row["iteration"], row["arm"]) == (iteration, arm)]
-            share = [
-                mean(100 * int(str(row[c])) / int(str(row["written"])) for row in these)
-                for c in ("working", "new")
-            ]
-            print(f"| {iteration} | {arm} | {share[0]:.1f} | {share[1]:.1f} |")
+    arms = [arm for arm in dict.fromkeys(str(row["arm"]) for row in rows_of(runs)) if arm != "learning"]
+    print(
+        "\nPercent of the programs written, mean over the seeds, and the difference between the arms, seed by seed,"
+    )
+    print("with its 95 % interval:\n")
+    print("| iteration | share that | learning | " + " | ".join(f"{a} | learning - {a}" for a in arms) + " |")
+    print("| --- | --- | --- " + "| --- | --- " * len(arms) + "|")
+    for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
+        for column, what in SHARES.items():
+            learning = by_seed(runs, "learning", iteration, column)
+            cells = [str(iteration), what, f"{mean(learning):.1f}"]
+            for arm in arms:
+                other = by_seed(runs, arm, iteration, column)
+                middle, half = interval([a - b for a, b in zip(learning, other, strict=True)])
+                cells += [
+                    f"{mean(other):.1f}",
+                    f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})",
+                ]
+            print("| " + " | ".join(cells) + " |")
+    print(
+        "\n| iteration | arm | entropy of behaviours, nats | copies of the prompt, % | distance of new ones |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
+        for arm in ("learning", *arms):
+            rows = [r for r in rows_of(runs) if (r["arm"], r["iteration"]) == (arm, iteration)]
+            distances = [float(str(r["distance"])) for r in rows if r["distance"] is not None]
+            far = f"{mean(distances):.2f}" if distances else ""
+            entropy, copies = (mean(number(r, column) for r in rows) for column in ("entropy", "copies"))
+            print(f"| {iteration} | {arm} | {entropy:.2f} | {100 * copies:.1f} | {far} |")
+
+
+def rows_of(runs: dict[int, Run]) -> list[Row]:
+    """The iterations of all runs."""
+    return [row for run in runs.values() for row in iterations(run)]
+
+
+def by_seed(runs: dict[int, Run], arm: str, iteration: int, column: str) -> list[float]:
+    """One number a seed."""
+    wanted = (arm, iteration)
+    rows = [[r for r in iterations(run) if (r["arm"], r["iteration"]) == wanted] for run in runs.values()]
+    return [number(row, column) for [row] in rows]
+
+
+def draw(runs: dict[int, Run], path: Path) -> None:
+    """Draw the shares and the entropy by iteration: a line through the means, a dot a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[str, tuple[str, Callable[[Row], float]]] = {
+        column: (f"% of programs that {what}", lambda row, column=column: number(row, column))  # type: ignore[misc]
+        for column, what in SHARES.items()
+    }
+    panels["entropy"] = ("entropy of the behaviours, nats", lambda row: number(row, "entropy"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.6), constrained_layout=True)
+    arms = list(dict.fromkeys(str(row["arm"]) for row in rows_of(runs)))
+    for axis, (title, value) in zip(axes, panels.values(), strict=True):
+        for place, arm in enumerate(arms):
+            rows = [row for row in rows_of(runs) if row["arm"] == arm]
+            found = sorted({int(str(row["iteration"])) for row in rows})
+            means = [mean(value(r) for r in rows if r["iteration"] == t) for t in found]
+            shift = 0.06 * (place - (len(arms) - 1) / 2)
+            [line] = axis.plot([t + shift for t in found], means, label=arm, linewidth=2)
+            xs = [int(str(row["iteration"])) + shift for row in rows]
+            axis.plot(xs, [value(r) for r in rows], "o", color=line.get_color(), alpha=0.4, markersize=4)
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("iteration")
+        axis.set_xticks(found)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs, peaks = {}, {}
     for seed in arguments.seeds:
         folder = arguments.out / f"quickstart-{seed}"
-        peaks[seed] = run_seed(seed, folder)
+        peaks[seed] = run_seed(seed, folder, arguments.changes)
         runs[seed] = open_run(folder)
         print(f"seed {seed} is done", file=sys.stderr)
     for seed, run in runs.items():
         print_run(seed, run, peaks[seed])
     print_arms(runs)
+    if arguments.picture is not None:
+        draw(runs, arguments.picture)
     print(f"\n{shutil.disk_usage(arguments.out).free / 1e9:.0f} GB of disk are free.", file=sys.stderr)
 
 

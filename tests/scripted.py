@@ -37,7 +37,7 @@ PROGRAMS = [
     # Failing: syntax, type, shape, time, not a number, no function.
     "h(deltas):\n    return (\n",
     "i(deltas):\n    return deltas + None\n",
-    "j(deltas):\n    return deltas[0].sum()\n",
+    "j(deltas):\n    return (deltas.abs().sqrt() * deltas).sum()\n",
     "k(deltas):\n    while True:\n        pass\n",
     "l(deltas):\n    return deltas[0] / 0\n",
     "this is no function",
@@ -88,6 +88,9 @@ class ScriptedFactory:
             written.append((i % 2, Sample(tuple(range(i + 1)), text, -float(i), True)))
         return written
 
+    def tokens(self, text: str) -> tuple[int, ...]:
+        return tuple(text.encode())
+
     def refine(
         self,
         pairs: Sequence[Any],
@@ -95,6 +98,8 @@ class ScriptedFactory:
         adapters: Sequence[Path],
         out: Path,
         tick: Any,
+        flip_rate: float = 0.0,
+        imitated: Sequence[Any] = (),
     ) -> dict[str, Any]:
         tick(0, 1, "")
         out.mkdir(parents=True, exist_ok=True)
@@ -150,8 +155,9 @@ def scripted_config(**changes: Any) -> Config:
                 "failures_as_rejected": True,
                 "copies_as_rejected": True,
                 "pairs": 8,
+                "repairs": 8,
             },
-            "scaling": {"programs": 2, "factors": [0.5, 2.0]},
+            "scaling": {"norm": 1.5, "programs": 2, "factors": [0.5, 2.0]},
             "rivals": ["task_arithmetic", "weighted_task_arithmetic", "dare_ties"],
             "jail": {"wall_seconds": 1.0},
         }

@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from selfdev.archive import Archive, ArchiveError, Candidate, Evaluation, Iteration, Pair, Refinement, Run
+from selfdev.archive import (
+    Archive,
+    ArchiveError,
+    Candidate,
+    Evaluation,
+    Iteration,
+    Opening,
+    Pair,
+    Refinement,
+    Run,
+    TestSealed,
+)
 
 RUN = Run("r", "p", 1, "running", {"a": 1}, {}, "2026-01-01T00:00:00+00:00")
 WRITTEN = [
@@ -85,14 +96,50 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
     with sqlite3.connect(archive.path) as db:
         for column in ("graded", "asked", "first_questions", "first_score"):
             db.execute(f"ALTER TABLE evaluation DROP COLUMN {column}")
+        for column in ("again", "before"):
+            db.execute(f"ALTER TABLE test_opening DROP COLUMN {column}")
+        db.execute("INSERT INTO test_opening (task, opened) VALUES ('nano', '2026-01-01')")
         db.execute("PRAGMA user_version = 1")
     with Archive.open(archive.path, read_only=True) as old:
         assert old.evaluations("seed") == [evaluation]
+        assert old.openings() == [Opening("2026-01-01")]
     with Archive.open(archive.path) as new:
         new.add_evaluation(replace(evaluation, number=1, asked=(2, 1, 0)))
         assert [e.asked for e in new.evaluations("seed")] == [None, (2, 1, 0)]
+        assert new.openings() == [Opening("2026-01-01")]
     with sqlite3.connect(archive.path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+
+
+def test_a_verdict_that_is_taken_back_is_marked_and_kept(archive: Archive) -> None:
+    with pytest.raises(ArchiveError, match="has no verdict yet"):
+        archive.reopen()
+    archive.set_status("verdict")
+    archive.opened("nano")
+    archive.opened("nano")  # the first time the verdict was cut off
+    archive.fix_verdict({"best": "a"})
+    with pytest.raises(ArchiveError, match="has no verdict yet"):
+        archive.reopen()
+    on_test = Evaluation("seed", "seed", 0, "test", (True, False), 0.5, 2)
+    archive.add_evaluation(on_test)
+    archive.add_evaluation(replace(on_test, split="development"))
+    archive.set_verdict({"headline": "first"})
+    with pytest.raises(TestSealed, match="verdict has been reached"):
+        archive.opened("nano")
+    archive.reopen()
+    assert archive.evaluations(split="test") == []
+    assert len(archive.evaluations(split="development")) == 1
+    archive.opened("nano")
+    archive.add_evaluation(on_test)
+    archive.reopen()  # cut off after its opening, it goes on with what it has
+    assert archive.evaluations(split="test") == [on_test]
+    archive.set_verdict({"headline": "second"})
+    assert [(o.again, o.before) for o in archive.openings()] == [
+        (False, None),
+        (False, None),
+        (True, {"headline": "first"}),
+    ]
+    assert archive.verdict() == ({"best": "a"}, {"headline": "second"})
 
 
 def test_a_failure_inside_a_transaction_leaves_nothing(archive: Archive) -> None:

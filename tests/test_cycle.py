@@ -5,15 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, killed, scripted_config
+from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
-from selfdev.evaluation.evaluator import Evaluator, Refused
-from selfdev.evaluation.standing import ranked_new
+from selfdev.evaluation.evaluator import Evaluator, Refused, norm_of
+from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
+from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.report.dataset import export_pairs
 from selfdev.runs import Run, resume, run
+from selfdev.sandbox import Sandbox
 from selfdev.watcher import Silent
+from selfdev.zoo import zoo_models
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +84,11 @@ def test_rivals_are_tuned_as_often_as_the_learning_arm_evaluated(finished: Run) 
 
 def test_the_best_programs_of_each_arm_are_tried_at_other_scales(finished: Run) -> None:
     scaled = finished.archive.evaluations("scaled")
-    assert {(e.number, e.factor) for e in scaled} == {(1, 0.5), (2, 2.0)}
+    tuned = [e for e in scaled if e.number > NORMED]
     for arm in ("learning", "frozen"):
-        best = [c.name for c, _ in ranked_new(finished.archive, arm, scaled=False)[:2]]
-        assert {e.subject for e in scaled if e.subject.startswith(arm)} == set(best)
+        best = {c.name: e.factor for c, e in ranked_new(finished.archive, arm, tuned=False)[:2]}
+        wanted = {(name, 1 + i, f * factor) for name, f in best.items() for i, factor in [(1, 0.5), (2, 2.0)]}
+        assert {(e.subject, e.number, e.factor) for e in tuned if e.subject.startswith(arm)} == wanted
     for candidate, dev in ranked_new(finished.archive, "learning"):
         tried = [e for e in scaled if e.subject == candidate.name]
         tried += finished.archive.evaluations("candidate", candidate.name)
@@ -90,6 +97,19 @@ def test_the_best_programs_of_each_arm_are_tried_at_other_scales(finished: Run) 
     for candidate, dev in ranked_new(finished.archive, "learning"):
         [test] = finished.archive.evaluations(dev.kind, candidate.name, "test")
         assert (test.number, test.factor) == (dev.number, dev.factor)
+
+
+def test_every_new_program_is_also_scored_at_one_norm(finished: Run) -> None:
+    normed = {e.subject: e for e in finished.archive.evaluations("scaled") if e.number == NORMED}
+    new = [c for c in finished.candidates() if c.status == "new"]
+    assert set(normed) == {c.name for c in new}
+    vectors = read_task_vectors(zoo_models("nano")["seed"], zoo_models("nano")["experts"], "mlp").vectors
+    mean = norm_of(torch.stack(list(each.values())).mean(0) for each in vectors.values())
+    candidate = new[0]
+    with Sandbox() as box:
+        merged = box.merge_many(candidate.source or "", list(vectors.values()))
+    norm = norm_of(outcome.tensor for outcome in merged if outcome.tensor is not None)
+    assert normed[candidate.name].factor * norm == pytest.approx(1.5 * mean)
 
 
 def test_the_verdict_is_reached_once_on_questions_of_its_own(finished: Run) -> None:
@@ -121,7 +141,7 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
     "kill_at",
     [
         ["warm start:1", "write:9", "judge:4", "judge:23", "refine:2"],
-        ["write:17", "judge:20", "rivals:3", "scales:2", "verdict:4"],
+        ["write:17", "judge:20", "rivals:3", "scale:5", "tune:2", "verdict:4"],
     ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_archive(
@@ -226,7 +246,7 @@ def test_a_scale_that_cannot_be_tried_has_a_failure_and_no_score(
 ) -> None:
     score = Evaluator.candidate
 
-    def trouble(self, candidate, split, asked=None, *, number=0, factor=1.0):  # type: ignore[no-untyped-def]
+    def trouble(self, candidate, split, asked=None, *, number=0, factor=1.0, norm=None):  # type: ignore[no-untyped-def]
         if number:
             raise Refused("failed", "Timeout", "too slow today")
         return score(self, candidate, split, asked)
@@ -235,7 +255,7 @@ def test_a_scale_that_cannot_be_tried_has_a_failure_and_no_score(
     config = scripted_config(programs=4, iterations=1, controls=[], rivals=[])
     ended = run(config, tmp_path / "run", factory=ScriptedFactory(PROGRAMS[:4]))
     scaled = ended.archive.evaluations("scaled")
-    assert len(scaled) == 4
+    assert len(scaled) == 8  # four new programs at one norm, the best two at two factors
     assert all(e.score is None and "too slow today" in str(e.failure) for e in scaled)
     assert ended.verdict["best"] == ended.best.name
     assert ended.verdict["table"][1]["test"]["questions"] == 240
@@ -255,3 +275,54 @@ def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: P
     with pytest.raises(UserError, match="expert 'other'"):
         run(config, tmp_path / "run", factory=ScriptedFactory())
     assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_failing_programs_are_paired_with_their_working_neighbours(finished: Run) -> None:
+    repaired = finished.candidates("repaired")
+    assert repaired
+    status = {c.name: c.status for c in finished.candidates()}
+    pairs = [p for t in range(2) for p in finished.archive.pairs("learning", t) if p.reason == "repair"]
+    assert {p.chosen for p in pairs} == {c.name for c in repaired}
+    for pair in pairs:
+        assert pair.chosen.removeprefix("repaired") == pair.rejected.removeprefix("learning")
+        assert status[pair.rejected] == "failed"
+    # Nobody wrote them: they are in no list of programs, and cannot win.
+    assert not {c.name for c in repaired} & set(status)
+    assert {row["arm"] for row in finished.summary()["iterations"]} == {"learning", "frozen"}
+    with Sandbox() as box:
+        for candidate in repaired:
+            vectors = torch.randn(3, 6, 5).unbind()
+            outcome = box.merge(candidate.source or "", {str(i): v for i, v in enumerate(vectors)})
+            assert outcome.tensor is not None
+
+
+def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> None:
+    config = scripted_config(controls=["frozen", "feedback"], rivals=[])
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory())
+    first, second = ended.archive.iterations("feedback")
+    assert first.prompts == ended.archive.iterations("frozen")[0].prompts == ("prompt 0", "prompt 1")
+    ranked = [c for c, _ in ranked_new(ended.archive, "feedback", tuned=False) if c.iteration == 0]
+    for prompt, best in zip(second.prompts, ranked[:2], strict=True):
+        assert unwrap_short(best.source or "") in prompt
+    assert not ended.archive.refinements("feedback")
+    assert {row["kind"] for row in ended.verdict["table"]} == {"seed", "control", "discovered"}
+
+
+def test_the_pairs_are_a_hugging_face_dataset(finished: Run, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    count = export_pairs(finished, tmp_path / "pairs")
+    data = datasets.load_dataset(str(tmp_path / "pairs"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(data) == count == len(finished.archive.pairs("learning", 0))
+    by_name = {c.name: c for c in finished.archive.candidates()}
+    for row, pair in zip(data, finished.archive.pairs("learning", 0), strict=True):
+        assert (row["chosen_name"], row["rejected_name"], row["reason"]) == (
+            pair.chosen,
+            pair.rejected,
+            pair.reason,
+        )
+        assert row["chosen"] == by_name[pair.chosen].text
+        assert tuple(row["rejected_tokens"]) == by_name[pair.rejected].tokens
+        assert row["prompt"].startswith("prompt ")
+        assert row["chosen_score"] is None or 0 <= row["chosen_score"] <= 1
+    with pytest.raises(UserError, match="exists"):
+        export_pairs(finished, tmp_path / "pairs")

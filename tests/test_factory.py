@@ -1,6 +1,8 @@
 """The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from scripted import begin_or_resume, killed, writer_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
+from selfdev.errors import UserError
 from selfdev.factory.factory import LocalFactory
-from selfdev.factory.prompt import ask
+from selfdev.factory.prompt import Prompt, ask
 from selfdev.runs import Run
 
 LESSONS = [
@@ -145,3 +148,107 @@ def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp
     facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
     assert prompt.examples == ("vote",)
     assert (facts["pairs"], facts["shunned"]) == (1, 1)
+
+
+def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:
+    config = writer_config(tiny_writer)
+    imitation = config.refinement.imitation.model_copy(update={"passes": 24, "learning_rate": 1e-2})
+    settings = config.refinement.model_copy(update={"imitation": imitation})
+    factory = LocalFactory(config.model_copy(update={"refinement": settings}))
+    [prompt] = factory.prompts(0)
+    wanted = factory.tokens(LESSONS[0] + "\n\n")
+    facts = factory.refine([], 0, [], tmp_path / "a", lambda *_: None, imitated=[(prompt, wanted)])
+    assert facts["imitation_steps"] == len(facts["imitation_losses"]) == 24
+    assert facts["imitation_losses"][-1] < facts["imitation_losses"][0]
+    written = [
+        factory.write([prompt], 1, 0.2, adapters, lambda *_: None) for adapters in ([], [tmp_path / "a"])
+    ]
+    before, after = (
+        sum(sample.text.strip() == LESSONS[0].strip() for _, sample in samples) for samples in written
+    )
+    assert after > before
+    # Without programs and pairs there is nothing to learn.
+    assert "skipped" in factory.refine([], 0, [], tmp_path / "b", lambda *_: None)
+
+
+Pairs = list[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]
+
+
+def learner(writer: Path, **refinement: Any) -> tuple[LocalFactory, Pairs]:
+    """A factory with these settings, and two pairs of programs that it has written."""
+    config = writer_config(writer)
+    settings = type(config.refinement)(**{**config.refinement.model_dump(), "epochs": 2, **refinement})
+    factory = LocalFactory(config.model_copy(update={"refinement": settings, "programs": 4}))
+    [prompt] = factory.prompts(0)
+    a, b, c, d = (sample.tokens for _, sample in factory.write([prompt], 0, 1.0, [], lambda *_: None))
+    return factory, [(prompt, a, b), (prompt, c, d)]
+
+
+def test_a_round_that_diverges_is_rolled_back(tiny_writer: Path, tmp_path: Path) -> None:
+    factory, pairs = learner(tiny_writer, learning_rate=1e30)
+    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    assert "lower refinement.learning_rate" in facts["rolled_back"]
+    assert facts["pairs"] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_round_of_too_few_pairs_is_skipped(tiny_writer: Path, tmp_path: Path) -> None:
+    factory, pairs = learner(tiny_writer, min_pairs=3)
+    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    assert facts == {"skipped": "2 pairs, fewer than refinement.min_pairs (3)"}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("refit", "reference", "held_to", "moved"),
+    [
+        ("continue", None, "previous", False),
+        ("continue", "first", "first", True),
+        ("fresh", None, "first", False),
+        ("fresh", "previous", "previous", True),
+    ],
+)
+def test_what_a_second_round_stands_on_and_what_it_is_held_to(
+    refit: str, reference: str | None, held_to: str, moved: bool, tiny_writer: Path, tmp_path: Path
+) -> None:
+    """Where both are one, the first step of a round has margin 0."""
+    factory, pairs = learner(tiny_writer, refit=refit, reference=reference, epochs=1)
+    first = tmp_path / "1"
+    factory.refine(pairs, 0, [], first, lambda *_: None)
+    ticks: list[int] = []
+    facts = factory.refine(pairs, 1, [first], tmp_path / "2", lambda done, *_: ticks.append(done))
+    assert (facts["refit"], facts["reference"]) == (refit, held_to)
+    assert facts["steps"] == 1
+    assert (abs(facts["losses"][0]["margin"]) > 1e-2) == moved
+    assert ticks == [1, 2]
+
+
+def test_the_flip_rate_is_that_of_the_pairs_or_the_settings(tiny_writer: Path, tmp_path: Path) -> None:
+    for named, measured, used in (("measured", 0.2, 0.2), ("measured", 0.5, 0.45), (0.1, 0.2, 0.1)):
+        factory, pairs = learner(tiny_writer, loss="robust", flip_rate=named, epochs=1)
+        facts = factory.refine(pairs, 0, [], tmp_path / "a", lambda *_: None, flip_rate=measured)
+        assert (facts["loss"], facts["flip_rate"]) == ("robust", used)
+
+
+def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    facts = {}
+    for backend in ("own", "trl"):
+        factory, pairs = learner(tiny_writer, backend=backend, learning_rate=1e-3, reference="previous")
+        facts[backend] = factory.refine(pairs, 0, [], tmp_path / backend, lambda *_: None)
+        assert facts[backend]["backend"] == backend
+    assert facts["trl"].keys() == facts["own"].keys() - {"tokens_a_pass"}
+    for ours, theirs in zip(facts["own"]["losses"], facts["trl"]["losses"], strict=True):
+        assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-3)
+        assert theirs["supervised"] == pytest.approx(ours["supervised"], abs=1e-3)
+    factory, _ = learner(tiny_writer)
+    [prompt] = factory.prompts(1)
+    assert factory.write([prompt], 1, 1.0, [tmp_path / "trl"], lambda *_: None) != factory.write(
+        [prompt], 1, 1.0, [], lambda *_: None
+    )
+
+
+def test_without_trl_the_run_ends_before_its_work(tiny_writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)  # Python then says that there is none
+    with pytest.raises(UserError, match=r"pip install 'selfdev\[trl\]'"):
+        learner(tiny_writer, backend="trl")

@@ -2,17 +2,29 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from byte_model import byte_model, byte_tokenizer
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring import ScoringError, encode, generate, loglikelihood, prepare, score_exact
-from selfdev.evaluation.tasks import Question, load_task
+from selfdev.evaluation import tasks
+from selfdev.evaluation.scoring import (
+    ScoringError,
+    continuations,
+    encode,
+    generate,
+    loglikelihood,
+    prepare,
+    score_exact,
+)
+from selfdev.evaluation.tasks import Question, load_task, task_names
 from selfdev.evaluation.tasks.checkers import Exact
+from selfdev.evaluation.tasks.declaration import TaskFile
 from selfdev.evaluation.tasks.grading import Grading, Way
 from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.zoo import zoo_models
@@ -44,6 +56,36 @@ def texts(model, tokenizer, questions, grading):
     return [reply.text for reply in prepare(model, tokenizer, questions, grading)(model).replies]
 
 
+def test_free_places_are_taken_by_the_next_questions(model, tokenizer, monkeypatch):
+    """Texts of many lengths, three places, prompts read in pieces: each text is still the model's own."""
+    monkeypatch.setattr(generate, "ROWS", 3)
+    monkeypatch.setattr(continuations, "QUERIES", 4)
+    questions = asked(*("abcdefghij"[n] * (1 + 5 * n) for n in range(10)), context=EXAMPLES)
+    free = [written_by_transformers(model, tokenizer, q.text, 16) for q in questions]
+    stop = tuple(next(c for c in text[2 * n + 2 :] if c.isascii()) for n, text in enumerate(free[:3]))
+    grading = Grading(Way.GENERATE, stop, max_new_tokens=16)
+    found = texts(model, tokenizer, questions, grading)
+    assert found == [grading.cut(text) for text in free]
+    assert len({len(text) for text in found}) > 3
+
+
+def test_a_model_whose_attention_does_more_is_refused(tokenizer):
+    config = Gemma2Config(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=0,
+    )
+    capped = Gemma2ForCausalLM(config).eval()
+    scoring = prepare(capped, tokenizer, asked("one"), Grading(Way.GENERATE, max_new_tokens=3))
+    with pytest.raises(UserError, match="caps its scores"):
+        scoring(capped)
+
+
 @settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5),
@@ -55,7 +97,7 @@ def test_the_texts_are_those_of_transformers(lengths, context, limit):
     tokenizer, model = byte_tokenizer(), byte_model()
     questions = asked(*(chr(97 + i) + "x?" * n for i, n in enumerate(lengths)), context=context)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("ROWS", "BATCH_TOKENS", "PREFILL_TOKENS"), limit, strict=True):
+        for name, value in zip(("ROWS", "CACHE_TOKENS", "READ_TOKENS"), limit, strict=True):
             patch.setattr(generate, name, value)
         found = texts(model, tokenizer, questions, Grading(Way.GENERATE, max_new_tokens=6))
     assert found == [written_by_transformers(model, tokenizer, q.text, 6) for q in questions]
@@ -150,23 +192,40 @@ def test_exact_equals_generation_on_the_nano_task(name):
     assert 100 < exact.sum() < 330
 
 
-@pytest.mark.parametrize("name", ["word_problems", "units", "dates", "strings"])
-def test_exact_equals_generation_on_the_everyday_tasks(name):
+WRITTEN_IN_ONE_WAY = ("dates", "nano", "nano2", "strings", "units", "word_problems")
+"""The built-in tasks whose answers are what a model writes, whole, up to one end: `exact` can promise to equal it."""
+
+
+@pytest.mark.parametrize("name", WRITTEN_IN_ONE_WAY)
+def test_exact_equals_generation_on_built_in_tasks(name):
     """A model of bytes that has learned the answers to some questions by heart."""
     tokenizer, task = byte_tokenizer(), load_task(name)
     # Without the examples, and the prompts' ends alone: a model of two layers learns short texts in a moment.
     drawn = task.development(6, order_seed=0)
     questions = [replace(question, context="", prompt=question.prompt[-24:]) for question in drawn]
-    model = learned(tokenizer, [q.text + q.gold + "\n" for q in questions[:3]])
-    grading = replace(task.grading, way=Way.EXACT)
-    exact = prepare(model, tokenizer, questions, grading)(model).outcomes.tolist()
-    scored = prepare(model, tokenizer, questions, task.grading)(model)
+    end = task.grading.stop[0] if task.grading.stop else tokenizer.eos_token
+    model = learned(tokenizer, [q.text + q.gold + end for q in questions[:3]])
+    exact, generated = (replace(task.grading, way=way) for way in (Way.EXACT, Way.GENERATE))
+    outcomes = prepare(model, tokenizer, questions, exact)(model).outcomes.tolist()
+    scored = prepare(model, tokenizer, questions, generated)(model)
     verbatim = [
         reply.text == question.gold for reply, question in zip(scored.replies, questions, strict=True)
     ]
-    assert exact == verbatim == scored.outcomes.tolist()
-    assert exact[:3] == [True] * 3
-    assert not all(exact)
+    assert outcomes == verbatim == scored.outcomes.tolist()
+    assert outcomes[:3] == [True] * 3
+    assert not all(outcomes)
+
+
+def test_exact_is_refused_for_every_other_built_in_task():
+    """They read an answer out of a solution, which can be written in many ways."""
+    declared = Path(tasks.__file__).parent / "declared"
+    others = set(task_names()) - set(WRITTEN_IN_ONE_WAY)
+    assert others == {file.stem for file in declared.glob("*.yaml")} == {"gsm8k", "gsm8k_fixed", "math"}
+    for name in others:
+        grading = TaskFile(declared / f"{name}.yaml").declaration.grading()
+        assert grading.way is Way.GENERATE
+        with pytest.raises(UserError, match="takes no extraction and no checker"):
+            replace(grading, way=Way.EXACT)
 
 
 def learned(tokenizer, passages):

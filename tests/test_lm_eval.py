@@ -88,10 +88,10 @@ def test_everyday_tasks_get_the_same_texts(byte_folder, name):
 
 def test_disagreement_is_counted_and_named(sums):
     ours = measure("zoo:nano/seed", sums(), limit=3)
-    theirs = {a.question: Verdict(a.extracted, a.outcome) for a in ours.answers}
+    theirs = {a.question: Verdict(a.outcome, {"text": a.extracted}) for a in ours.answers}
     first, second, _ = (a.question for a in ours.answers)
-    theirs[first] = Verdict(theirs[first].extracted, not theirs[first].right)
-    theirs[second] = Verdict("another", theirs[second].right)
+    theirs[first] = Verdict(not theirs[first].right, theirs[first].extracted)
+    theirs[second] = Verdict(theirs[second].right, {"text": "another"})
     found = agreement(ours, theirs)
     assert (found.verdicts, found.extracted, found.differing) == (2, 2, [first, second])
 

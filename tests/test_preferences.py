@@ -8,10 +8,11 @@ from selfdev.preferences import prefer
 STATUSES = ["new", "trivial", "known", "repeated", "failed"]
 
 
-def candidate(number: int, status: str, iteration: int = 0, nearest: str | None = None) -> Candidate:
-    return Candidate(
-        f"{iteration}/{number}", "learning", iteration, number, 0, "", status=status, nearest=nearest
-    )
+def candidate(
+    number: int, status: str, iteration: int = 0, nearest: str | None = None, tokens: tuple[int, ...] = ()
+) -> Candidate:
+    name = f"{iteration}/{number}"
+    return Candidate(name, "learning", iteration, number, 0, "", tokens, status=status, nearest=nearest)
 
 
 def test_the_papers_shares() -> None:
@@ -69,6 +70,35 @@ def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
     assert prefer(written, {"0/0": 0.5}, 0, settings, seed=0) == []
     other = candidate(2, "trivial")
     assert [p.rejected for p in prefer([*written, other], {"0/0": 0.5}, 0, settings, seed=0)] == ["0/2"]
+
+
+def test_chosen_are_only_those_surely_better_than_the_seed() -> None:
+    written = [candidate(i, "new") for i in range(4)] + [candidate(9, "failed")]
+    scores = {f"0/{i}": i / 10 for i in range(4)}
+    sure = {("0/3", None), ("0/2", None), ("0/3", "0/0")}
+    settings = Preferences(chosen_floor=4, rejected_floor=4, failures_as_rejected=True)
+    pairs = prefer(written, scores, 0, settings, seed=0, better=lambda *pair: pair in sure)
+    # 0/2 beats the seed and nobody else for sure; a failure needs no evidence.
+    assert {(p.chosen, p.rejected) for p in pairs} == {("0/3", "0/0"), ("0/3", "0/9"), ("0/2", "0/9")}
+
+
+def test_an_elite_too_must_be_better_than_the_seed() -> None:
+    old, now = [candidate(0, "new", 0)], [candidate(0, "new", 1), candidate(1, "failed", 1)]
+    settings = Preferences(failures_as_rejected=True)
+    scores = {"0/0": 0.5, "1/0": 0.4}
+    pairs = prefer(old + now, scores, 1, settings, seed=0, better=lambda name, other: name == "1/0")
+    assert [p.chosen for p in pairs] == ["1/0"]
+
+
+def test_variations_on_one_text_share_its_pairs() -> None:
+    tokens = [(1, 2, 3, 4, 5), (1, 2, 3, 4, 6), (7, 8, 9, 7, 8)]
+    written = [candidate(i, "new", tokens=each) for i, each in enumerate(tokens)]
+    written += [candidate(i, "failed") for i in range(10, 30)]
+    scores = {f"0/{i}": 0.5 for i in range(3)}
+    settings = Preferences(chosen_floor=3, failures_as_rejected=True, failing_cap=1, pairs_each=4, alike=0.75)
+    chosen = [p.chosen for p in prefer(written, scores, 0, settings, seed=0)]
+    # The first two share 4 of 5 tokens, a ratio of 0.8.
+    assert (chosen.count("0/0") + chosen.count("0/1"), chosen.count("0/2")) == (4, 4)
 
 
 def test_a_tie_is_no_preference() -> None:

@@ -1,11 +1,12 @@
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdev.algorithms.examples import examples
-from selfdev.algorithms.source import OPENING, Form
-from selfdev.factory.prompt import STOP, ask, deal
+from selfdev.algorithms.source import OPENING, Form, wrap_short
+from selfdev.factory.prompt import STOP, ask, deal, showing
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
@@ -45,3 +46,19 @@ def test_an_answer_stops_at_the_end_of_its_code_block_and_not_at_its_beginning()
     assert not stop.search("Here is one:\n\n```")
     assert not stop.search("Here is one:\n\n```python\ndef merge_models(model_dict, device):\n    x = 1\n")
     assert stop.search("Here is one:\n\n```python\ndef merge_models(model_dict, device):\n    return 1\n```")
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_a_prompt_shows_a_program_in_the_place_of_its_last_example(form: Form) -> None:
+    prompts = [ask(("vote", "row_top"), examples(), form), ask(("row_top", "vote"), examples(), form)]
+    program = wrap_short("def merge_mine(deltas):\n    return deltas.abs().sum(dim=0)\n")
+    shown = showing(prompts, {"learning/1/007": program}, examples())
+    for before, after, kept in zip(prompts, shown, ("vote", "row_top"), strict=True):
+        assert after.examples == (kept, "learning/1/007")
+        assert "return deltas.abs().sum(dim=0)" in after.text
+        assert after.text.endswith(before.text[-10:])
+        assert after.form is form
+    assert showing(prompts, {}, examples()) == prompts
+    whole = "import torch\n\ndef merge_models(model_dict, device):\n    return 1 * model_dict['a']\n"
+    if form is Form.CONTRACT:
+        assert whole in showing(prompts, {"x": whole}, examples())[0].text

@@ -1,18 +1,34 @@
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import ValidationError
 
-from selfdev.factory.packing import completion_log_probs
-from selfdev.factory.refinement import Diverged, Preference, Step, dpo_loss, plan, refine
+from selfdev.config import RefinementSettings
+from selfdev.factory.factory import save_adapter
+from selfdev.factory.packing import completion_log_probs, passes
+from selfdev.factory.refinement import (
+    Diverged,
+    Outcome,
+    Preference,
+    Step,
+    backward,
+    consult,
+    plan,
+    refine,
+    saturated,
+)
 from tiny import tiny_model
 
 PROMPT = (1, 2, 3, 4, 5)
 COMPLETIONS = ((6, 7, 8), (9,), (10, 11, 12, 13), (6, 7, 9))
 
 
-def adapted(seed: int = 0) -> object:
+def adapted(seed: int = 0) -> PeftModel:
     torch.manual_seed(seed)
     lora = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(tiny_model(), lora)
@@ -44,19 +60,6 @@ def test_the_gradient_of_packed_log_probs_is_that_of_plain_logits() -> None:
     assert packed.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(packed[name], expected[name], atol=1e-3, rtol=1e-3)
-
-
-def test_dpo_loss_by_hand() -> None:
-    gain = torch.tensor([1.0, -1.0, 0.0])
-    loss, margin = dpo_loss(gain, torch.tensor([[0, 1], [2, 0]]), beta=0.5)
-    # margins 2 and -1; -log sigmoid(1) and -log sigmoid(-0.5)
-    assert margin.item() == pytest.approx(0.5)
-    assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(0.5))) / 2)
-
-
-def test_before_training_the_loss_is_log_2() -> None:
-    zero, _ = dpo_loss(torch.zeros(2), torch.tensor([[0, 1]]), beta=0.1)
-    assert zero.item() == pytest.approx(math.log(2))
 
 
 A, B = (7,), (8,)
@@ -93,35 +96,161 @@ def test_rehearsed_programs_are_imitated_and_in_no_pair() -> None:
         assert not set(step.rehearsed) & {i for pair in step.pairs for i in pair}
 
 
+STEPS = [Step(PROMPT, COMPLETIONS[:2], ((0, 1),)), Step(PROMPT, COMPLETIONS[2:], ((0, 1),))]
+
+
+def trained(
+    steps: Sequence[Step] = STEPS, tokens_a_pass: int | None = None, flip_rate: float = 0.0, **settings: Any
+) -> tuple[PeftModel, Outcome]:
+    """A tiny model after a round."""
+    chosen = RefinementSettings(**{"beta": 0.5, "learning_rate": 5e-3, "epochs": 6, **settings})
+    model = adapted()
+    references = consult(model, steps, chosen, tokens_a_pass)
+    done = refine(model, steps, references, chosen, flip_rate=flip_rate, tokens_a_pass=tokens_a_pass)
+    return model, done
+
+
+def gains(model: PeftModel) -> list[float]:
+    """How much more likely, in nats, each completion has become."""
+    with torch.no_grad():
+        after = [part.sum().item() for part in completion_log_probs(model, PROMPT, COMPLETIONS)]
+        with model.disable_adapter():
+            before = [part.sum().item() for part in completion_log_probs(model, PROMPT, COMPLETIONS)]
+    return [a - b for a, b in zip(after, before, strict=True)]
+
+
+def adapter(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
 def test_refining_raises_the_chosen_above_the_rejected_and_repeats_itself() -> None:
-    steps = [Step(PROMPT, COMPLETIONS[:2], ((0, 1),)), Step(PROMPT, COMPLETIONS[2:], ((0, 1),))]
     weights = []
     for _ in range(2):
-        model = adapted()
-        with torch.no_grad():
-            before = [part.sum() for part in completion_log_probs(model, PROMPT, COMPLETIONS)]
-        losses = refine(model, steps, beta=0.5, learning_rate=5e-3, epochs=6, supervised=0.1)
-        with torch.no_grad():
-            after = [part.sum() for part in completion_log_probs(model, PROMPT, COMPLETIONS)]
-        gains = [a - b for a, b in zip(after, before, strict=True)]
-        assert gains[0] > gains[1]
-        assert gains[2] > gains[3]
-        assert losses[0].dpo > losses[-1].dpo
-        assert losses[-1].margin > 1
-        weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+        model, done = trained(supervised=0.1)
+        gain = gains(model)
+        assert gain[0] > gain[1]
+        assert gain[2] > gain[3]
+        assert done.losses[0].dpo > done.losses[-1].dpo
+        assert done.losses[-1].margin > 1
+        assert done.stopped is None
+        weights.append(adapter(model))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_loss_that_is_not_finite_ends_the_round() -> None:
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "kto"])
+def test_every_loss_raises_the_chosen_above_the_rejected(loss: str) -> None:
+    model, done = trained(loss=loss, flip_rate=0.1)
+    gain = gains(model)
+    assert gain[0] > gain[1]
+    assert gain[2] > gain[3]
+    assert done.losses[0].dpo > done.losses[-1].dpo
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_kl_term_holds_the_model_to_its_reference(direction: str) -> None:
+    free = trained(kl=1e-9, kl_direction=direction)[1].losses[-1]
+    held = trained(kl=10.0, kl_direction=direction)[1].losses[-1]
+    assert free.kl is not None
+    assert held.kl is not None
+    assert 0 < held.kl < free.kl / 2
+    assert held.margin < free.margin
+    assert trained()[1].losses[-1].kl is None
+
+
+ONE = [Step(PROMPT, COMPLETIONS, ((0, 1), (2, 3), (0, 3)), rehearsed=(1,))]
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge", "robust", "kto"])
+def test_passes_of_few_tokens_add_up_to_the_gradient_of_one(loss: str) -> None:
+    """After one step of plain descent the weights tell the gradients apart; Adam's would only tell their signs."""
+    settings = RefinementSettings(loss=loss, beta=0.5, supervised=0.3, kl=0.2)
+    found = []
+    for tokens_a_pass in (None, 10, 1):
+        model = adapted()
+        [reference] = consult(model, ONE, settings, tokens_a_pass)
+        with torch.no_grad():  # away from the start, where model and reference are one
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        terms = backward(model, ONE[0], reference, settings, 0.1, tokens_a_pass)
+        found.append((terms, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (terms, whole), *others = found
+    assert terms[3] > 0
+    for their_terms, split in others:
+        torch.testing.assert_close(their_terms, terms, atol=1e-5, rtol=1e-5)
+        assert split.keys() == whole.keys()
+        for name in whole:
+            torch.testing.assert_close(split[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_completions_are_shared_out_to_passes() -> None:
+    assert passes(5, [3, 1, 4, 3], None) == [range(4)]
+    assert passes(5, [3, 1, 4, 3], 16) == [range(4)]
+    assert passes(5, [3, 1, 4, 3], 12) == [range(2), range(2, 4)]
+    assert passes(5, [3, 1, 4, 3], 8) == [range(1), range(1, 2), range(2, 3), range(3, 4)]
+    assert passes(5, [9, 1, 9], 8) == [range(1), range(1, 2), range(2, 3)]  # what is longer is alone
+
+
+def test_a_round_ends_once_its_margin_is_enough() -> None:
+    _, through = trained(epochs=10)
+    _, done = trained(epochs=10, stop_margin=1.0)
+    assert done.stopped is not None
+    assert 4 <= done.stopped < 20
+    assert len(done.losses) == math.ceil(done.stopped / 2) < len(through.losses)
+    assert saturated([0, 1, 2, 3, 4], 2.4)
+    assert not saturated([0, 1, 2, 3, 4], 2.5)  # 1, 2, 3, 4 are the last four
+    assert not saturated([9, 9, 9], 1.0)
+    assert not saturated([9] * 9, None)
+
+
+def test_a_reference_of_its_own_is_what_the_gain_is_measured_from() -> None:
+    """Held to a model that already prefers the chosen, the same model starts with a margin below 0."""
+    teacher, _ = trained()
+    settings = RefinementSettings(beta=0.5)
+    other = consult(teacher.merge_and_unload(), STEPS, settings)
     model = adapted()
+    done = refine(model, STEPS, other, settings)
+    assert done.losses[0].margin < -0.5
+
+
+def test_an_adapter_that_is_saved_is_loaded_by_peft(tmp_path: Path) -> None:
+    model, _ = trained()
+    save_adapter(model, tmp_path / "adapter")
+    assert {file.suffix for file in (tmp_path / "adapter").iterdir()} <= {".json", ".safetensors", ".md"}
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    ids = torch.tensor([[*PROMPT, *COMPLETIONS[0]]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits)
+
+
+def test_a_loss_that_is_not_finite_ends_the_round() -> None:
+    model, settings = adapted(), RefinementSettings(beta=0.1, learning_rate=1e-3)
+    steps = [Step(PROMPT, COMPLETIONS, ((0, 1),))]
+    references = consult(model, steps, settings)
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
     with pytest.raises(Diverged, match=r"lower refinement\.learning_rate"):
-        refine(
-            model,
-            [Step(PROMPT, COMPLETIONS, ((0, 1),))],
-            beta=0.1,
-            learning_rate=1e-3,
-            epochs=1,
-            supervised=0,
-        )
+        refine(model, steps, references, settings)
+
+
+def test_weights_that_are_not_finite_are_no_adapter() -> None:
+    model, settings = adapted(), RefinementSettings(beta=0.1, learning_rate=1e-3)
+    references = consult(model, STEPS[:1], settings)
+    next(p for p in model.parameters() if p.requires_grad).register_hook(lambda slope: slope * float("nan"))
+    with pytest.raises(Diverged, match="a weight of the adapter"):
+        refine(model, STEPS[:1], references, settings)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("loss", "kto"), ("kl", 0.1), ("rehearsal", 1), ("tokens_a_pass", 500)]
+)
+def test_what_trl_cannot_do_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=rf"refinement\.{field}.*set refinement\.backend: own"):
+        RefinementSettings(**{"backend": "trl", field: value})
+
+
+def test_the_reference_follows_from_what_the_adapter_stands_on() -> None:
+    assert RefinementSettings(refit="continue").held_to == "previous"
+    assert RefinementSettings(refit="fresh").held_to == "first"
+    assert RefinementSettings(refit="continue", reference="first").held_to == "first"
+    assert RefinementSettings(refit="fresh", reference="previous").held_to == "previous"

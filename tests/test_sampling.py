@@ -1,9 +1,15 @@
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.sampling import Sampler
 from tiny import tiny_model, tiny_tokenizer
 
@@ -47,6 +53,90 @@ def test_a_sample_depends_on_its_own_seed_and_not_on_its_neighbours_text() -> No
     assert first[2] == second[2]
     assert first[1] != second[1]
     assert len({sample.tokens for sample in first}) == 3
+
+
+def test_a_full_batch_writes_what_each_program_alone_would_be() -> None:
+    """Places are taken over, columns go round, and prompts of two lengths mix in one batch."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    seeds = [list(range(9)), list(range(20, 27))]
+    few = sampler(stop=re.compile("[0-4]"), batch=3)
+    batched = few(model, tokenizer, PROMPTS, seeds)
+    lengths = [len(sample.tokens) for group in batched for sample in group]
+    assert len(set(lengths)) > 4  # they end at different times
+    assert sum(lengths) > 3 * 12  # more than the columns hold without going round
+    for prompt, group, its in zip(PROMPTS, batched, seeds, strict=True):
+        for sample, seed in zip(group, its, strict=True):
+            [[alone]] = few(model, tokenizer, [prompt], [[seed]])
+            assert sample.tokens == alone.tokens
+            assert sample.finished == alone.finished
+            assert sample.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
+
+
+def test_log_probs_in_a_full_batch_are_those_of_a_plain_forward_pass() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = [[9, 8, 7, *prompt] for prompt in PROMPTS]  # they begin alike
+    groups = sampler(stop=re.compile("[0-4]"), batch=4)(model, tokenizer, prompts, [list(range(10))] * 2)
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            ids = torch.tensor([[*prompt, *sample.tokens]])
+            log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = log_probs.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+            assert sample.log_prob == pytest.approx(expected, abs=1e-3)
+
+
+ANOTHER_PROCESS = """
+import re
+from selfdev.factory.sampling import Sampler
+from tiny import tiny_model, tiny_tokenizer
+samples = Sampler(1.0, 0.9, 12, re.compile("[0-4]"), batch=3)(
+    tiny_model(), tiny_tokenizer(), [[1, 2, 3], [1, 4]], [list(range(7)), list(range(8))]
+)
+print([(s.tokens, s.log_prob) for group in samples for s in group])
+"""
+
+
+def test_two_processes_write_the_same_to_the_last_bit() -> None:
+    command = [sys.executable, "-c", ANOTHER_PROCESS]
+    first, second = (
+        subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert first == second
+    assert first.count("(") == 2 * 15
+
+
+def test_progress_counts_programs_and_tokens() -> None:
+    seen: list[tuple[int, int]] = []
+    groups = sampler(batch=2)(
+        tiny_model(), tiny_tokenizer(), PROMPTS, [[0, 1, 2], [3]], lambda *done: seen.append(done)
+    )
+    assert seen == sorted(seen)
+    assert seen[-1] == (4, sum(len(sample.tokens) for group in groups for sample in group))
+
+
+def test_a_space_before_a_word_is_not_lost_at_a_lines_end() -> None:
+    """Tokenizers in the manner of SentencePiece drop it where they decode a word alone."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "\n": 1, "▁return": 2, "▁x": 3, "x": 4}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokenizer.decode([2]) == "return"
+    model = tiny_model(vocabulary=5)
+    for sample in sampler(stop=re.compile(r"\n\S"))(model, tokenizer, [[1, 2]], [list(range(20))])[0]:
+        assert sample.finished == bool(re.search(r"\n\S", tokenizer.decode([3, *sample.tokens])))
+
+
+def test_broken_weights_are_refused() -> None:
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(SelfdevError, match="logits are not finite"):
+        sampler()(model, tiny_tokenizer(), PROMPTS, [[0], [1]])
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model()
+    before = model.config._attn_implementation, model.lm_head
+    sampler()(model, tiny_tokenizer(), PROMPTS, [[0], [1]])
+    assert (model.config._attn_implementation, model.lm_head) == before
 
 
 def test_the_global_random_stream_is_left_alone() -> None:

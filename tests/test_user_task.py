@@ -42,6 +42,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows = [{"question": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
     assert [list(json.loads(line)) for line in blocks(OWN, "json")[0].splitlines()] == 2 * [list(rows[0])]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

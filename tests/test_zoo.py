@@ -9,31 +9,51 @@ from selfdev.errors import UserError
 from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
 from selfdev.evaluation.tasks import load_task
 from selfdev.zoo import build, zoo_models, zoo_path, zoos
-from selfdev.zoo.nano import Recipe, Training, build_nano
+from selfdev.zoo.nano import RECIPES, Recipe, Training, build_nano
 
-EXPERTS = ["add", "max", "sub", "sum"]
+EXPERTS = {"nano": ["add", "max", "sub", "sum"], "nano2": ["low", "tot", "tri"]}
+
+
+@pytest.fixture(scope="module", params=["nano", "nano2"])
+def zoo(request):
+    """The name of a zoo."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def loaded():
+def loaded(zoo):
     """Every model of the zoo as a user would load it, under its name."""
-    found = zoo_models("nano")
+    found = zoo_models(zoo)
     paths = {"seed": found["seed"], **found["experts"]}
     return {name: AutoModelForCausalLM.from_pretrained(path).eval() for name, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
-def accuracy(loaded):
+def accuracy(zoo, loaded):
     """What each model gets right of all development questions, by group."""
-    questions = load_task("nano").development(3072, order_seed=0)
-    encoded = encode(AutoTokenizer.from_pretrained(zoo_models("nano")["seed"]), questions)
+    questions = load_task(zoo).development(3072, order_seed=0)
+    encoded = encode(AutoTokenizer.from_pretrained(zoo_models(zoo)["seed"]), questions)
     return {name: mean_by_group(questions, score_exact(model, encoded)) for name, model in loaded.items()}
 
 
 def test_listing():
-    assert zoos() == ["nano"]
-    assert list(zoo_models("nano")["experts"]) == EXPERTS
-    assert zoo_models("nano")["seed"] == zoo_path("nano") / "seed"
+    assert zoos() == list(EXPERTS) == list(RECIPES)
+    for name, experts in EXPERTS.items():
+        assert list(zoo_models(name)["experts"]) == experts == sorted(RECIPES[name].experts)
+        assert zoo_models(name)["seed"] == zoo_path(name) / "seed"
+
+
+def test_all_zoos_together_are_small():
+    files = [file for name in zoos() for file in zoo_path(name).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 20e6
+
+
+def test_the_two_families_have_no_weights_in_common():
+    one, two = (
+        AutoModelForCausalLM.from_pretrained(zoo_models(name)["seed"]).state_dict() for name in zoos()
+    )
+    assert {key: tensor.shape for key, tensor in one.items()} == {key: two[key].shape for key in two}
+    assert not any(torch.equal(one[key], two[key]) for key in one if "norm" not in key)
 
 
 def test_an_unknown_zoo_names_the_nearest(tmp_path):
@@ -48,31 +68,30 @@ def test_a_folder_without_a_seed_is_refused(tmp_path):
 
 
 def test_size_and_precision(loaded):
-    assert sum(file.stat().st_size for file in zoo_path("nano").rglob("*") if file.is_file()) < 9e6
     for model in loaded.values():
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert 0.40e6 < sum(parameter.numel() for parameter in model.parameters()) < 0.60e6
 
 
-def test_experts_differ_from_the_seed_in_their_mlp_weights_alone(loaded):
+def test_experts_differ_from_the_seed_in_their_mlp_weights_alone(zoo, loaded):
     seed = loaded["seed"].state_dict()
-    for name in EXPERTS:
+    for name in EXPERTS[zoo]:
         changed = {
             key for key, tensor in loaded[name].state_dict().items() if not torch.equal(tensor, seed[key])
         }
         assert changed == {key for key in seed if ".mlp." in key}
 
 
-def test_every_model_has_the_same_tokenizer():
-    found = zoo_models("nano")
+def test_every_model_has_the_same_tokenizer(zoo):
+    found = zoo_models(zoo)
     vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in found["experts"].values()]
     tokenizer = AutoTokenizer.from_pretrained(found["seed"])
     assert all(vocabulary == tokenizer.get_vocab() for vocabulary in vocabularies)
     assert tokenizer.decode(tokenizer("m27,8,45=")["input_ids"]) == "m27,8,45="
 
 
-def test_the_card_tells_the_truth(accuracy):
-    card = (zoo_path("nano") / "CARD.md").read_text()
+def test_the_card_tells_the_truth(zoo, accuracy):
+    card = (zoo_path(zoo) / "CARD.md").read_text()
     assert "Apache-2.0" in card
     for name, by_group in accuracy.items():
         row = re.search(rf"^\| {name} \| (\d.*) \|$", card, re.MULTILINE)  # the first table has the accuracy
@@ -82,27 +101,29 @@ def test_the_card_tells_the_truth(accuracy):
         assert claimed == pytest.approx(measured, abs=0.5)
 
 
-def test_each_expert_has_learnt_its_own_group(accuracy):
-    for name in EXPERTS:
-        assert accuracy[name][name] > 0.80
+def test_each_expert_has_learnt_its_own_group(zoo, accuracy):
+    for name in EXPERTS[zoo]:
+        assert accuracy[name][name] > 0.50
         assert accuracy[name][name] > accuracy["seed"][name] + 0.05
 
 
-def test_merging_helps_and_leaves_room(loaded, accuracy):
-    """Task Arithmetic gains clearly on the seed, and stays clearly below the best model for each group."""
-    tokenizer = AutoTokenizer.from_pretrained(zoo_models("nano")["seed"])
-    questions = load_task("nano").development(3072, order_seed=0)
-    merged = AutoModelForCausalLM.from_pretrained(zoo_models("nano")["seed"]).eval()
+def test_merging_is_a_real_problem(zoo, loaded, accuracy):
+    """Task Arithmetic beats the seed and every expert, and stays clearly below the best model for each group."""
+    tokenizer = AutoTokenizer.from_pretrained(zoo_models(zoo)["seed"])
+    questions = load_task(zoo).development(3072, order_seed=0)
+    merged = AutoModelForCausalLM.from_pretrained(zoo_models(zoo)["seed"]).eval()
     with torch.no_grad():
         for key, parameter in merged.named_parameters():
-            parameter += 0.4 * sum(loaded[name].get_parameter(key) - parameter for name in EXPERTS)
+            parameter += 0.4 * sum(loaded[name].get_parameter(key) - parameter for name in EXPERTS[zoo])
     score = aggregate(mean_by_group(questions, score_exact(merged, encode(tokenizer, questions))))
     best = aggregate({group: max(each[group] for each in accuracy.values()) for group in accuracy["seed"]})
-    assert score > aggregate(accuracy["seed"]) + 0.04
+    alone = {name: aggregate(each) for name, each in accuracy.items()}
+    assert score > max(alone.values()) > alone["seed"] + 0.04
     assert score < best - 0.05
 
 
 SMALL = Recipe(
+    "nano",
     seed=Training({"add": 2, "rev": 1}, steps=20, rate=3e-3, stream=7, mlp_only=False, batch=16),
     experts={"rev": Training({"rev": 1}, steps=20, rate=1e-3, stream=8, general=0.25, batch=16)},
     development=60,

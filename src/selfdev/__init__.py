@@ -15,13 +15,26 @@ if TYPE_CHECKING:
     from selfdev.config import Config, load_config
     from selfdev.merging.checkpoint import merge
     from selfdev.runs import Run, open_run, resume, run
+    from selfdev.transfers import Transfer, transfer
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Run", "__version__", "load_config", "merge", "open_run", "resume", "run"]
+__all__ = [
+    "Config",
+    "Run",
+    "Transfer",
+    "__version__",
+    "load_config",
+    "merge",
+    "open_run",
+    "resume",
+    "run",
+    "transfer",
+]
 
 _HOMES = (
     dict.fromkeys(("Config", "load_config"), "selfdev.config")
     | dict.fromkeys(("Run", "open_run", "resume", "run"), "selfdev.runs")
+    | dict.fromkeys(("Transfer", "transfer"), "selfdev.transfers")
     | {"merge": "selfdev.merging.checkpoint"}
 )
 

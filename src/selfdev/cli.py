@@ -51,6 +51,12 @@ app.add_typer(zoo_app, name="zoo")
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/quickstart-1.")]
 Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo; `selfdev zoo list` names them.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; progress goes to stderr.")]
+Again = Annotated[
+    bool,
+    typer.Option(
+        "--again", help="Open a test split that has been opened once more, measure anew, and mark it."
+    ),
+]
 Unsafe = Annotated[
     bool, typer.Option(_UNSAFE, help="Run model-written code with resource limits alone, without the jail.")
 ]
@@ -112,7 +118,16 @@ def run(
 
 
 @app.command()
-def resume(folder: RunFolder, unsafe_sandbox: Unsafe = False, as_json: AsJson = False) -> None:
+def resume(
+    folder: RunFolder,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a budget, or how a server is reached."),
+    ] = None,
+    again: Again = False,
+    unsafe_sandbox: Unsafe = False,
+    as_json: AsJson = False,
+) -> None:
     """Go on with an interrupted or killed run.
 
     Of a run that is done the result is shown.
@@ -122,13 +137,15 @@ def resume(folder: RunFolder, unsafe_sandbox: Unsafe = False, as_json: AsJson = 
     from selfdev.runs import resume as go_on
 
     earlier = open_run(folder)
-    if earlier.archive.run.status == "done":
+    if earlier.archive.run.status == "done" and not again:
         _print_run(earlier, unsafe_sandbox, as_json)
         return
     with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), earlier.config) as watch:
         watch.recall(earlier)
         earlier.archive.close()
-        finished = go_on(folder, watch=watch, unsafe_sandbox=unsafe_sandbox)
+        finished = go_on(
+            folder, changes=changes or (), watch=watch, unsafe_sandbox=unsafe_sandbox, again=again
+        )
     _print_run(finished, unsafe_sandbox, as_json)
 
 
@@ -156,6 +173,40 @@ def show(
 
 
 @app.command()
+def transfer(
+    folder: RunFolder,
+    seed: Annotated[str, typer.Option(metavar="MODEL", help="Where the seed comes from.")],
+    expert: Annotated[
+        list[str], typer.Option(metavar="NAME=MODEL", help="One of the experts, which the run has not seen.")
+    ],
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.yaml", help="Whose questions; the run's by default.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder; one under RUN/transfers by default.")
+    ] = None,
+    again: Again = False,
+    unsafe_sandbox: Unsafe = False,
+    as_json: AsJson = False,
+) -> None:
+    """Apply a finished run's best algorithms unchanged to other models, beside rivals tuned for these.
+
+    One that was interrupted goes on when the same command is given again.
+    """
+    from selfdev.merging.recipe import read_experts
+    from selfdev.report.progress import Progress
+    from selfdev.runs import open_run
+    from selfdev.transfers import transfer as carry_over
+
+    experts = read_experts(expert)
+    with Progress(_terminal(unsafe_sandbox, to_stderr=as_json), open_run(folder).config) as watch:
+        finished = carry_over(
+            folder, seed, experts, task, out, again=again, watch=watch, unsafe_sandbox=unsafe_sandbox
+        )
+    _print_run(finished, unsafe_sandbox, as_json)
+
+
+@app.command()
 def methods(as_json: AsJson = False) -> None:
     """List the human-designed merging methods."""
     from selfdev.report.methods import describe_methods, methods_table
@@ -169,18 +220,25 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def merge(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="NAME|FILE.py|RUN:CANDIDATE",
             help="`selfdev methods` lists the names; a run's program; a file.",
         ),
-    ],
-    seed: Annotated[str, typer.Option(metavar="MODEL", help="Folder, GGUF file or Hub name of the seed.")],
+    ] = None,
+    seed: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder, GGUF file or Hub name of the seed.")
+    ] = None,
     expert: Annotated[
-        list[str], typer.Option(metavar="NAME=MODEL", help="One of the experts, which may be a LoRA adapter.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="One of the experts, which may be a LoRA adapter."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yml", help="A mergekit configuration, in the place of all that says what."),
+    ] = None,
     parameter: Annotated[
         list[str] | None,
         typer.Option("-p", metavar="KEY=VALUE", help="Parameter of the method, such as density=0.3."),
@@ -208,18 +266,35 @@ def merge(
     """Merge experts into a seed, and write a model that transformers loads."""
     from selfdev.merging.checkpoint import merge_checkpoints
     from selfdev.merging.recipe import Recipe, read_experts, read_parameters
+    from selfdev.report.bar import Bar
 
-    recipe = Recipe(
-        method,
-        seed,
-        read_experts(expert),
-        read_parameters(parameter or ()),
-        targets,
-        dtype,
-        embeddings,
-        trust,
-    )
-    typer.echo(merge_checkpoints(recipe, out).summary)
+    if config is not None:
+        from selfdev.merging.mergekit_config import read_config
+
+        if method or seed or expert or parameter or targets or dtype or trust:
+            raise UserError(f"'{config}' says what is merged and how; beside --config only --out and --embeddings go")
+        recipe = read_config(config, embeddings)
+    elif method is None or seed is None or not expert:
+        raise UserError("name --method, --seed and at least one --expert NAME=MODEL, or a --config of mergekit's")
+    else:
+        read = read_experts(expert), read_parameters(parameter or ())
+        recipe = Recipe(method, seed, *read, targets, dtype, embeddings, trust)
+    with Bar("merging") as bar:
+        merged = merge_checkpoints(recipe, out, tick=bar)
+    typer.echo(merged.summary)
+
+
+@app.command()
+def pairs(
+    folder: RunFolder,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the dataset; it must not exist.")],
+) -> None:
+    """Export the preference pairs of a run as a Hugging Face dataset."""
+    from selfdev.report.dataset import export_pairs
+    from selfdev.runs import open_run
+
+    count = export_pairs(open_run(folder), out)
+    _terminal().say(f"{count} pairs in {out}")
 
 
 @app.command()
@@ -240,11 +315,14 @@ def export(
     if to is Export.MODEL:
         from selfdev.merging.checkpoint import merge_checkpoints
         from selfdev.merging.recipe import Recipe
+        from selfdev.report.bar import Bar
 
-        merged = load_candidate(folder, candidate).config.merge
-        typer.echo(
-            merge_checkpoints(Recipe(f"{folder}:{candidate}", merged.seed, merged.experts), out).summary
-        )
+        models = load_candidate(folder, candidate).config.merge
+        with Bar("merging") as bar:
+            merged = merge_checkpoints(
+                Recipe(f"{folder}:{candidate}", models.seed, models.experts), out, tick=bar
+            )
+        typer.echo(merged.summary)
         return
     text = (to_python if to is Export.PY else to_mergekit)(folder, candidate)
     try:
@@ -273,15 +351,19 @@ def evaluate(
     beside: Annotated[
         Beside | None, typer.Option("--with", help="Let lm-evaluation-harness judge the same questions.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure, though the same model was asked the same before.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score a model on a task, question by question."""
     from selfdev.evaluation.harness import compare
     from selfdev.evaluation.measure import measure
+    from selfdev.evaluation.score_cache import ScoreCache
     from selfdev.report.measurement import measurement_json, measurement_text
 
     if beside is None:
-        measured, agreement = measure(model, task, split, limit), None
+        measured, agreement = measure(model, task, split, limit, None if fresh else ScoreCache()), None
     else:
         measured, agreement = compare(model, task, split, limit)
     if as_json:
@@ -408,11 +490,16 @@ def _terminal(unsafe: bool = False, *, to_stderr: bool = False) -> "Terminal":
 def _print_run(opened: "Run", unsafe: bool, as_json: bool) -> None:
     from selfdev.report.result import result
     from selfdev.report.terminal import Terminal
+    from selfdev.report.transfer import transfer_result
+    from selfdev.transfers import Transfer, is_transfer
 
+    if is_transfer(opened):
+        opened = Transfer(opened.folder)
     if as_json:
         _print_json(opened.summary())
     else:
-        Terminal(unsafe=unsafe).say("", result(opened))
+        page = transfer_result(opened) if isinstance(opened, Transfer) else result(opened)
+        Terminal(unsafe=unsafe).say("", page)
 
 
 def _print_json(value: Any) -> None:

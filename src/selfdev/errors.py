@@ -20,3 +20,9 @@ class Interrupted(SelfdevError):
     """The user stopped the run, which can be resumed. Exit code 3."""
 
     exit_code = 3
+
+
+class Halted(SelfdevError):
+    """What a run needs is not to be had now, and may be later: `runs` says how to go on. Exit code 3."""
+
+    exit_code = 3

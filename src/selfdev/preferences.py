@@ -1,16 +1,25 @@
 """From scores to preference pairs.
 
-The best new programs of an iteration are *chosen*, and the elites of earlier iterations with them. *Rejected* are,
-as the settings say: the worst new programs by score; programs that work but invent nothing (trivial, known,
-repeated); programs that fail. Only new programs are ever chosen, whatever a trivial one scores.
+The best new programs of an iteration are *chosen*, and the elites of earlier iterations with them; with
+`preferences.evidence`, only those that are surely better than the seed. *Rejected* are, as the settings say: the worst
+new programs by score; programs that work but invent nothing (trivial, known, repeated); programs that fail. Only new
+programs are ever chosen, whatever a trivial one scores.
 """
 
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
 
 from selfdev.archive import Candidate, Pair
 from selfdev.config import Preferences
+
+Better = Callable[[str, str | None], bool]
+
+
+def asked(pair: Pair) -> str:
+    """The program under whose prompt a pair is trained: a copy's own, where the example stands that it copies."""
+    return pair.rejected if pair.reason == "copy" else pair.chosen
 
 
 def prefer(
@@ -20,6 +29,7 @@ def prefer(
     settings: Preferences,
     seed: int,
     first: Mapping[str, float] | None = None,
+    better: Better = lambda name, other: True,
 ) -> list[Pair]:
     """Make the pairs of one iteration of one arm.
 
@@ -31,6 +41,7 @@ def prefer(
         seed: of the draw among rejected candidates.
         first: score by name of every evaluated candidate on the questions that all of its iteration answered, from
             which the worst are taken: leaving a race early does not say who is worst. Without it, `scores`.
+        better: whether the first program is surely better than the second, or than the seed for None.
 
     Returns:
         At most `settings.pairs` pairs, the chosen side in turns so that none stands in many more pairs than
@@ -40,15 +51,17 @@ def prefer(
     first = scores if first is None else first
     ranked = _ranked(written, scores)
     best = max(settings.chosen_floor, math.ceil(settings.chosen_share * len(written)))
-    chosen = ranked[:best] + _elites(candidates, scores, iteration, settings.elites)
+    top = [c for c in ranked if better(c.name, None)][:best]
+    elites = _elites(candidates, scores, iteration, settings.elites)
+    chosen = top + [c for c in elites if better(c.name, None)]
     worst = max(settings.rejected_floor, math.ceil(settings.rejected_share * len(written)))
-    others = [c for c in _ranked(written, first) if c not in ranked[:best]]
+    others = [c for c in _ranked(written, first) if c not in top]
     pools = {"score": others[-worst:]}
     if settings.copies_as_rejected:
         pools["copy"] = [c for c in written if c.status in ("trivial", "known", "repeated")]
     if settings.failures_as_rejected:
         pools["failure"] = [c for c in written if c.status == "failed"]
-    return _pair_up(chosen, pools, scores, first, settings, random.Random(seed))
+    return _pair_up(chosen, pools, scores, first, better, settings, random.Random(seed))
 
 
 def _ranked(candidates: Sequence[Candidate], scores: Mapping[str, float]) -> list[Candidate]:
@@ -69,6 +82,7 @@ def _pair_up(
     pools: Mapping[str, Sequence[Candidate]],
     scores: Mapping[str, float],
     first: Mapping[str, float],
+    better: Better,
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
@@ -83,22 +97,39 @@ def _pair_up(
     # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
     turns = sorted((turn / count, reason) for reason, count in wanted.items() for turn in range(1, count + 1))
     pairs: dict[tuple[str, str], Pair] = {}
-    uses = dict.fromkeys([c.name for c in chosen], 0)
+    family = _families(chosen, settings.alike)
+    uses = dict.fromkeys(family.values(), 0)
     for _, reason in turns:
         deck = decks[reason]
         for _ in range(len(deck)):
             deck.append(rejected := deck.pop(0))
-            free = [name for name, used in uses.items() if used < settings.pairs_each]
-            better = (c for c in free if reason != "score" or scores[c] > first[rejected.name])
-            partner = min(_partners(better, rejected, pairs), key=uses.__getitem__, default=None)
+            free = [name for name, head in family.items() if uses[head] < settings.pairs_each]
+            if reason == "score":
+                free = [c for c in free if scores[c] > first[rejected.name] and better(c, rejected.name)]
+            partner = min(_partners(free, rejected, pairs), key=lambda c: uses[family[c]], default=None)
             if partner is not None:
                 pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
-                uses[partner] += 1
+                uses[family[partner]] += 1
                 break
     return list(pairs.values())
 
 
-def _partners(chosen: Iterable[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]) -> list[str]:
+def _families(chosen: Sequence[Candidate], alike: float) -> dict[str, str]:
+    """The first of the chosen programs that each one's text is like: variations on one count as one."""
+    family: dict[str, str] = {}
+    heads: list[Candidate] = []
+    for candidate in chosen:
+        for head in heads:
+            if SequenceMatcher(None, head.tokens, candidate.tokens, autojunk=False).ratio() > alike:
+                family[candidate.name] = head.name
+                break
+        else:
+            heads.append(candidate)
+            family[candidate.name] = candidate.name
+    return family
+
+
+def _partners(chosen: Sequence[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]) -> list[str]:
     """Who may be preferred to the rejected program: not itself or what it copies, and nobody twice."""
     copied = rejected.nearest if rejected.status == "repeated" else None
     return [

@@ -1,13 +1,14 @@
 """A run: started, resumed, and read.
 
-A run is a folder: `archive.db`, and `adapters/` with what the factory learned.
+A run is a folder: `archive.db`, `adapters/` with what the factory learned, and `written.db` where a server writes.
 """
 
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,22 +21,27 @@ import selfdev
 from selfdev.algorithms.screening import Screen
 from selfdev.archive import Archive, ArchiveError, Candidate
 from selfdev.archive import Run as RunRecord
-from selfdev.config import Config, parse_config
+from selfdev.config import Config, change_config, parse_config
 from selfdev.cycle import Cycle, Factory
-from selfdev.errors import Interrupted, SelfdevError, UserError
+from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.evaluation.evaluator import DISTANCE, Evaluator
+from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.objective import Objective
-from selfdev.evaluation.standing import LEARNING, pareto, ranked_new, scores_on_first
+from selfdev.evaluation.standing import LEARNING, REPAIRED, pareto, ranked_new, scores_on_first
 from selfdev.evaluation.tasks import load_task
+from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
 from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
+from selfdev.report.diversity import diversity
 from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
 from selfdev.watcher import Silent, Watcher
 
 ARCHIVE = "archive.db"
+TRANSFER = "transfer"
+"""Among the facts of an archive that is a transfer's and no run's; see `selfdev.transfers`."""
 ADAPTER_SPACE = 1024**3
 """Bytes that must be free for models and adapters."""
 
@@ -75,22 +81,46 @@ def run(
 def resume(
     folder: Path,
     *,
+    changes: Sequence[str] = (),
     factory: Factory | None = None,
     watch: Watcher | None = None,
     unsafe_sandbox: bool = False,
+    again: bool = False,
 ) -> "Run":
     """Go on with a run that was interrupted or killed; of a finished one, nothing is left to do.
 
+    Args:
+        folder: of the run.
+        changes: `KEY=VALUE` each, kept for good; of the fields that do not decide what is written, such as
+            `factory.endpoint.tokens_budget`.
+        factory: as in `run`.
+        watch: as in `run`.
+        unsafe_sandbox: as in `run`.
+        again: open the test split of a finished run once more and measure everybody anew. The archive marks the
+            opening and keeps the result that stood before it.
+
     Raises:
-        UserError: the folder holds no run that can be read, or what it stands on has changed.
+        UserError: the folder holds no run that can be read, or what it stands on has changed; or the run has not
+            come to its verdict, which then cannot be reached again.
         Interrupted: Ctrl-C.
     """
-    with _told(folder), Archive.open(folder / ARCHIVE, read_only=True) as archive:
+    with told(folder), Archive.open(folder / ARCHIVE, read_only=True) as archive:
         record = archive.run
+        if again:
+            archive.check_reached()
+    if TRANSFER in record.facts:
+        raise UserError(
+            f"{folder} is a transfer and no run: to go on with it, give the `selfdev transfer` command again; "
+            f"`selfdev show {folder}` shows it"
+        )
     config = parse_config(record.config, str(folder))
-    if record.status == "done":
+    if record.status == "done" and not again:
         return Run(folder)
-    return _carry_out(folder, config, record.preset, factory, watch or Silent(), unsafe_sandbox)
+    if changes:
+        config = change_config(config, changes, str(folder))
+        with told(folder), alone(folder), Archive.open(folder / ARCHIVE) as archive:
+            archive.set_config(config.model_dump(mode="json"))
+    return _carry_out(folder, config, record.preset, factory, watch or Silent(), unsafe_sandbox, again)
 
 
 def open_run(folder: Path | str) -> "Run":
@@ -109,19 +139,15 @@ def _carry_out(
     factory: Factory | None,
     watch: Watcher,
     unsafe_sandbox: bool,
+    again: bool = False,
 ) -> "Run":
     began = time.monotonic()
     with ExitStack() as stack:
-        stack.enter_context(_told(folder, " --unsafe-sandbox" if unsafe_sandbox else ""))
-        stack.enter_context(_alone(folder))
-        limits = Limits(
-            wall_seconds=config.jail.wall_seconds,
-            cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
-            memory_bytes=config.jail.memory_mb * 1000**2,
-        )
+        stack.enter_context(told(folder, " --unsafe-sandbox" if unsafe_sandbox else ""))
+        stack.enter_context(alone(folder))
         with watch.phase("models") as tick:
             tick(0, 4, "jail")
-            box = stack.enter_context(Sandbox(limits, unsafe=unsafe_sandbox))
+            box = stack.enter_context(Sandbox(jail_limits(config), unsafe=unsafe_sandbox))
             tick(1, 4, "seed and experts")
             seed = resolve(config.merge.seed)
             experts = {name: resolve(source) for name, source in config.merge.experts.items()}
@@ -137,7 +163,7 @@ def _carry_out(
                 Objective(config.task.weights),
             )
             tick(2, 4, f"factory {config.factory.model}")
-            factory = factory or LocalFactory(config)
+            factory = factory or _factory(config, folder)
             tick(3, 4, "known methods on the probes")
             screen = Screen(box)
             tick(4, 4, "")
@@ -151,18 +177,40 @@ def _carry_out(
                 "seed": weights_hash(seed),
                 "experts": {name: weights_hash(path) for name, path in experts.items()},
                 "task": task.fingerprint,
-                "versions": {
-                    "selfdev": selfdev.__version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                    "python": platform.python_version(),
-                },
-                "threads": torch.get_num_threads(),
-                "unsafe_sandbox": unsafe_sandbox,
+                **machine_facts(unsafe_sandbox),
             }
         )
+        if again:
+            archive.reopen()
         Cycle(config, archive, factory, screen, scorer, watch, folder).run()
     return Run(folder)
+
+
+def jail_limits(config: Config) -> Limits:
+    """What each jailed program of a run may use."""
+    return Limits(
+        wall_seconds=config.jail.wall_seconds,
+        cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
+        memory_bytes=config.jail.memory_mb * 1000**2,
+    )
+
+
+def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
+    """What a run stands on beside its models and its task."""
+    return {
+        "versions": {
+            "selfdev": selfdev.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "unsafe_sandbox": unsafe_sandbox,
+    }
+
+
+def _factory(config: Config, folder: Path) -> Factory:
+    return LocalFactory(config) if config.factory.endpoint is None else EndpointFactory(config, folder)
 
 
 def _open_or_create(folder: Path, config: Config, preset: str) -> Archive:
@@ -194,8 +242,15 @@ def _check_space(folder: Path) -> None:
 
 
 @contextmanager
-def _told(folder: Path, flags: str = "") -> Iterator[None]:
-    """What archive, jail and keyboard raise, as errors that tell the user the way out."""
+def told(folder: Path, flags: str = "", go_on: str = "") -> Iterator[None]:
+    """What archive, jail and keyboard raise, as errors that tell the user the way out.
+
+    Args:
+        folder: of the run.
+        flags: that `selfdev resume` must be given too.
+        go_on: how to go on, where it is not by `selfdev resume`.
+    """
+    go_on = go_on or f"selfdev resume {folder}{flags}"
     try:
         yield
     except ArchiveError as error:
@@ -205,14 +260,16 @@ def _told(folder: Path, flags: str = "") -> Iterator[None]:
             f"{error}\nModel-written code runs in the jail or not at all; `selfdev doctor` says what is missing. "
             "--unsafe-sandbox leaves the jail out and goes on with resource limits alone."
         ) from error
+    except Halted as error:
+        raise Interrupted(f"{error}\nWhat is written is kept. Go on with: {go_on}") from error
     except KeyboardInterrupt:
         if not (folder / ARCHIVE).exists():
             raise Interrupted("stopped before the run began; there is nothing to resume") from None
-        raise Interrupted(f"stopped; nothing is lost. Go on with: selfdev resume {folder}{flags}") from None
+        raise Interrupted(f"stopped; nothing is lost. Go on with: {go_on}") from None
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the run's folder against a second process; the kernel lets go of it however this one ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -234,7 +291,7 @@ class Run:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        with _told(folder):
+        with told(folder):
             self.archive = Archive.open(folder / ARCHIVE, read_only=True)
 
     @cached_property
@@ -255,8 +312,8 @@ class Run:
         return ranked[0][0] if ranked else None
 
     def candidates(self, arm: str | None = None) -> list[Candidate]:
-        """All programs, in the order in which they were written."""
-        return self.archive.candidates(arm)
+        """All programs that were written, in that order; with `arm="repaired"` those that nobody wrote."""
+        return [c for c in self.archive.candidates(arm) if arm is not None or c.arm != REPAIRED]
 
     def candidate(self, name: str) -> Candidate:
         """One program by its name, such as `learning/2/017`.
@@ -271,21 +328,10 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """All that `selfdev show --json` prints; scores in 0..1."""
-        record, verdict = self.archive.run, self.verdict
+        verdict = self.verdict
         best, scored = next(iter(ranked_new(self.archive, LEARNING)), (None, None))
         return {
-            "run": {
-                "name": record.name,
-                "preset": record.preset,
-                "seed": record.seed,
-                "status": record.status,
-                "seconds": record.seconds,
-                "created": record.created,
-                "folder": str(self.folder),
-                "warm_start": self.config.factory.warm_start.steps,
-                "unsafe_sandbox": bool(record.facts.get("unsafe_sandbox")),
-                "test_opened": self.archive.openings(),
-            },
+            "run": self._record(),
             "best": None
             if best is None or scored is None
             else {
@@ -301,15 +347,38 @@ class Run:
             "best_on_test": None if verdict is None else verdict["best_on_test"],
             "table": [] if verdict is None else verdict["table"],
             "pareto": pareto(self.archive, LEARNING),
-            "iterations": [self._iteration(i.arm, i.iteration) for i in self.archive.iterations()],
+            "iterations": [
+                self._iteration(i.arm, i.iteration) for i in self.archive.iterations() if i.arm != REPAIRED
+            ],
+        }
+
+    def _record(self) -> dict[str, Any]:
+        record, openings = self.archive.run, self.archive.openings()
+        return {
+            "name": record.name,
+            "preset": record.preset,
+            "seed": record.seed,
+            "status": record.status,
+            "seconds": record.seconds,
+            "created": record.created,
+            "folder": str(self.folder),
+            "warm_start": self.config.factory.warm_start.steps,
+            "unsafe_sandbox": bool(record.facts.get("unsafe_sandbox")),
+            "test_opened": [opening.opened for opening in openings],
+            "test_opened_again": [
+                {"opened": o.opened, "headline_before": (o.before or {}).get("headline")}
+                for o in openings
+                if o.again
+            ],
         }
 
     def _iteration(self, arm: str, t: int) -> dict[str, Any]:
         [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
         written = self.archive.candidates(arm, t)
-        first = scores_on_first(self.archive)
+        earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
+        first, evidence = scores_on_first(self.archive), Evidence(self.archive)
         scores = [first[c.name] for c in written if c.name in first]
-        finished = [e.score for c, e in ranked_new(self.archive, arm, scaled=False) if c.iteration == t]
+        finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
         count = {
             status: sum(c.status == status for c in written)
             for status in ("trivial", "known", "repeated", "new")
@@ -321,6 +390,8 @@ class Run:
             "written": len(written),
             "working": sum(count.values()),
             **count,
+            "better": sum(evidence.better(c.name) for c in written if c.status == "new"),
+            **asdict(diversity(written, earlier, iteration.prompts)),
             "evaluated": len(scores),
             "best_dev": finished[0] if finished else None,
             "mean_dev": sum(scores) / len(scores) if scores else None,

@@ -178,3 +178,25 @@ def test_pcb_drops_the_entries_that_lose():
 def test_a_density_outside_its_range_is_refused(name, density):
     with pytest.raises(UserError, match="density"):
         method(name).merge(stacked([1, 2], [3, 4]), density=density)
+
+
+def test_ties_rescaled_has_the_l1_norm_that_an_expert_had():
+    # Of 4, 1 and 1 the largest is kept, and grows to their sum.
+    check(method("ties").merge(stacked([4, 1, -1]), density=0.4, rescale=True), [6, 0, 0])
+
+
+def test_breadcrumbs_rescaled_has_the_l1_norm_that_an_expert_had():
+    # Of 4, 3, 2 and 1 the outlier 4 goes, 3 and 2 stay, and grow from 5 to 10.
+    merged = method("breadcrumbs").merge(
+        stacked([4, 3, -2, 1]), density=0.5, outliers=0.25, scale=1.0, rescale=True
+    )
+    check(merged, [0, 6, -4, 0])
+
+
+def test_a_sum_of_weights_that_is_no_mean_needs_the_seed():
+    # 0.5 (1 + 2) + 0.25 (1 + 4) is 2.75 itself, which is 1.75 from the seed.
+    check(
+        method("linear").merge(stacked([2], [4]), torch.ones(1), weights=[0.5, 0.25], normalize=False), [1.75]
+    )
+    with pytest.raises(UserError, match="needs the seed's tensor"):
+        method("linear").merge(stacked([2], [4]), normalize=False)

@@ -39,6 +39,13 @@ class Case:
 CASES = [
     Case("linear", {}, "linear", {"weight": 1.0}, base="none"),
     Case("linear", {"weights": THREE}, "linear", {"weight": THREE}, base="none"),
+    Case(
+        "linear",
+        {"weights": THREE, "normalize": False},
+        "linear",
+        {"weight": THREE, "normalize": False},
+        base="none",
+    ),
     Case("task_arithmetic", {"scale": 0.3}, "task_arithmetic", {"weight": 1.0, "lambda": 0.3}),
     Case("weighted_task_arithmetic", {"weights": THREE}, "task_arithmetic", {"weight": THREE}),
     Case("ties", {"density": 0.3}, "ties", {"weight": 1.0, "density": 0.3}),
@@ -123,8 +130,37 @@ CASES = [
         "breadcrumbs",
         {"weight": 1.0, "density": 0.5, "gamma": 0.1, "lambda": 0.3},
     ),
+    *(
+        Case(
+            name,
+            {"density": 0.4, "seed": 5, "rescale": False, "scale": 1.0, **MERGEKIT},
+            name,
+            {"weight": 1.0, "density": 0.4, "rescale": False},
+        )
+        for name in ("dare_linear", "dare_ties")
+    ),
+    Case(
+        "della",
+        {"density": 0.5, "epsilon": 0.2, "seed": 5, "rescale": False, **MERGEKIT},
+        "della",
+        {"weight": 1.0, "density": 0.5, "epsilon": 0.2, "rescale": False},
+    ),
+    Case(
+        "ties",
+        {"density": 0.3, "rescale": True, "weights": THREE, **MERGEKIT},
+        "ties",
+        {"weight": THREE, "density": 0.3, "rescale": True},
+    ),
+    Case("ties", {"density": 0.3, "rescale": True}, "ties", {"weight": 1.0, "density": 0.3, "rescale": True}),
+    Case(
+        "breadcrumbs",
+        {"density": 0.5, "outliers": 0.1, "rescale": True, "scale": 1.0, **MERGEKIT},
+        "breadcrumbs",
+        {"weight": 1.0, "density": 0.5, "gamma": 0.1, "rescale": True},
+    ),
     Case("model_stock", MERGEKIT, "model_stock"),
     Case("model_stock", MERGEKIT, "model_stock", experts=2),
+    Case("model_stock", {"filter_wise": True, **MERGEKIT}, "model_stock", {"filter_wise": True}),
     *(
         Case("slerp", {"t": t, **MERGEKIT}, "slerp", {"t": t}, experts=2, base="first")
         for t in (0.0, 0.3, 0.5, 1.0)
@@ -133,10 +169,26 @@ CASES = [
         Case("nuslerp", {"t": t, **MERGEKIT}, "nuslerp", {"weight": [1.0 - t, t]}, experts=2)
         for t in (0.0, 0.3, 0.5, 1.0)
     ),
+    *(
+        Case(
+            "nuslerp",
+            {"t": 0.3, "flatten": False, "row_wise": row_wise, **MERGEKIT},
+            "nuslerp",
+            {"weight": [0.7, 0.3], "nuslerp_flatten": False, "nuslerp_row_wise": row_wise},
+            experts=2,
+        )
+        for row_wise in (False, True)
+    ),
     Case("karcher", MERGEKIT, "karcher", base="none"),
     Case("karcher", MERGEKIT, "karcher", base="none", experts=1),
     Case("multislerp", MERGEKIT, "multislerp", {"weight": 1.0}),
     Case("multislerp", {"weights": THREE, **MERGEKIT}, "multislerp", {"weight": THREE}),
+    Case(
+        "multislerp",
+        {"weights": THREE, "normalize": False, **MERGEKIT},
+        "multislerp",
+        {"weight": THREE, "normalize_weights": False},
+    ),
     *(
         Case("sce", {"density": density, **MERGEKIT}, "sce", {"select_topk": density})
         for density in (0.1, 0.5, 1.0, 0.0001)

@@ -87,3 +87,30 @@ def test_a_zero_task_vector_has_no_direction():
 
 def test_directions_that_cancel_give_zero():
     check(method("karcher").merge(stacked([1, 0], [-2, 0])), [0, 0])
+
+
+def test_nuslerp_goes_along_each_row_or_column():
+    # Right angles half way: HALF of each. Equal rows stay.
+    first, second = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 1.0], [3.0, 0.0]])
+    expected = torch.tensor([[HALF, HALF], [3.0, 0.0]])
+    merged = method("nuslerp").merge(torch.stack([first, second]), flatten=False)
+    torch.testing.assert_close(merged, expected)
+    columns = torch.stack([first.T, second.T])
+    torch.testing.assert_close(method("nuslerp").merge(columns, flatten=False, row_wise=True), expected.T)
+
+
+def test_model_stock_by_rows_gives_each_row_its_own_share():
+    # The first rows are equal, so that their mean stays; the second ones are at a right angle and leave the seed.
+    stack = torch.tensor([[[1.0, 2.0], [1.0, 0.0]], [[1.0, 2.0], [0.0, 1.0]]])
+    merged = method("model_stock").merge(stack, filter_wise=True)
+    torch.testing.assert_close(merged, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+
+
+def test_multislerp_with_weights_as_they_are():
+    # A quarter of each of two equal experts: half of the mean norm, in their direction.
+    merged = method("multislerp").merge(
+        stacked([2, 0], [2, 0]), weights=[0.25, 0.25], normalize=False, reading="mergekit"
+    )
+    check(merged, [1, 0])
+    with pytest.raises(UserError, match="leave normalize=False out"):
+        method("multislerp").merge(stacked([2, 0], [2, 0]), normalize=False)

@@ -74,6 +74,27 @@ def wrap_short(source: str) -> str:
     )
 
 
+def rewrite(text: str, form: Form, source: str) -> str:
+    """What the factory would have written if its program had been this one.
+
+    Args:
+        text: the completion as it was written.
+        form: what was asked for.
+        source: the other program, in the contract's form.
+
+    Returns:
+        A completion from which `read_program` reads that program.
+    """
+    if form is Form.SHORT:
+        return unwrap_short(source).removeprefix(OPENING).rstrip("\n") + "\n\n\n"
+    written = read_program(text, form)
+    return (
+        text.replace(written.strip(), source.strip())
+        if written.strip() in text
+        else f"```python\n{source}```"
+    )
+
+
 def unwrap_short(source: str) -> str:
     """The short program inside a wrapped one, or the source itself: what people are shown."""
     body = source.removeprefix("import torch\n\n\n")

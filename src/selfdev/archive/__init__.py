@@ -1,7 +1,7 @@
 """The run's database: everything that was written, run, scored, preferred and learned."""
 
 from selfdev.archive.database import Archive, ArchiveError, TestSealed
-from selfdev.archive.records import FACTOR, Candidate, Evaluation, Iteration, Pair, Refinement, Run
+from selfdev.archive.records import FACTOR, Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
 
 __all__ = [
     "FACTOR",
@@ -10,6 +10,7 @@ __all__ = [
     "Candidate",
     "Evaluation",
     "Iteration",
+    "Opening",
     "Pair",
     "Refinement",
     "Run",

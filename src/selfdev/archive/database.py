@@ -14,17 +14,21 @@ from typing import Any
 import numpy as np
 
 from selfdev.archive.outcomes import pack, pack_positions, unpack, unpack_positions
-from selfdev.archive.records import Candidate, Evaluation, Iteration, Pair, Refinement, Run
+from selfdev.archive.records import Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
 
 APPLICATION_ID = 0x5E1FDE0
-VERSION = 2
+VERSION = 3
 ADDED = {
     2: (
         "ALTER TABLE evaluation ADD COLUMN graded INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE evaluation ADD COLUMN asked BLOB",
         "ALTER TABLE evaluation ADD COLUMN first_questions INTEGER",
         "ALTER TABLE evaluation ADD COLUMN first_score REAL",
-    )
+    ),
+    3: (
+        "ALTER TABLE test_opening ADD COLUMN again INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE test_opening ADD COLUMN before TEXT",
+    ),
 }
 """What each version added to the one before it."""
 CLOCKS = {"seconds", "created", "opened"}
@@ -185,6 +189,11 @@ class Archive:
             with self.transaction():
                 self._db.execute("UPDATE run SET facts = ?", (_json(facts),))
 
+    def set_config(self, config: Mapping[str, Any]) -> None:
+        """Go on under a changed config, complete, as JSON values."""
+        with self.transaction():
+            self._db.execute("UPDATE run SET config = ?", (_json(config),))
+
     def add_seconds(self, seconds: float) -> None:
         """Count time towards the run."""
         with self.transaction():
@@ -217,6 +226,11 @@ class Archive:
         with self.transaction():
             self._db.executemany("INSERT INTO question VALUES (?, ?, ?, ?)", rows)
 
+    def questions(self, split: str) -> list[str]:
+        """The content hash of every question of a split, in order."""
+        rows = self._db.execute("SELECT question FROM question WHERE split = ? ORDER BY position", (split,))
+        return [row[0] for row in rows]
+
     def groups(self, split: str) -> list[str]:
         """The group of every question of a split, in order."""
         rows = self._db.execute("SELECT grp FROM question WHERE split = ? ORDER BY position", (split,))
@@ -230,7 +244,7 @@ class Archive:
     # --- what the factory wrote
 
     def add_written(self, iteration: Iteration, candidates: Sequence[Candidate]) -> None:
-        """Archive all programs of one iteration of one arm, unscreened."""
+        """Archive all programs of one iteration of one arm, with what is known of them so far."""
         with self.transaction():
             self._db.execute(
                 "INSERT INTO iteration VALUES (?, ?, ?, ?, ?)",
@@ -242,16 +256,26 @@ class Archive:
                     iteration.seconds,
                 ),
             )
-            for c in candidates:
-                self._db.execute(
-                    "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
-                    "source, status, failure, error) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
-                        np.asarray(c.tokens, dtype=np.int32).tobytes(),
-                        *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
-                    ),
-                )
+            self._add_candidates(candidates)
+
+    def keep_programs(self, candidates: Sequence[Candidate]) -> None:
+        """Archive programs that another run wrote; those that are there already stay as they are."""
+        with self.transaction():
+            self._add_candidates([c for c in candidates if self.candidate(c.name) is None])
+
+    def _add_candidates(self, candidates: Sequence[Candidate]) -> None:
+        for c in candidates:
+            self._db.execute(
+                "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
+                "source, status, failure, error, canonical, behaviour, nearest, distance) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
+                    np.asarray(c.tokens, dtype=np.int32).tobytes(),
+                    *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
+                    *(c.canonical, c.behaviour, c.nearest, c.distance),
+                ),
+            )
 
     def iterations(self, arm: str | None = None) -> list[Iteration]:
         """The iterations whose programs are written, in order."""
@@ -377,7 +401,8 @@ class Archive:
     def opened(self, task_name: str) -> None:
         """Record that the test split is opened; the seal of `selfdev.evaluation.tasks`.
 
-        A verdict that was cut off may open it again, and the archive then shows both openings.
+        A verdict that was cut off may open it again, and the archive then shows both openings. An opening after
+        `reopen` is marked, and keeps the result that stood before it.
 
         Raises:
             TestSealed: the last iteration is not over, or the verdict has been reached.
@@ -388,13 +413,35 @@ class Archive:
             raise TestSealed(f"the test split of task '{task_name}' is sealed for this run: {over}")
         with self.transaction():
             self._db.execute(
-                "INSERT INTO test_opening (task, opened) VALUES (?, ?)",
+                "INSERT INTO test_opening (task, opened, again, before) "
+                "VALUES (?, ?, (SELECT count(result) FROM verdict), (SELECT result FROM verdict))",
                 (task_name, datetime.now(UTC).isoformat(timespec="seconds")),
             )
 
-    def openings(self) -> list[str]:
-        """When the test split was opened, ISO 8601, UTC."""
-        return [row[0] for row in self._db.execute("SELECT opened FROM test_opening ORDER BY number")]
+    def check_reached(self) -> None:
+        """Raise ArchiveError unless a verdict has been reached, which `reopen` can take back."""
+        reached = self.verdict()
+        if reached is None or reached[1] is None:
+            raise ArchiveError(
+                f"{self.path.parent} has no verdict yet, so there is nothing to measure again; leave --again out"
+            )
+
+    def reopen(self) -> None:
+        """Take back a verdict, so that everybody is measured on the test split again.
+
+        Raises:
+            ArchiveError: there is no verdict yet.
+        """
+        self.check_reached()
+        if self.run.status == "done":  # else it was taken back before, and the measuring was cut off
+            with self.transaction():
+                self._db.execute("DELETE FROM evaluation WHERE split = 'test'")
+                self._db.execute("UPDATE run SET status = 'verdict'")
+
+    def openings(self) -> list[Opening]:
+        """The openings of the test split, in order."""
+        rows = map(dict, self._db.execute("SELECT * FROM test_opening ORDER BY number"))
+        return [Opening(row["opened"], bool(row.get("again")), _result(row.get("before"))) for row in rows]
 
     def fix_verdict(self, fixed: Mapping[str, Any]) -> None:
         """Write down, before the test split is opened, what the headline will compare. The first one stays."""
@@ -410,7 +457,7 @@ class Archive:
     def verdict(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
         """What was fixed and what came out (None until then); None before anything is fixed."""
         row = self._db.execute("SELECT fixed, result FROM verdict").fetchone()
-        return None if row is None else (json.loads(row[0]), json.loads(row[1]) if row[1] else None)
+        return None if row is None else (json.loads(row[0]), _result(row[1]))
 
     # --- sameness
 
@@ -445,6 +492,10 @@ def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
 def _json(value: Any) -> str:
     # Keys keep their order: that of the experts is the order in which programs see them.
     return json.dumps(value)
+
+
+def _result(text: str | None) -> dict[str, Any] | None:
+    return json.loads(text) if text else None
 
 
 def _candidate(row: sqlite3.Row) -> Candidate:

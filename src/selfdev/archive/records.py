@@ -141,3 +141,18 @@ class Refinement:
     adapter: str | None
     facts: Mapping[str, Any]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Opening:
+    """One opening of the test split.
+
+    Attributes:
+        opened: ISO 8601, UTC.
+        again: whether a verdict stood already, and `--again` took it back.
+        before: the result of that verdict.
+    """
+
+    opened: str
+    again: bool = False
+    before: Mapping[str, Any] | None = None

@@ -91,7 +91,9 @@ CREATE TABLE refinement (
 CREATE TABLE test_opening (
     number INTEGER PRIMARY KEY,
     task TEXT NOT NULL,
-    opened TEXT NOT NULL
+    opened TEXT NOT NULL,
+    again INTEGER NOT NULL DEFAULT 0, -- 1: after a verdict, which --again took back ...
+    before TEXT                       -- ... JSON: its result
 ) STRICT;
 
 CREATE TABLE verdict (

@@ -20,6 +20,9 @@ from selfdev.streams import stream_seed
 
 DEVELOPMENT = "development"
 
+WORST_NATS = -10.0
+"""A log-probability a token below it counts as it: a blind guess among 22,000 tokens. A bet needs bounded outcomes."""
+
 
 class Course:
     """The course of one arm's iteration.
@@ -134,5 +137,9 @@ class Course:
 def _scores(evaluations: list[Evaluation], size: int) -> NDArray[np.bool_] | NDArray[np.float64]:
     """Outcomes on the first questions in the range that a race takes, shape (entrants, size)."""
     outcomes = np.array([(e.outcomes or ())[:size] for e in evaluations])
-    # Log-probabilities, in nats a token, race as the probabilities they stand for.
-    return np.exp(outcomes) if outcomes.dtype != np.bool_ and outcomes.min(initial=0) < 0 else outcomes
+    if outcomes.dtype == np.bool_ or outcomes.min(initial=0) >= 0:
+        return outcomes
+    # Nats a token: shifted and shrunk, so that the mean stays the score, and not turned into probabilities, whose mean
+    # would rank otherwise.
+    nats: NDArray[np.float64] = np.maximum(outcomes, WORST_NATS) / -WORST_NATS + 1
+    return nats

@@ -4,9 +4,10 @@ Candidates are merged in the jail, human-designed methods in this process. Devel
 start; test questions come when the verdict opens them.
 """
 
+import math
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library import method
 from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
-from selfdev.archive import FACTOR, Candidate, Evaluation
+from selfdev.archive import FACTOR, Candidate, Evaluation, TestSealed
 from selfdev.evaluation.objective import Objective
 from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
 from selfdev.evaluation.tasks import Question, Seal, Task
@@ -58,6 +59,7 @@ class Scorer(Protocol):
         *,
         number: int = 0,
         factor: float = 1.0,
+        norm: float | None = None,
     ) -> Evaluation: ...
     def rival(self, name: str, number: int, parameters: Mapping[str, Any], split: str) -> Evaluation: ...
     def seed(self, split: str) -> Evaluation: ...
@@ -65,13 +67,21 @@ class Scorer(Protocol):
     def open_test(self, count: int, seal: Seal) -> None: ...
 
 
-def score_again(scorer: Scorer, candidate: Candidate, split: str, number: int, factor: float) -> Evaluation:
+def score_again(
+    scorer: Scorer,
+    candidate: Candidate,
+    split: str,
+    number: int,
+    factor: float = 1.0,
+    norm: float | None = None,
+) -> Evaluation:
     """Score a candidate that has been scored before; where that fails now, the evaluation says so and has no score.
 
-    It ran on these very tensors, so a failure tells of a machine in trouble and is no verdict on the program.
+    If it ran on these very tensors, a failure tells of a machine in trouble and is no verdict on the program; on the
+    tensors of a transfer it may be one.
     """
     try:
-        return scorer.candidate(candidate, split, number=number, factor=factor)
+        return scorer.candidate(candidate, split, number=number, factor=factor, norm=norm)
     except Refused as refused:
         kind, count = "scaled" if number else "candidate", len(scorer.questions(split))
         facts = {FACTOR: factor} if number else {}
@@ -97,6 +107,7 @@ class Evaluator:
         box: where candidates run.
         seed: the run's, for the streams of candidates that draw random numbers and for the order of questions.
         objective: what the groups' scores come to; by default their mean.
+        without: ids of questions that were asked before; these and their rewordings are asked in no split.
     """
 
     def __init__(
@@ -108,6 +119,7 @@ class Evaluator:
         box: Box,
         seed: int,
         objective: Objective | None = None,
+        without: Collection[str] = frozenset(),
     ):
         self.model = load_model(folder)
         self.tokenizer = load_tokenizer(folder)
@@ -116,18 +128,24 @@ class Evaluator:
         self.box = box
         self.run_seed = seed
         self.objective = objective or Objective()
+        self.without = without
         self._splits: dict[str, _Split] = {}
         self._part: tuple[tuple[str, tuple[int, ...]], _Split] | None = None
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
-        self._add("development", task.development(development, order_seed=seed))
+        self._mean_norm = norm_of(torch.stack(list(v.values())).mean(0) for v in vectors.vectors.values())
+        self._add("development", task.development(development, seed, without))
 
     def open_test(self, count: int, seal: Seal) -> None:
         """Open the test split; the seal records it or raises."""
-        self._add("test", self.task.open_test(count, seal))
+        self._add("test", self.task.open_test(count, seal, self.without))
 
     def questions(self, split: str) -> list[Question]:
-        """The questions of a split that is open, in the order of every outcome."""
-        return self._splits[split].questions
+        """The questions of a split that is open, in the order of every outcome.
+
+        Raises:
+            TestSealed: the split is not open.
+        """
+        return self._open(split).questions
 
     def seed(self, split: str = "development") -> Evaluation:
         """Score the seed as it is."""
@@ -149,6 +167,7 @@ class Evaluator:
         *,
         number: int = 0,
         factor: float = 1.0,
+        norm: float | None = None,
     ) -> Evaluation:
         """Merge a candidate in the jail and score it.
 
@@ -156,8 +175,10 @@ class Evaluator:
             candidate: that works.
             split: `development`, or `test` once it is open.
             asked: positions of the questions to ask, in this order; all by default.
-            number: of the factor, if its scale is tuned; 0 otherwise.
+            number: of the scale, if it is not scored as it was written; 0 otherwise.
             factor: what its merged task vector is multiplied by.
+            norm: what its merged task vector is brought to instead, in norms of the mean task vector, above 0; the
+                factor that does it is archived.
 
         Raises:
             Refused: it fails on the real tensors, or is a constant linear combination of them.
@@ -170,6 +191,8 @@ class Evaluator:
         facts = {DISTANCE: float(f"{distance:.4g}")}
         if number == 0:
             return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
+        if norm is not None:
+            factor = norm * self._mean_norm / norm_of(merged.values())
         scaled = {name: factor * tensor for name, tensor in merged.items()}
         facts[FACTOR] = factor
         return self._evaluation("scaled", candidate.name, number, split, facts, scaled, began, asked)
@@ -214,7 +237,7 @@ class Evaluator:
 
     def _asked(self, split: str, asked: Sequence[int] | None) -> _Split:
         """The questions to ask; those of one prefix stay encoded, since many candidates in turn are asked them."""
-        whole = self._splits[split]
+        whole = self._open(split)
         if asked is None:
             return whole
         key = split, tuple(asked)
@@ -222,6 +245,13 @@ class Evaluator:
             questions = [whole.questions[position] for position in asked]
             self._part = key, _Split(questions, self._prepared(questions))
         return self._part[1]
+
+    def _open(self, split: str) -> _Split:
+        if split not in self._splits:
+            raise TestSealed(
+                f"the {split} split of task '{self.task.name}' is not open; the verdict opens it"
+            )
+        return self._splits[split]
 
     def _prepared(self, questions: Sequence[Question]) -> Scoring:
         return prepare(self.model, self.tokenizer, questions, self.task.grading)
@@ -265,3 +295,8 @@ class Evaluator:
             raise ScoringError("the merged task vector is not finite")
         with applied(self.model, self.vectors, merged):
             return scoring(self.model).outcomes
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of several tensors taken as one vector."""
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from selfdev.errors import UserError
+from selfdev.evaluation.score_cache import ScoreCache, score_key
 from selfdev.evaluation.scoring import Scored, aggregate, mean_by_group, prepare
 from selfdev.evaluation.statistics import wilson
 from selfdev.evaluation.tasks import Question, Split, Task, load_task
@@ -62,6 +63,7 @@ class Measurement:
         extractions: the share of right answers by each extraction, if the task has several.
         answers: one a question.
         seconds: of scoring, loading left out.
+        processor_seconds: the same, of all threads together.
         note: what the reader must know.
     """
 
@@ -77,6 +79,7 @@ class Measurement:
     extractions: dict[str, float]
     answers: list[Answer]
     seconds: float
+    processor_seconds: float
     note: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +101,13 @@ class Unsealed:
         )
 
 
-def measure(source: str, task_name: str, split: str = "development", limit: int | None = None) -> Measurement:
+def measure(
+    source: str,
+    task_name: str,
+    split: str = "development",
+    limit: int | None = None,
+    cache: ScoreCache | None = None,
+) -> Measurement:
     """Score a model on a task.
 
     Args:
@@ -106,6 +115,7 @@ def measure(source: str, task_name: str, split: str = "development", limit: int 
         task_name: see `load_task`.
         split: `development`, or `test` if it is to be opened.
         limit: how many questions; all that the split has, the groups balanced, by default.
+        cache: where scores that were measured before are looked up, and new ones kept; by default all are measured.
 
     Raises:
         UserError: a bad task, model, split or limit; found before the model runs.
@@ -114,11 +124,19 @@ def measure(source: str, task_name: str, split: str = "development", limit: int 
     task = load_task(task_name)
     questions, note = ask(task, split, limit)
     folder = resolve(source)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    scoring = prepare(model, tokenizer, questions, task.grading)
-    began = time.perf_counter()
-    scored = scoring(model)
-    seconds = time.perf_counter() - began
+    key = score_key(folder, questions, task.grading) if cache is not None else ""
+    known = cache.get(key) if cache is not None else None
+    if known is not None:
+        scored, seconds = known.scored, known.seconds
+        note = "; ".join(filter(None, (note, f"measured on {known.made} and kept; --fresh measures anew")))
+    else:
+        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        scoring = prepare(model, tokenizer, questions, task.grading)
+        began, processor_began = time.perf_counter(), time.process_time()
+        scored = scoring(model)
+        seconds = time.perf_counter() - began, time.process_time() - processor_began
+        if cache is not None:
+            cache.put(key, scored, seconds)
     return _measurement(source, folder, task, split, questions, scored, seconds, note)
 
 
@@ -144,7 +162,7 @@ def _measurement(
     split: str,
     questions: Sequence[Question],
     scored: Scored,
-    seconds: float,
+    seconds: tuple[float, float],
     note: str,
 ) -> Measurement:
     groups = mean_by_group(questions, scored.outcomes)
@@ -168,7 +186,8 @@ def _measurement(
         groups=groups,
         extractions=extractions if len(extractions) > 1 else {},
         answers=answers,
-        seconds=seconds,
+        seconds=seconds[0],
+        processor_seconds=seconds[1],
         note=note,
     )
 

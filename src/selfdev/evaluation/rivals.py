@@ -1,13 +1,49 @@
 """Rivals: human-designed methods, each tuned with as many evaluations as the learning arm spent on candidates."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from selfdev.algorithms.library import method
 from selfdev.archive import Archive, Evaluation
+from selfdev.config import Config
+from selfdev.evaluation.evaluator import Scorer
 from selfdev.evaluation.objective import kept_floors
+from selfdev.evaluation.standing import LEARNING
 from selfdev.streams import stream_seed
+
+
+def spent_on_candidates(archive: Archive) -> int:
+    """How many development evaluations the learning arm has spent on its programs so far, at all scales."""
+    evaluations = archive.evaluations("candidate") + archive.evaluations("scaled")
+    return sum(e.subject.startswith(f"{LEARNING}/") for e in evaluations)
+
+
+def tune_rivals(
+    archive: Archive,
+    config: Config,
+    scorer: Scorer,
+    budget: int,
+    tick: Callable[[int, int, str], None],
+    told: Callable[[Evaluation | None], None],
+) -> None:
+    """Score rivals on development until each has had its evaluations; those that are archived count.
+
+    Args:
+        archive: of what is run.
+        config: names the rivals.
+        scorer: merges and scores.
+        budget: evaluations of each.
+        tick: called with how many are done, of how many, and the rival's name.
+        told: called after each rival with the best of all so far.
+    """
+    for index, name in enumerate(config.rivals):
+        known = {e.number for e in archive.evaluations("rival", name)}
+        for number, parameters in settings_to_try(name, budget, len(config.merge.experts), config.seed):
+            if number not in known:
+                tick(index * budget + number, budget * len(config.rivals), name)
+                archive.add_evaluation(scorer.rival(name, number, parameters, "development"))
+        told(best_rival(archive))
 
 
 def settings_to_try(name: str, budget: int, experts: int, seed: int) -> Iterator[tuple[int, dict[str, Any]]]:

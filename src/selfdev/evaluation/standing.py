@@ -9,18 +9,31 @@ from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.evaluation.objective import kept_floors, mean_by_group, pareto_set
 
 LEARNING = "learning"
-"""The arm whose factory is trained; every other arm is a control."""
+"""The arm whose factory is trained; every other arm of a run's config is a control."""
+
+FEEDBACK = "feedback"
+"""The control that is shown its own best programs."""
+
+REPAIRED = "repaired"
+"""Where the working neighbours of its failing programs are archived. Nobody wrote them: they are learned from, and
+neither scored nor counted."""
 
 
-def ranked_new(archive: Archive, arm: str, *, scaled: bool = True) -> list[tuple[Candidate, Evaluation]]:
+NORMED = 1
+"""Number of the scaled evaluation at `scaling.norm`; those with higher ones are made just before the verdict."""
+
+
+def ranked_new(archive: Archive, arm: str, *, tuned: bool = True) -> list[tuple[Candidate, Evaluation]]:
     """The new programs of one arm that can win, with their development evaluations, best first.
 
     Args:
         archive: of the run.
         arm: whose.
-        scaled: whether a program counts with the best of its tuned scales, where there are any, or as it was written.
+        tuned: whether a program counts with the best of all its scales, or of those that were tried before the tuning:
+            as it was written, and at `scaling.norm`.
     """
-    scored = _finished(archive) + (_finished(archive, "scaled") if scaled else [])
+    scaled = [e for e in _finished(archive, "scaled") if tuned or e.number == NORMED]
+    scored = _finished(archive) + scaled
     finished: dict[str, Evaluation] = {}
     for each in kept_floors(archive, scored):
         if each.subject not in finished or (each.score or 0.0) > (finished[each.subject].score or 0.0):
@@ -30,9 +43,17 @@ def ranked_new(archive: Archive, arm: str, *, scaled: bool = True) -> list[tuple
 
 
 def scores_on_first(archive: Archive) -> dict[str, float]:
-    """The score of every program on the questions that all of its iteration answered."""
-    scored = {e.subject: e.score_on_first for e in archive.evaluations("candidate")}
-    return {name: score for name, score in scored.items() if score is not None}
+    """The score of every program on the questions that all of its iteration answered.
+
+    Without a race that is every question, and a program counts with the better of the scales that all were scored at.
+    """
+    first: dict[str, float] = {}
+    raced = any(e.first_questions is not None for e in archive.evaluations("candidate"))
+    normed = [] if raced else [e for e in archive.evaluations("scaled") if e.number == NORMED]
+    for each in archive.evaluations("candidate") + normed:
+        if each.score_on_first is not None:
+            first[each.subject] = max(first.get(each.subject, 0.0), each.score_on_first)
+    return first
 
 
 def pareto(archive: Archive, arm: str) -> list[dict[str, object]]:

@@ -20,14 +20,34 @@ from selfdev.evaluation.statistics import holm
 
 
 @dataclass(frozen=True)
+class Entrant:
+    """Somebody who is measured on test.
+
+    Attributes:
+        kind: of the row.
+        dev: what is known from before: the setting of a rival, the scale of a program, the score on development.
+        candidate: the program, if it is one.
+    """
+
+    kind: str
+    dev: Evaluation
+    candidate: Candidate | None = None
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What the same entrant's evaluation on test is archived under."""
+        return self.dev.kind, self.dev.subject, self.dev.number
+
+
+@dataclass(frozen=True)
 class Row:
     """One line of the verdict's table, as `selfdev show --json` prints it.
 
     Attributes:
         name: seed, method or candidate.
         kind: `seed`, `rival`, `control` or `discovered`.
-        dev: score on development and the number of questions.
-        test: score on test, the number of questions and the interval of the score.
+        dev: score on development and the number of questions; no score and 0 where development played no part.
+        test: score on test, the number of questions and the interval of the score; None where it could not be measured.
         against_best_rival: paired difference on test from the rival that was best on development; None for that
             rival itself and where nothing was measured.
         parameters: of a rival.
@@ -35,6 +55,7 @@ class Row:
         retention: difference from the seed on test for each group, with its interval; empty for the seed.
         below_floor: groups on which it loses more on test than the run allows, and how much it loses.
         shrinkage: how much of its gain on the seed was lost from development to test.
+        failure: why there is no score on test.
     """
 
     name: str
@@ -47,6 +68,7 @@ class Row:
     retention: dict[str, dict[str, float]]
     below_floor: dict[str, float]
     shrinkage: float | None
+    failure: str | None
 
 
 def reach_verdict(
@@ -77,43 +99,60 @@ def reach_verdict(
             "pareto": pareto(archive, LEARNING),
         }
     )
+    entrants = seed_and_rivals(archive, config)
+    for control in config.controls:
+        entrants += [Entrant("control", dev, program) for program, dev in ranked_new(archive, control)[:1]]
+    entrants += [Entrant("discovered", dev, program) for program, dev in finalists]
+    return measure_on_test(archive, config, scorer, entrants, rival, tick)
+
+
+def seed_and_rivals(archive: Archive, config: Config) -> list[Entrant]:
+    """The seed, and every rival with its best setting on development."""
+    entrants = [Entrant("seed", dev) for dev in archive.evaluations("seed")]
+    for name in config.rivals:
+        # Where no setting keeps the floors, the best of all is measured, and the table says what it loses.
+        tuned = best_rival(archive, name) or best_of(archive.evaluations("rival", name))
+        if tuned is not None:
+            entrants.append(Entrant("rival", tuned))
+    return entrants
+
+
+def measure_on_test(
+    archive: Archive,
+    config: Config,
+    scorer: Scorer,
+    entrants: list[Entrant],
+    rival: Evaluation | None,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Open the test split, measure every entrant on it, and archive the comparison; goes on where it was cut off.
+
+    Args:
+        archive: seals the split; what the headline compares is fixed in it.
+        config: the run's.
+        scorer: merges and scores.
+        entrants: in the order of the table; the first discovered one is the headline's.
+        rival: the best one on development, which all are compared with.
+        tick: called with how many are measured, and of how many.
+    """
     scorer.open_test(config.task.test, archive)
     archive.set_questions("test", [(q.id, q.group) for q in scorer.questions("test")])
-    entrants = _entrants(archive, config, finalists)
     measured = {(e.kind, e.subject, e.number): e for e in archive.evaluations(split="test")}
-    for done, (_, dev, candidate) in enumerate(entrants):
+    for done, entrant in enumerate(entrants):
         tick(done, len(entrants))
-        key = (dev.kind, dev.subject, dev.number)
-        if key not in measured:
-            measured[key] = _measure(scorer, dev, candidate)
-            archive.add_evaluation(measured[key])
+        if entrant.key not in measured:
+            measured[entrant.key] = _measure(scorer, entrant)
+            archive.add_evaluation(measured[entrant.key])
     tick(len(entrants), len(entrants))
     result = _compare(archive, config, entrants, measured, rival)
     archive.set_verdict(result)
     return result
 
 
-_Entrant = tuple[str, Evaluation, Candidate | None]
-
-
-def _entrants(
-    archive: Archive, config: Config, finalists: list[tuple[Candidate, Evaluation]]
-) -> list[_Entrant]:
-    """(kind, development evaluation, candidate) of everybody who is measured on test."""
-    entrants: list[_Entrant] = [("seed", e, None) for e in archive.evaluations("seed")]
-    for name in config.rivals:
-        # Where no setting keeps the floors, the best of all is measured, and the table says what it loses.
-        tuned = best_rival(archive, name) or best_of(archive.evaluations("rival", name))
-        if tuned is not None:
-            entrants.append(("rival", tuned, None))
-    for control in config.controls:
-        entrants += [("control", dev, candidate) for candidate, dev in ranked_new(archive, control)[:1]]
-    return entrants + [("discovered", dev, candidate) for candidate, dev in finalists]
-
-
-def _measure(scorer: Scorer, dev: Evaluation, candidate: Candidate | None) -> Evaluation:
-    if candidate is not None:
-        return score_again(scorer, candidate, "test", dev.number, dev.factor)
+def _measure(scorer: Scorer, entrant: Entrant) -> Evaluation:
+    dev = entrant.dev
+    if entrant.candidate is not None:
+        return score_again(scorer, entrant.candidate, "test", dev.number, dev.factor)
     if dev.kind == "seed":
         return scorer.seed("test")
     return scorer.rival(dev.subject, dev.number, dev.parameters, "test")
@@ -122,29 +161,28 @@ def _measure(scorer: Scorer, dev: Evaluation, candidate: Candidate | None) -> Ev
 def _compare(
     archive: Archive,
     config: Config,
-    entrants: list[_Entrant],
+    entrants: list[Entrant],
     measured: dict[tuple[str, str, int], Evaluation],
     rival: Evaluation | None,
 ) -> dict[str, Any]:
     comparison = Comparison.of(archive, config)
-    tests = [measured[(dev.kind, dev.subject, dev.number)] for _, dev, _ in entrants]
+    tests = [measured[entrant.key] for entrant in entrants]
     against = None if rival is None else measured.get((rival.kind, rival.subject, rival.number))
-    seed = next(
-        ((dev, test) for (_, dev, _), test in zip(entrants, tests, strict=True) if dev.kind == "seed"), None
-    )
+    seed = next((pair for pair in zip(entrants, tests, strict=True) if pair[0].kind == "seed"), None)
     seed_on_test = None if seed is None else seed[1]
     differences = [comparison.difference(test, against) for test in tests]
     # Holm over the finalists: several discoveries are tested against one rival.
-    finalists = [i for i, (kind, _, _) in enumerate(entrants) if kind == "discovered" and differences[i]]
+    finalists = [i for i, entrant in enumerate(entrants) if entrant.kind == "discovered" and differences[i]]
     adjusted = holm([differences[i]["p"] for i in finalists])  # type: ignore[index]
     for i, p in zip(finalists, adjusted, strict=True):
         differences[i]["p_adjusted"] = p  # type: ignore[index]
     rows = []
-    for (kind, dev, _), test, difference in zip(entrants, tests, differences, strict=True):
+    for entrant, test, difference in zip(entrants, tests, differences, strict=True):
+        dev = entrant.dev
         rows.append(
             Row(
                 name=dev.subject,
-                kind=kind,
+                kind=entrant.kind,
                 dev={"score": dev.score, "questions": dev.questions},
                 test=comparison.score(test),
                 against_best_rival=difference,
@@ -152,7 +190,8 @@ def _compare(
                 tasks=by_task(group_scores(archive, dev), group_scores(archive, test)),
                 retention=comparison.retention(test, seed_on_test),
                 below_floor=comparison.below_floor(test, seed_on_test),
-                shrinkage=shrinkage(dev, test, seed),
+                shrinkage=shrinkage(dev, test, None if seed is None else (seed[0].dev, seed[1])),
+                failure=test.failure,
             )
         )
     discovered = [row for row in rows if row.kind == "discovered" and row.test]

@@ -1,8 +1,10 @@
 """The factory in process: a causal language model, its prompts, and the adapters that it has learned."""
 
 import hashlib
+import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,9 +19,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
-from selfdev.errors import SelfdevError
-from selfdev.factory.prompt import STOP, Prompt, ask, deal
-from selfdev.factory.refinement import Preference, plan, refine
+from selfdev.errors import SelfdevError, UserError
+from selfdev.factory.imitation import Lesson, imitate, lessons
+from selfdev.factory.losses import LARGEST_FLIP_RATE
+from selfdev.factory.memory import fitting_pass
+from selfdev.factory.prompt import STOP, Prompt, prompts_of
+from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
 from selfdev.factory.warm_start import completion, warm_start
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
@@ -41,6 +46,8 @@ class LocalFactory:
 
     def __init__(self, config: Config):
         self.config = config
+        if config.refinement.backend == "trl" and importlib.util.find_spec("trl") is None:
+            raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
         self.folder = resolve(config.factory.model)
         self.tokenizer = load_tokenizer(self.folder)
         self.weights = weights_hash(self.folder)
@@ -77,16 +84,11 @@ class LocalFactory:
             seed=settings.seed,
             tick=lambda step, loss: tick(step + 1, settings.steps, f"{loss:.2f} nats a token"),
         )
-        _save(model, folder)
+        save_adapter(model, folder)
 
     def prompts(self, iteration: int) -> list[Prompt]:
         """The prompts of one iteration: one and always the same, or dealt out anew."""
-        settings = self.config.prompt
-        if settings.examples == "fixed":
-            return [ask(settings.names, self._sources, settings.form)]
-        seed = stream_seed(self.config.seed, "prompts", iteration)
-        hands = deal(self._sources, settings.prompts, settings.shown, seed)
-        return [ask(names, self._sources, settings.form) for names in hands]
+        return prompts_of(self.config.prompt, self._sources, self.config.seed, iteration)
 
     def write(
         self,
@@ -96,7 +98,7 @@ class LocalFactory:
         adapters: Sequence[Path],
         tick: Tick,
     ) -> list[tuple[int, Sample]]:
-        """Write the programs of one iteration.
+        """Write the programs of one iteration, all in one call of the sampler, which is what makes them repeatable.
 
         Args:
             prompts: each gets an equal share of the programs, neighbours in the order.
@@ -109,28 +111,31 @@ class LocalFactory:
             For each program the index of its prompt, and what was written.
         """
         settings = self.config.factory
-        model = self._model(adapters)
-        sampler = Sampler(temperature, settings.top_p, settings.max_new_tokens, STOP[self.config.prompt.form])
-        tokens = [prompt.tokens(self.tokenizer) for prompt in prompts]
+        sampler = Sampler(
+            temperature,
+            settings.top_p,
+            settings.max_new_tokens,
+            STOP[self.config.prompt.form],
+            settings.top_k,
+            settings.min_p,
+            settings.batch,
+        )
         count = self.config.programs
         owner = [number * len(prompts) // count for number in range(count)]
-        written: list[tuple[int, Sample]] = []
-        for start in range(0, count, settings.batch):
-            numbers = range(start, min(start + settings.batch, count))
-            used = sorted({owner[number] for number in numbers})
-            rows = [
-                [stream_seed(self.config.seed, "sample", iteration, n) for n in numbers if owner[n] == prompt]
-                for prompt in used
-            ]
-            samples = sampler(
-                model,
-                self.tokenizer,
-                [tokens[prompt] for prompt in used],
-                rows,
-                lambda finished, total, start=start: tick(start + finished, count, f"{total} tokens"),  # type: ignore[misc]
-            )
-            written += [(prompt, s) for prompt, group in zip(used, samples, strict=True) for s in group]
-        return written
+        used = sorted(set(owner))
+        seeds = [stream_seed(self.config.seed, "sample", iteration, number) for number in range(count)]
+        samples = sampler(
+            self._model(adapters),
+            self.tokenizer,
+            [prompts[prompt].tokens(self.tokenizer) for prompt in used],
+            [[seed for seed, its in zip(seeds, owner, strict=True) if its == prompt] for prompt in used],
+            lambda finished, tokens: tick(finished, count, f"{tokens} tokens"),
+        )
+        return [(prompt, s) for prompt, group in zip(used, samples, strict=True) for s in group]
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a completion that nobody sampled."""
+        return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def refine(
         self,
@@ -139,48 +144,143 @@ class LocalFactory:
         adapters: Sequence[Path],
         out: Path,
         tick: Tick,
+        flip_rate: float = 0.0,
+        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
     ) -> dict[str, Any]:
-        """Train a new adapter on pairs, and save it.
+        """Train a new adapter, on programs that are imitated and then on pairs, and save it.
 
         Args:
-            pairs: at least one: the prompt, token ids of the chosen program, those of the rejected one.
+            pairs: the prompt, token ids of the chosen program, those of the rejected one.
             iteration: names the random stream.
-            adapters: what the new one stands on, and its reference.
+            adapters: what the arm has learned so far, in order; `refinement.refit` and `reference` say whether the new
+                one stands on it and is held to it.
             out: the adapter's folder, written aside and renamed.
             tick: progress.
+            flip_rate: share of the pairs that are probably the wrong way round, in 0..1; `refinement.flip_rate` may
+                name another.
+            imitated: prompts, and token ids of the programs that `refinement.imitation` imitates.
 
         Returns:
-            What the archive keeps: settings, losses, hash of the adapter.
+            What the archive keeps: settings, losses, hash of the adapter. With `skipped` or `rolled_back` among it,
+            whose value says why, there is no adapter, and the factory stays what it was.
+
+        Raises:
+            SelfdevError: there is too little memory even for one program a pass.
         """
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
-        self._loaded = None  # two models at once would double the memory
-        model = _with_adapter(self._build(adapters), settings.rank, seed)
+        taught = self._lessons(imitated, seed)
+        if len(pairs) < settings.min_pairs and not taught:
+            return {"skipped": f"{len(pairs)} pairs, fewer than refinement.min_pairs ({settings.min_pairs})"}
         asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _, _ in pairs}
         known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
         preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
         preferences += self._shunned(pairs)
         steps = plan(preferences, settings.pairs_a_step, seed, settings.rehearsal, known)
-        total = len(steps) * (1 + settings.epochs)
-        losses = refine(
-            model,
-            steps,
-            beta=settings.beta,
-            learning_rate=settings.learning_rate,
-            epochs=settings.epochs,
-            supervised=settings.supervised,
-            tick=lambda done: tick(done, total, f"{len(pairs)} pairs"),
-        )
-        _save(model, out)
-        return {
+        if settings.flip_rate != "measured":
+            flip_rate = settings.flip_rate
+        facts = {
             "pairs": len(pairs),
             "shunned": len(preferences) - len(pairs),
             "steps": len(steps),
+            "imitation_steps": len(taught),
+            "backend": settings.backend,
+            "loss": settings.loss,
+            "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
             "refit": settings.refit,
-            "reference": "first" if settings.refit == "fresh" else "previous",
-            "losses": [asdict(each) for each in losses],
+            "reference": settings.held_to,
+        }
+        self._loaded = None  # two models at once would double the memory
+        ground = [] if settings.refit == "fresh" else list(adapters)
+        reference = [] if settings.held_to == "first" else list(adapters)
+        try:
+            model, done = self._train(ground, reference, taught, steps, seed, facts, tick)
+        except Diverged as error:
+            return facts | {"rolled_back": str(error)}
+        save_adapter(model, out)
+        return facts | {
+            "losses": [asdict(each) for each in done.losses],
+            "stopped": done.stopped,
             "adapter": weights_hash(out),
         }
+
+    def _train(
+        self,
+        ground: Sequence[Path],
+        reference: Sequence[Path],
+        taught: Sequence[Lesson],
+        steps: Sequence[Step],
+        seed: int,
+        facts: dict[str, Any],
+        tick: Tick,
+    ) -> tuple[PeftModel, Outcome]:
+        """Train a new adapter on top of `ground`, held to `reference`; notes how its passes were split."""
+        settings = self.config.refinement
+        model = _with_adapter(self._build(ground), settings.rank, seed)
+        note = f"{facts['pairs']} pairs"
+        if not steps:
+            self._imitate(model, taught, facts, tick)
+            return model, Outcome([])
+        if settings.backend == "trl":
+            from selfdev.factory.trl_backend import refine_with_trl
+
+            self._imitate(model, taught, facts, tick)
+            other = None if reference == ground else self._build(reference)
+            total = settings.epochs * math.ceil(sum(len(s.pairs) for s in steps) / settings.pairs_a_step)
+            return model, refine_with_trl(
+                model,
+                other,
+                self.tokenizer,
+                steps,
+                settings,
+                flip_rate=facts["flip_rate"],
+                tick=lambda done: tick(done, total, note),
+            )
+        facts["tokens_a_pass"] = tokens_a_pass = fitting_pass(model, steps, settings)
+        total = len(steps) * (1 + settings.epochs)
+        if reference != ground:
+            del model
+            references = consult(
+                self._build(reference), steps, settings, tokens_a_pass, lambda done: tick(done, total, note)
+            )
+            model = _with_adapter(self._build(ground), settings.rank, seed)
+        else:
+            references = consult(model, steps, settings, tokens_a_pass, lambda done: tick(done, total, note))
+        self._imitate(model, taught, facts, tick)
+        return model, refine(
+            model,
+            steps,
+            references,
+            settings,
+            flip_rate=facts["flip_rate"],
+            tokens_a_pass=tokens_a_pass,
+            tick=lambda done: tick(len(steps) + done, total, note),
+        )
+
+    def _lessons(self, imitated: Sequence[tuple[Prompt, tuple[int, ...]]], seed: int) -> list[Lesson]:
+        settings = self.config.refinement
+        asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _ in imitated}
+        known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
+        programs = [(asked[prompt], tokens) for prompt, tokens in imitated]
+        passes, together = settings.imitation.passes, settings.imitation.programs_a_step
+        return lessons(programs, passes, together, seed, settings.rehearsal, known)
+
+    def _imitate(self, model: PeftModel, taught: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
+        """Imitate programs, if there are any; notes the mean loss of each pass."""
+        if not taught:
+            return
+        settings = self.config.refinement.imitation
+        total = len(taught)
+        losses = imitate(
+            model,
+            taught,
+            settings.learning_rate,
+            lambda step, loss: tick(step + 1, total, f"imitation, {loss:.2f} nats a token"),
+        )
+        once = total // settings.passes
+        facts["imitation_losses"] = [
+            sum(losses[start : start + once]) / once for start in range(0, total, once)
+        ]
 
     def _rehearsed(self, prompt: Prompt) -> list[tuple[int, ...]]:
         """The worked examples that a prompt does not show, as it would be continued with them."""
@@ -214,11 +314,15 @@ class LocalFactory:
 
     def _build(self, adapters: Sequence[Path]) -> PreTrainedModel:
         model: Any = load_model(self.folder)
-        warm = self._warm_folder()
-        for folder in ([] if warm is None else [warm]) + list(adapters):
+        for folder in self.layers(adapters):
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         built: PreTrainedModel = model.eval()
         return built
+
+    def layers(self, adapters: Sequence[Path]) -> list[Path]:
+        """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""
+        warm = self._warm_folder()
+        return ([] if warm is None else [warm]) + list(adapters)
 
     def _warm_key(self) -> str | None:
         settings = self.config.factory.warm_start
@@ -241,7 +345,7 @@ def _with_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     return adapted
 
 
-def _save(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path) -> None:
     """Save an adapter aside and rename it, so that a folder of that name is always whole."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)

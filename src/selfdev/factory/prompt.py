@@ -4,14 +4,17 @@
 prompt, since a small factory copies whatever example it always sees.
 """
 
+import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from selfdev.algorithms.source import OPENING, Form, wrap_short
+from selfdev.algorithms.source import ENTRY, OPENING, Form, unwrap_short, wrap_short
+from selfdev.config import PromptSettings
+from selfdev.streams import stream_seed
 
 SHORT_HEAD = '''"""Merge expert models by combining their task vectors.
 
@@ -82,19 +85,53 @@ class Prompt:
         return [int(i) for i in tokenizer(self.text).input_ids]
 
 
-def ask(names: Sequence[str], sources: dict[str, str], form: Form) -> Prompt:
+def ask(names: Sequence[str], sources: Mapping[str, str], form: Form) -> Prompt:
     """Build the prompt that shows the named examples.
 
     Args:
         names: which examples, in this order.
-        sources: short source of every known example.
+        sources: of every known example, in the short form; in the contract's form also in that.
         form: what is asked for.
     """
     if form is Form.SHORT:
         shown = "\n\n".join(sources[name] for name in names)
         return Prompt(f"{SHORT_HEAD}{shown}\n\n{OPENING}", tuple(names), form)
-    shown = "```\n\n```python\n".join(wrap_short(sources[name]) for name in names)
+    whole = [sources[name] for name in names]
+    shown = "```\n\n```python\n".join(s if f"def {ENTRY}(" in s else wrap_short(s) for s in whole)
     return Prompt(CONTRACT_TASK.format(example=shown), tuple(names), form)
+
+
+def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, iteration: int) -> list[Prompt]:
+    """The prompts of one iteration: one and always the same, or dealt out anew.
+
+    Args:
+        settings: which.
+        sources: short source of every known example.
+        seed: the run's.
+        iteration: names the random stream of the deal.
+    """
+    if settings.examples == "fixed":
+        return [ask(settings.names, sources, settings.form)]
+    hands = deal(sources, settings.prompts, settings.shown, stream_seed(seed, "prompts", iteration))
+    return [ask(names, sources, settings.form) for names in hands]
+
+
+def showing(
+    prompts: Sequence[Prompt], programs: Mapping[str, str], sources: Mapping[str, str]
+) -> list[Prompt]:
+    """The prompts with a program in the place of each one's last example, which is the one that is read last.
+
+    Args:
+        prompts: to be changed.
+        programs: name and source, in the contract's form, of those to show, which take turns; with none of them nothing
+            changes.
+        sources: short source of every known example.
+    """
+    if not programs:
+        return list(prompts)
+    known = {**sources, **{name: unwrap_short(source) for name, source in programs.items()}}
+    names = itertools.cycle(programs)
+    return [ask((*prompt.examples[:-1], next(names)), known, prompt.form) for prompt in prompts]
 
 
 def deal(sources: dict[str, str], prompts: int, examples: int, seed: int) -> list[tuple[str, ...]]:

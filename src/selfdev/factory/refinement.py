@@ -1,31 +1,44 @@
-"""One DPO round: the factory learns from pairs of programs (Rafailov et al. 2023, arXiv 2305.18290).
+"""One round of preference training: the factory learns from pairs of programs.
 
 Training is on the sampled token ids, never on text that is tokenised again. The programs of one step share one
-packed prompt (`packing.py`), and a program that stands in several pairs of a step is computed once. The
-reference is the factory without the new adapter, computed in the same packs, so that rounding cancels out.
+packed prompt (`packing.py`), and a program that stands in several pairs of a step is computed once. The reference is
+computed in the same packs, so that rounding cancels out. What is minimised is in `losses.py`.
+
+A step that does not fit into memory is split into passes. Its loss couples all its programs, so their
+log-probabilities are computed first, without a graph; the loss's gradient with respect to them is then carried into one
+pass after the other. The gradient is that of one large pass, at the price of one more forward pass.
 
 What is guaranteed: the same pairs, settings and seed give the same adapter on the same machine with the same number
-of threads. A loss that is not finite ends the round with an error before anything is saved.
+of threads. A loss or a weight that is not finite ends the round with an error before anything is saved.
 """
 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
+from selfdev.config import RefinementSettings
 from selfdev.errors import SelfdevError
-from selfdev.factory.packing import completion_log_probs
+from selfdev.factory.losses import preference_loss
+from selfdev.factory.packing import completion_states, output_weight, passes
+from selfdev.factory.vocabulary import divergence, token_log_probs
 
 Tokens = tuple[int, ...]
+Report = Callable[[int], None]
+
+STOP_WINDOW = 4
+"""Steps whose mean margin must pass `refinement.stop_margin`: a single step has a handful of pairs."""
 
 
 class Diverged(SelfdevError):
-    """The loss is not a finite number; the adapter is useless."""
+    """The loss or a weight is not a finite number; the adapter is useless."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +71,48 @@ class Step:
         """The completions under the supervised loss: the chosen, each once, and the rehearsed."""
         return sorted({chosen for chosen, _ in self.pairs} | set(self.rehearsed))
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(completion) for completion in self.completions]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference makes of a step.
+
+    Attributes:
+        log_probs: of each completion, summed over its tokens, nats, shape (completions,).
+        hidden: what its next-token distributions are made from, shape (tokens, width); None where no KL term asks.
+    """
+
+    log_probs: Tensor
+    hidden: Tensor | None
+
 
 @dataclass(frozen=True)
 class Losses:
-    """Means over one epoch: the DPO loss, the margin of rewards / beta (nats), the supervised loss (nats a token)."""
+    """Means over the steps of one epoch.
+
+    Attributes:
+        dpo: the preference loss, whichever it is.
+        margin: of rewards / beta, nats.
+        supervised: negative log-likelihood of the imitated completions, nats a token.
+        kl: divergence from the reference, nats a token; None where it was not computed.
+    """
 
     dpo: float
     margin: float
     supervised: float
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round came to: the losses of each epoch, and the step (from 1) after which its margin ended it early."""
+
+    losses: list[Losses]
+    stopped: int | None = None
 
 
 def plan(
@@ -105,88 +152,177 @@ def plan(
     return steps
 
 
-def dpo_loss(gain: Tensor, pairs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """The sigmoid DPO loss.
+def consult(
+    model: PreTrainedModel | PeftModel,
+    steps: Sequence[Step],
+    settings: RefinementSettings,
+    tokens_a_pass: int | None = None,
+    tick: Report = lambda step: None,
+) -> list[Reference]:
+    """What the reference makes of every step.
 
     Args:
-        gain: log p_model - log p_reference of each completion, nats, shape (completions,).
-        pairs: indices (chosen, rejected), shape (pairs, 2).
-        beta: strength of the pull towards the reference; above 0.
-
-    Returns:
-        The mean of -log sigmoid(beta (gain_chosen - gain_rejected)), and the mean margin gain_chosen - gain_rejected.
+        model: the reference; of one that carries an adapter, the model without it.
+        steps: what `plan` made.
+        settings: whether there is a KL term.
+        tokens_a_pass: see `packing.passes`.
+        tick: called after each step with how many are done.
     """
-    margin = gain[pairs[:, 0]] - gain[pairs[:, 1]]
-    return -F.logsigmoid(beta * margin).mean(), margin.mean()
+    references: list[Reference] = []
+    with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        for step in steps:
+            parts = passes(len(step.prompt), step.lengths, tokens_a_pass)
+            hidden, log_probs = zip(*(_forward(model, step, part) for part in parts), strict=True)
+            kept = torch.cat(hidden) if settings.kl else None
+            references.append(Reference(_summed(torch.cat(log_probs), step), kept))
+            tick(len(references))
+    return references
 
 
 def refine(
     model: PeftModel,
     steps: Sequence[Step],
+    references: Sequence[Reference],
+    settings: RefinementSettings,
     *,
-    beta: float,
-    learning_rate: float,
-    epochs: int,
-    supervised: float,
-    tick: Callable[[int], None] = lambda step: None,
-) -> list[Losses]:
+    flip_rate: float = 0.0,
+    tokens_a_pass: int | None = None,
+    tick: Report = lambda step: None,
+) -> Outcome:
     """Train the adapter in place.
 
     Args:
         model: the factory with a new adapter that changes nothing yet.
         steps: what `plan` made.
-        beta: see `dpo_loss`.
-        learning_rate: peak rate of AdamW; it warms up over the first tenth and falls linearly to zero.
-        epochs: passes over the steps.
-        supervised: factor on the mean negative log-likelihood of the imitated completions, in nats a token, which is
-            added to the loss and keeps the likelihood of working syntax up; 0 leaves it out.
-        tick: called after each step and each reference pass with how many are done.
-
-    Returns:
-        The losses of each epoch.
+        references: what `consult` made of them.
+        settings: losses, learning rate, epochs.
+        flip_rate: see `losses.robust`.
+        tokens_a_pass: see `packing.passes`.
+        tick: called after each step with how many are done.
 
     Raises:
-        Diverged: a loss is not finite.
+        Diverged: a loss or a weight is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    total = epochs * len(steps)
-    warm_up = max(1, total // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, (total - i) / max(1, total - warm_up + 1))
-    )
+    optimizer, schedule = optimiser(trained, settings, settings.epochs * len(steps))
     model.train()
-    references: list[Tensor] = []
-    with torch.no_grad(), model.disable_adapter():
-        for step in steps:
-            references.append(_summed(completion_log_probs(model, step.prompt, step.completions)))
-            tick(len(references))
-    history = []
-    done = len(references)
-    for _ in range(epochs):
-        sums = torch.zeros(3)
+    history: list[Losses] = []
+    margins: list[float] = []
+    stopped = None
+    for _ in range(settings.epochs):
+        sums, done = torch.zeros(4), 0
         for step, reference in zip(steps, references, strict=True):
-            log_probs = completion_log_probs(model, step.prompt, step.completions)
-            pairs = torch.tensor(step.pairs, device=reference.device)
-            dpo, margin = dpo_loss(_summed(log_probs) - reference, pairs, beta)
-            nll = -torch.cat([log_probs[i] for i in step.imitated]).mean()
-            loss = dpo + supervised * nll
-            if not math.isfinite(loss.item()):
-                raise Diverged(
-                    f"the loss of a refinement is {loss.item()}; lower refinement.learning_rate ({learning_rate:g})"
-                )
             optimizer.zero_grad()
-            loss.backward()
+            terms = backward(model, step, reference, settings, flip_rate, tokens_a_pass)
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
-            sums += torch.stack([dpo, margin, nll]).detach().float().cpu()
+            sums += terms
             done += 1
-            tick(done)
-        history.append(Losses(*(sums / len(steps)).tolist()))
+            margins.append(terms[1].item())
+            tick(len(margins))
+            if saturated(margins, settings.stop_margin):
+                stopped = len(margins)
+                break
+        dpo, margin, supervised, kl = (sums / done).tolist()
+        history.append(Losses(dpo, margin, supervised, kl if settings.kl else None))
+        if stopped is not None:
+            break
+    if not all(torch.isfinite(each).all() for each in trained):
+        raise Diverged(diverged("a weight of the adapter", settings))
     model.eval()
-    return history
+    return Outcome(history, stopped)
 
 
-def _summed(log_probs: Sequence[Tensor]) -> Tensor:
-    return torch.stack([each.sum() for each in log_probs])
+def optimiser(
+    trained: Sequence[torch.nn.Parameter], settings: RefinementSettings, steps: int
+) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW; its rate warms up over the first tenth of the steps and falls linearly to zero."""
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    warm_up = max(1, steps // 10)
+    schedule = LambdaLR(
+        optimizer, lambda i: min((i + 1) / warm_up, (steps - i) / max(1, steps - warm_up + 1))
+    )
+    return optimizer, schedule
+
+
+def saturated(margins: Sequence[float], stop_margin: float | None) -> bool:
+    """Whether the mean margin of the last `STOP_WINDOW` steps, in nats, has passed what is enough."""
+    if stop_margin is None or len(margins) < STOP_WINDOW:
+        return False
+    return sum(margins[-STOP_WINDOW:]) / STOP_WINDOW > stop_margin
+
+
+def diverged(what: str, settings: RefinementSettings) -> str:
+    """The message of `Diverged`."""
+    rate = f"{settings.learning_rate:g}"
+    return f"{what} of a refinement is not a finite number; lower refinement.learning_rate ({rate})"
+
+
+def _forward(model: PreTrainedModel | PeftModel, step: Step, part: range) -> tuple[Tensor, Tensor]:
+    """Hidden states and log-probabilities of some completions, shapes (tokens, width) and (tokens,)."""
+    completions = [step.completions[i] for i in part]
+    hidden = completion_states(model, step.prompt, completions)
+    target = torch.tensor([token for each in completions for token in each], device=hidden.device)
+    return hidden, token_log_probs(hidden, output_weight(model), target)
+
+
+def backward(
+    model: PeftModel,
+    step: Step,
+    reference: Reference,
+    settings: RefinementSettings,
+    flip_rate: float,
+    tokens_a_pass: int | None,
+) -> Tensor:
+    """Add the gradient of one step's loss to the parameters'.
+
+    Args:
+        model: the factory with its adapter.
+        step: whose programs.
+        reference: what `consult` made of it.
+        settings: the losses and their factors.
+        flip_rate: see `losses.robust`.
+        tokens_a_pass: see `packing.passes`; the gradient does not depend on it, up to rounding.
+
+    Returns:
+        The preference loss, the margin, the supervised loss and the divergence, shape (4,), on the CPU.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    parts = passes(len(step.prompt), step.lengths, tokens_a_pass)
+    whole = len(parts) == 1
+    with torch.set_grad_enabled(whole):
+        computed = [_forward(model, step, part) for part in parts]
+    # The loss is differentiated with respect to the log-probabilities alone, and they with respect to the weights.
+    log_probs = torch.cat([found for _, found in computed]).detach().requires_grad_()
+    gain = _summed(log_probs, step) - reference.log_probs
+    pairs = torch.tensor(step.pairs, device=gain.device)
+    lengths = torch.tensor(step.lengths, device=gain.device)
+    dpo, margin = preference_loss(
+        settings.loss, gain, lengths, pairs, beta=settings.beta, flip_rate=flip_rate
+    )
+    each = log_probs.split(step.lengths)
+    nll = -torch.cat([each[i] for i in step.imitated]).mean()
+    loss = dpo + settings.supervised * nll
+    if not math.isfinite(loss.item()):
+        raise Diverged(diverged("the loss", settings))
+    loss.backward()
+    assert log_probs.grad is not None
+    kl, weight, start = torch.zeros(()), output_weight(model), 0
+    for part, before in zip(parts, computed, strict=True):
+        hidden, found = before if whole else _forward(model, step, part)
+        rows = slice(start, start := start + len(found))
+        roots, slopes = [found], [log_probs.grad[rows]]
+        if reference.hidden is not None:
+            apart = divergence(hidden, reference.hidden[rows], weight, settings.kl_direction).sum()
+            kl += apart.detach().cpu() / len(log_probs)
+            roots.append(apart)
+            slopes.append(torch.full_like(apart, settings.kl / len(log_probs)))
+        torch.autograd.backward(roots, slopes)
+    return torch.stack([term.detach().float().cpu() for term in (dpo, margin, nll, kl)])
+
+
+def _summed(log_probs: Tensor, step: Step) -> Tensor:
+    return torch.stack([each.sum() for each in log_probs.split(step.lengths)])

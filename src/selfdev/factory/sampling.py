@@ -1,23 +1,28 @@
 """Sampling programs from a causal language model, in process.
 
-What a candidate is depends on its own random stream and on its place in a batch whose composition is a
-function of the index alone, never on timing.
+A batch of rows is kept full: the place of a program that has ended is taken by the next one, in the order of their
+numbers. What a program is depends on its own random stream and, by rounding, on the rows beside it. Which rows these
+are follows from the lengths of the earlier programs, and so, by induction over the steps, from the prompts, the seeds
+and the settings alone: never from timing or from the number of workers. It holds for one call on one machine with
+one number of threads; an iteration is therefore written in a single call, and a resumed one is written anew from its
+first program.
 """
 
+import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
+from selfdev.factory.drawing import draw
 from selfdev.models.limits import context_limit, end_tokens
-from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending
-
-CONSIDERED = 512
-"""Only this many most likely tokens can be drawn: beyond top-p of them lies noise, and sorting costs."""
+from selfdev.models.output_head import head_in_blocks
+from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending, closed_up
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,66 @@ class Sample:
     Attributes:
         tokens: the sampled ids, the stopping token included.
         text: the tokens decoded, without special tokens.
-        log_prob: log-probability of the tokens at temperature 1, in nats.
+        log_prob: log-probability of the tokens at temperature 1, in nats; None where a server does not tell it.
         finished: False if the limit on new tokens ended it.
     """
 
     tokens: tuple[int, ...]
     text: str
-    log_prob: float
+    log_prob: float | None
     finished: bool
+
+
+class _Ending:
+    """Knows from its tokens where a program ends: each token of the vocabulary is decoded once, no text ever is."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: set[int], stop: re.Pattern[str]):
+        self.ends, self.stop = ends, stop
+        self._tokenizer = tokenizer
+        self._pieces: dict[int, str] = {}
+
+    def piece(self, token: int) -> str:
+        """The text of a token."""
+        if token not in self._pieces:
+            # Decoded behind itself, since some tokenizers drop the space before a text's first word.
+            once, twice = (self._tokenizer.decode([token] * n) for n in (1, 2))
+            self._pieces[token] = twice[len(once) :]
+        return self._pieces[token]
+
+
+class _Row:
+    """One program: its prompt, its random stream, and what has been written."""
+
+    def __init__(self, prompt: int, prompt_tokens: int, seed: int, limit: int, ending: _Ending):
+        self.prompt = prompt
+        self.uniform = torch.rand(limit, generator=torch.Generator().manual_seed(seed)).tolist()
+        self.tokens: list[int] = []
+        self.log_prob = 0.0
+        self.text = ""
+        self.finished = False
+        self._prompt_tokens, self._ending = prompt_tokens, ending
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is complete or at its limit."""
+        return self.finished or len(self.tokens) == len(self.uniform)
+
+    @property
+    def position(self) -> int:
+        """The position of the latest token."""
+        return self._prompt_tokens + len(self.tokens) - 1
+
+    def add(self, token: int, log_prob: float) -> None:
+        """Write one token."""
+        self.tokens.append(token)
+        self.log_prob += log_prob
+        self.text += self._ending.piece(token)
+        self.finished = token in self._ending.ends or self._ending.stop.search(self.text) is not None
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        """What has been written."""
+        text = tokenizer.decode(self.tokens, skip_special_tokens=True)
+        return Sample(tuple(self.tokens), text, self.log_prob, self.finished)
 
 
 @dataclass(frozen=True)
@@ -43,15 +100,21 @@ class Sampler:
 
     Attributes:
         temperature: above 0.
-        top_p: in (0, 1]: the smallest set of tokens with at least this probability is drawn from.
+        top_p: in (0, 1]: the smallest set of tokens with at least this probability is drawn from; 1 for all.
         max_new_tokens: where a program that does not end is cut.
-        stop: a pattern; sampling of a row ends when it is found in what was written.
+        stop: a pattern; a program ends when it is found in what was written.
+        top_k: only so many of the most likely tokens are drawn from; 0 for all.
+        min_p: in [0, 1]: what is drawn has at least this share of the most likely token's probability; 0 for all.
+        batch: rows written at once; 0 for all.
     """
 
     temperature: float
     top_p: float
     max_new_tokens: int
     stop: re.Pattern[str]
+    top_k: int = 0
+    min_p: float = 0.0
+    batch: int = 0
 
     @torch.inference_mode()
     def __call__(
@@ -62,116 +125,101 @@ class Sampler:
         rows: Sequence[Sequence[int]],
         tick: Callable[[int, int], None] = lambda finished, tokens: None,
     ) -> list[list[Sample]]:
-        """Write one batch.
+        """Write programs, those of the first prompt first.
 
         Args:
             model: a causal language model, in evaluation mode.
             tokenizer: its tokenizer.
             prompts: token ids of each prompt.
-            rows: for each prompt, the random seed of every row that continues it.
-            tick: called now and then with the rows finished and the tokens written.
+            rows: for each prompt, the random seed of every program that continues it.
+            tick: called after each step with the programs finished and the tokens written.
 
         Returns:
-            For each prompt, its rows' samples in order.
+            For each prompt, its programs in order.
 
         Raises:
             UserError: prompt and continuation do not fit the model's context.
+            SelfdevError: the model's logits are not finite.
         """
         check_context(model.config, max(map(len, prompts)) + self.max_new_tokens)
-        seeds = [seed for group in rows for seed in group]
-        uniform = torch.stack([_uniform(seed, self.max_new_tokens) for seed in seeds]).to(model.device)
-        position = torch.tensor(
-            [len(p) for p, group in zip(prompts, rows, strict=True) for _ in group], device=model.device
+        ending = _Ending(tokenizer, end_tokens(model, tokenizer), self.stop)
+        written = [
+            [_Row(number, len(prompt), seed, self.max_new_tokens, ending) for seed in seeds]
+            for number, (prompt, seeds) in enumerate(zip(prompts, rows, strict=True))
+        ]
+        every = [row for group in written for row in group]
+        with head_in_blocks(model):
+            prefilled = _prefill(model, prompts)
+            started = self._started(every, [logits for _, logits in prefilled])
+            alive = list(islice(started, self.batch or None))
+            counts = [sum(row.prompt == number for row in alive) for number in range(len(prompts))]
+            shared = SharedPrefix([cache for cache, _ in prefilled], counts, self.max_new_tokens)
+            with attending(model):
+                while alive:
+                    self._step(model, shared, alive)
+                    for place, row in enumerate(alive):
+                        if row.ended and (following := next(started, None)) is not None:
+                            alive[place] = following
+                            shared.replace(place, following.prompt)
+                    going = [place for place, row in enumerate(alive) if not row.ended]
+                    if len(going) < len(alive):
+                        kept = closed_up(going)
+                        shared.keep(torch.tensor(kept, dtype=torch.long))
+                        alive = [alive[place] for place in kept]
+                    tick(sum(row.ended for row in every), sum(len(row.tokens) for row in every))
+        return [[row.sample(tokenizer) for row in group] for group in written]
+
+    def _started(self, rows: Sequence[_Row], logits: Sequence[Tensor]) -> Iterator[_Row]:
+        """Draw each row's first token when its turn has come; gives the rows that this does not end."""
+        for row in rows:
+            self._write([row], logits[row.prompt])
+            if not row.ended:
+                yield row
+
+    def _step(self, model: PreTrainedModel, shared: SharedPrefix, rows: Sequence[_Row]) -> None:
+        """Feed the latest token of every row to the model, and draw the next."""
+        latest = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
+        position = torch.tensor([[row.position] for row in rows], device=model.device)
+        out = model(latest, position_ids=position, use_cache=False, shared_prefix=shared)
+        shared.advance(1)
+        self._write(rows, out.logits[:, -1])
+
+    def _write(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Draw a token for every row from logits of shape (rows, vocabulary)."""
+        tokens, log_probs = draw(
+            logits,
+            torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
         )
-        prefilled = [_prefill(model, prompt) for prompt in prompts]
-        logits = torch.cat([last.expand(len(g), -1) for (_, last), g in zip(prefilled, rows, strict=True)])
-        shared = SharedPrefix([cache for cache, _ in prefilled], [len(g) for g in rows], self.max_new_tokens)
-        written = [_Row() for _ in seeds]
-        alive = torch.arange(len(seeds))
-        pieces = _Pieces(tokenizer)
-        ends = end_tokens(model, tokenizer)
-        tokens = 0
-        with attending(model):
-            for step in range(self.max_new_tokens):
-                chosen, log_prob = self._draw(logits, uniform[alive.to(uniform.device), step])
-                going = []
-                for place, (row, token, lp) in enumerate(
-                    zip(alive.tolist(), chosen.tolist(), log_prob.tolist(), strict=True)
-                ):
-                    written[row].add(token, lp, pieces[token])
-                    if token in ends or self.stop.search(written[row].text):
-                        written[row].finished = True
-                    else:
-                        going.append(place)
-                tokens += len(alive)
-                tick(len(seeds) - len(going), tokens)
-                if not going or step + 1 == self.max_new_tokens:
-                    break
-                if len(going) < len(alive):
-                    kept = torch.tensor(going)
-                    shared.keep(kept)
-                    alive, chosen, position = alive[kept], chosen[kept], position[kept]
-                logits = model(
-                    chosen[:, None], position_ids=position[:, None], use_cache=False, shared_prefix=shared
-                ).logits[:, -1]
-                shared.advance(1)
-                position = position + 1
-        finished = iter([row.sample(tokenizer) for row in written])
-        return [[next(finished) for _ in group] for group in rows]
-
-    def _draw(self, logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns one token id a row and its log-probability at temperature 1, both shape (rows,)."""
-        top, ids = logits.float().topk(min(CONSIDERED, logits.shape[-1]), dim=-1)
-        probability = torch.softmax(top / self.temperature, -1)
-        below = probability.cumsum(-1) - probability
-        probability = probability * (below < self.top_p)
-        cumulative = probability.cumsum(-1)
-        # Inverse transform: one uniform number a token, from the candidate's own stream.
-        place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-        place = place.clamp(max=top.shape[-1] - 1)
-        log_prob = top.gather(-1, place)[:, 0] - logits.float().logsumexp(-1)
-        return ids.gather(-1, place)[:, 0], log_prob
+        if not log_probs.isfinite().all():
+            raise SelfdevError("the factory's logits are not finite: its weights or its adapters are broken")
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.add(token, log_prob)
 
 
-class _Row:
-    """What one row has written so far."""
+def _prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> list[tuple[list[LayerCache], Tensor]]:
+    """Returns each prompt's keys and values, layer by layer, and the logits after its end, shape (1, vocabulary).
 
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.log_prob = 0.0
-        self.text = ""
-        self.finished = False
-
-    def add(self, token: int, log_prob: float, piece: str) -> None:
-        self.tokens.append(token)
-        self.log_prob += log_prob
-        self.text += piece
-
-    def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
-        text = tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return Sample(tuple(self.tokens), text, self.log_prob, self.finished)
-
-
-class _Pieces(dict[int, str]):
-    """Text of each token, decoded once: the stop pattern needs no decoding of whole texts."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> str:
-        self[token] = piece = str(self.tokenizer.decode([token]))
-        return piece
-
-
-def _uniform(seed: int, count: int) -> Tensor:
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed))
-
-
-def _prefill(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[list[LayerCache], Tensor]:
-    """Returns the prompt's keys and values, layer by layer, and the logits after its last token."""
-    ids = torch.tensor([list(prompt)], device=model.device)
-    out = model(ids, use_cache=True, logits_to_keep=1)
-    return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers], out.logits[:, -1]
+    What all prompts begin with goes through the model once.
+    """
+    columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    common = min(sum(1 for _ in columns), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    past = None
+    if common:
+        begin = torch.tensor([list(prompts[0][:common])], device=model.device)
+        past = model(begin, use_cache=True, logits_to_keep=1).past_key_values
+    prefilled = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt[common:])], device=model.device)
+        out = model(ids, past_key_values=copy.deepcopy(past), use_cache=True, logits_to_keep=1)
+        cache = [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+        prefilled.append((cache, out.logits[:, -1]))
+    return prefilled
 
 
 def check_context(config: PreTrainedConfig, tokens: int) -> None:

@@ -9,12 +9,11 @@ cached under their hash.
 import random
 from collections.abc import Callable
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from selfdev.algorithms.source import OPENING, Form
-from selfdev.factory.packing import completion_log_probs
+from selfdev.factory.imitation import Lesson, imitate
 from selfdev.factory.prompt import ask
 
 END = "\n\n"
@@ -47,27 +46,18 @@ def warm_start(
         tick: called after each step with its number and its loss in nats a token.
     """
     draw = random.Random(seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=steps)
-    model.train()
     deck: list[str] = []
-    for step in range(steps):
+    lessons = []
+    for _ in range(steps):
         # Targets are dealt as cards, so that all examples are written about equally often.
         if len(deck) < targets:
             deck = draw.sample(sorted(sources), len(sources))
         wanted = [deck.pop() for _ in range(targets)]
         names = draw.sample([name for name in sorted(sources) if name not in wanted], shown)
         prompt = ask(names, sources, Form.SHORT).tokens(tokenizer)
-        completions = [completion(tokenizer, sources[name]) for name in wanted]
-        loss = -torch.cat(completion_log_probs(model, prompt, completions)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        tick(step, loss.item())
-    model.eval()
+        completions = tuple(tuple(completion(tokenizer, sources[name])) for name in wanted)
+        lessons.append(Lesson(tuple(prompt), completions))
+    imitate(model, lessons, learning_rate, tick)
 
 
 def completion(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:

@@ -97,10 +97,15 @@ class Found:
 
 @dataclass(frozen=True)
 class LibraryMethod:
-    """A human-designed method with its parameters."""
+    """A human-designed method.
+
+    Attributes:
+        method: of the library.
+        parameters_of: gives its parameters for a tensor.
+    """
 
     method: Method
-    parameters: Mapping[str, Any]
+    parameters_of: Callable[[Context], Mapping[str, Any]]
     batch_bytes: ClassVar[int] = 0
 
     @property
@@ -114,7 +119,11 @@ class LibraryMethod:
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         return [
             merge_tensor(
-                self.method, self.parameters, each.context.name, each.task_vectors, each.context.seed
+                self.method,
+                self.parameters_of(each.context),
+                each.context.name,
+                each.task_vectors,
+                each.context.seed,
             )
             for each in batch
         ]

@@ -14,7 +14,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +29,12 @@ from torch import Tensor
 from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.algorithm import Algorithm, Inputs
 from selfdev.merging.job import Job, existing_folder, prepare
-from selfdev.merging.lookup import find
+from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
 from selfdev.merging.read_ahead import ReadAhead, Span
 from selfdev.merging.reader import is_finite
 from selfdev.merging.recipe import Dtype, Recipe
-from selfdev.merging.targets import count_layers, layer_of
+from selfdev.merging.targets import layer_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Planned, Writer, write_failure
 from selfdev.models.weights import TYPES
@@ -53,6 +55,16 @@ _BESIDE = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
 _NOT_BESIDE = (
     "*.index.json",
     "adapter_config.json",
@@ -60,6 +72,13 @@ _NOT_BESIDE = (
     "*_results.json",
     "requirements*.txt",
 )
+
+
+Tick = Callable[[int, int, str], None]
+
+
+def _say_nothing(done: int, total: int, note: str) -> None:
+    """Stands for a tick where nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +150,16 @@ def merge(
     )
 
 
-def merge_checkpoints(recipe: Recipe, out: Path, *, shard_bytes: int = SHARD_BYTES) -> Merged:
+def merge_checkpoints(
+    recipe: Recipe, out: Path, *, shard_bytes: int = SHARD_BYTES, tick: Tick = _say_nothing
+) -> Merged:
     """As `merge`, for a recipe.
 
     Args:
         recipe: what to merge, and how.
         out: the folder to write.
         shard_bytes: largest file of weights.
+        tick: told how many bytes are merged, of how many, and the last tensor's name.
     """
     began = time.perf_counter()
     recipe.check()
@@ -145,29 +167,31 @@ def merge_checkpoints(recipe: Recipe, out: Path, *, shard_bytes: int = SHARD_BYT
     out = out.expanduser()
     _check_out(out)
     job = prepare(recipe, recipe.targets or found.targets)
+    check_schedule(recipe, sorted(job.chosen), job.layers)
     job.check_room(out)
     with _aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
-            written, inputs = _stream(job, algorithm, folder, shard_bytes)
+            written, inputs = _stream(job, algorithm, folder, shard_bytes, tick)
         _write_beside(job, folder, model_card(recipe, job.targets, job.counts, algorithm.origin, inputs))
     return Merged(out, *job.counts, job.targets, time.perf_counter() - began, written)
 
 
 def _stream(
-    job: Job, algorithm: Algorithm, folder: Path, shard_bytes: int
+    job: Job, algorithm: Algorithm, folder: Path, shard_bytes: int, tick: Tick
 ) -> tuple[dict[str, str], list[Input]]:
     """Merge and write all tensors; returns the hashes of what was written and of what was read."""
     models = [job.seed, *job.experts.values()]
     files = dict.fromkeys(file for model in models for file in model.files)
     steps = list(_steps(job, algorithm.batch_bytes))
-    layers = int(job.seed.config.get("num_hidden_layers") or count_layers(job.order))
     planned = {name: job.planned(name) for name in job.order}
+    done, total = 0, sum(each.size for each in planned.values())
     spans = [[span for name in step for span in _spans(job, name)] for step in steps]
     with ReadAhead(files, spans) as ahead, Writer(folder, list(planned.values()), shard_bytes) as writer:
-        for step in steps:
-            ahead.next()
-            for name, tensor in _merged(job, algorithm, step, layers):
+        for step, batch in _batches(job, steps, ahead):
+            for name, tensor in _merged(job, algorithm, step, batch):
                 writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
+                done += planned[name].size
+                tick(done, total, name)
         written = writer.finish()
         hashes = ahead.digests()
     named = {"seed": (job.seed_source, job.seed)} | {
@@ -200,12 +224,40 @@ def _spans(job: Job, name: str) -> Iterator[Span]:
         yield model.path(name), entry.begin, entry.end
 
 
-def _merged(job: Job, algorithm: Algorithm, step: Sequence[str], layers: int) -> Iterator[tuple[str, Tensor]]:
+def _batches(
+    job: Job, steps: Sequence[list[str]], ahead: ReadAhead
+) -> Iterator[tuple[list[str], list[Inputs]]]:
+    """The steps with their inputs, which belong to who takes them.
+
+    Those of the next step are made while this one is merged, unless the two together take more than the largest step.
+    """
+
+    def read(step: list[str]) -> list[Inputs]:
+        ahead.next()
+        return [_inputs(job, name) for name in step if name in job.chosen]
+
+    sizes = [sum(math.prod(job.seed.shapes[name]) for name in step if name in job.chosen) for step in steps]
+    room = max(sizes)
+    with ThreadPoolExecutor(1, thread_name_prefix="inputs") as thread:
+        reading = deque([thread.submit(read, steps[0])])
+        for index, step in enumerate(steps):
+            inputs = [reading.popleft().result()]
+            following = steps[index + 1 : index + 2]
+            early = sum(sizes[index : index + 2]) <= room
+            if early:
+                reading.extend(thread.submit(read, each) for each in following)
+            yield step, inputs.pop()
+            if not early:
+                reading.extend(thread.submit(read, each) for each in following)
+
+
+def _merged(
+    job: Job, algorithm: Algorithm, step: Sequence[str], batch: list[Inputs]
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a step, in order: merged ones in float32, the others as the seed stores them."""
-    batch = [_inputs(job, name, layers) for name in step if name in job.chosen]
     vectors = algorithm.merge(batch) if batch else []
     seeds = [each.context.seed for each in batch]
-    del batch  # of the task vectors nothing is needed any more
+    batch.clear()  # of the task vectors nothing is needed any more
     vectors.reverse()
     seeds.reverse()
     for name in step:
@@ -223,7 +275,7 @@ def _merged(job: Job, algorithm: Algorithm, step: Sequence[str], layers: int) ->
         yield name, merged
 
 
-def _inputs(job: Job, name: str, layers: int) -> Inputs:
+def _inputs(job: Job, name: str) -> Inputs:
     """The seed's tensor and the task vectors of one parameter, in memory of their own."""
     rows = slice(job.rows.get(name))
     seed = job.seed.tensor(name)
@@ -239,7 +291,7 @@ def _inputs(job: Job, name: str, layers: int) -> Inputs:
         raise UserError(
             f"'{name}': an expert's tensor is further from the seed's than float32 reaches; leave it out"
         )
-    return Inputs(tuple(job.experts), vectors, Context(seed, name, layer_of(name), layers))
+    return Inputs(tuple(job.experts), vectors, Context(seed, name, layer_of(name), job.layers))
 
 
 def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
@@ -257,9 +309,10 @@ def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
 
 def _write_beside(job: Job, folder: Path, card: str) -> None:
     """Write what makes weights a model: card, tokenizer and, last of all, the config."""
-    source = job.seed.folder
     patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
-    beside = {path for pattern in patterns for path in source.glob(pattern) if path.is_file()}
+    beside = _files(job.seed.folder, patterns)
+    if job.tokenizer != job.seed.folder:
+        beside = beside - _files(job.seed.folder, _TOKENIZER) | _files(job.tokenizer, _TOKENIZER)
     config = dict(job.seed.config)
     if job.dtype is not None:
         config.pop("torch_dtype", None)  # what older versions called it
@@ -272,6 +325,10 @@ def _write_beside(job: Job, folder: Path, card: str) -> None:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise SelfdevError(write_failure(error, folder)) from error
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
+    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
 
 
 def _check_out(out: Path) -> None:

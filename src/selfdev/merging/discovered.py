@@ -94,8 +94,9 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
 
 
 def _factor(archive: Archive, name: str) -> float:
-    """The scale at which the program was best on development."""
+    """The scale at which the program was best on development; a transfer keeps the one it was applied at."""
     tried = archive.evaluations("candidate", name) + archive.evaluations("scaled", name)
+    tried = tried or archive.evaluations(subject=name, split="test")
     scored = [each for each in tried if each.score is not None]
     return max(scored, key=lambda each: each.score or 0.0).factor if scored else 1.0
 
@@ -117,7 +118,8 @@ def _evidence(archive: Archive, config: Config, candidate: Candidate) -> list[st
         test = row["test"]
         interval = f"{100 * test['low']:.1f} to {100 * test['high']:.1f}" if test else ""
         score = f"{100 * test['score']:.1f} ({test['questions']} questions)" if test else ""
-        dev = f"{100 * row['dev']['score']:.1f} ({row['dev']['questions']} questions)"
+        dev = row["dev"]
+        dev = "" if dev["score"] is None else f"{100 * dev['score']:.1f} ({dev['questions']} questions)"
         lines.append(f"| {row['name']} | {row['kind']} | {dev} | {score} | {interval} |")
     if candidate.name not in {row["name"] for row in shown}:
         for each in archive.evaluations("candidate", candidate.name):

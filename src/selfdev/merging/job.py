@@ -10,8 +10,8 @@ from selfdev.errors import UserError
 from selfdev.merging.compatibility import FLOATING, check_architecture, check_quantised, check_tensors
 from selfdev.merging.reader import AdaptedCheckpoint, Checkpoint
 from selfdev.merging.recipe import Recipe
-from selfdev.merging.targets import select_targets
-from selfdev.merging.vocabulary import settle
+from selfdev.merging.targets import count_layers, select_targets
+from selfdev.merging.vocabulary import check_same_tokens, settle
 from selfdev.merging.writer import Planned
 from selfdev.models.sources import resolve, resolve_expert
 from selfdev.models.weights import TYPES
@@ -34,6 +34,7 @@ class Job:
         order: names of all tensors that are written, as they lie in the seed's files.
         targets: what chose the tensors.
         dtype: as in `Recipe`.
+        tokenizer: the folder that the tokenizer is taken from.
     """
 
     seed: Checkpoint
@@ -45,6 +46,12 @@ class Job:
     order: Sequence[str]
     targets: str
     dtype: str | None
+    tokenizer: Path
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return int(self.seed.config.get("num_hidden_layers") or count_layers(self.order))
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -109,7 +116,20 @@ def prepare(recipe: Recipe, targets: str) -> Job:
         order=[name for name in order if name != settled.dropped],
         targets=targets,
         dtype=recipe.dtype,
+        tokenizer=_tokenizer(recipe, seed, list(experts.values())),
     )
+
+
+def _tokenizer(recipe: Recipe, seed: Checkpoint, experts: Sequence[Checkpoint]) -> Path:
+    if recipe.tokenizer is None or recipe.tokenizer == recipe.seed:
+        return seed.folder
+    if recipe.tokenizer == "union":
+        for expert in experts:
+            check_same_tokens(expert.owner, expert.folder, seed)
+        return seed.folder
+    folder = resolve(recipe.tokenizer, pickled=True)
+    check_same_tokens(f"the tokenizer of '{recipe.tokenizer}'", folder, seed)
+    return folder
 
 
 def existing_folder(path: Path) -> Path:

@@ -1,9 +1,11 @@
 """From the word behind `--method` to an algorithm: a name of the library, a file, or a candidate of a run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from selfdev.algorithms.library import method as library_method
 from selfdev.algorithms.library import methods
@@ -19,7 +21,7 @@ from selfdev.merging.algorithm import (
     jail,
 )
 from selfdev.merging.recipe import Recipe
-from selfdev.sandbox import Limits
+from selfdev.sandbox import Context, Limits
 from selfdev.streams import stream_seed
 
 _TARGETS = "mlp"  # as in the contract
@@ -36,7 +38,7 @@ def find(recipe: Recipe) -> Found:
     run, colon, candidate = word.rpartition(":")
     if word in methods():
         _refuse_trust(recipe)
-        return _library(word, parameters, len(recipe.experts))
+        return _library(recipe)
     if word.endswith(".py"):
         return _file(Path(word).expanduser(), parameters, trust=recipe.trust)
     if colon and run:
@@ -49,6 +51,29 @@ def find(recipe: Recipe) -> Found:
     raise AssertionError(word)
 
 
+def check_schedule(recipe: Recipe, names: Iterable[str], layers: int) -> None:
+    """Try a recipe's schedule on tensors of one entry, so that a mistake in it ends the merge before it begins.
+
+    Args:
+        recipe: what to merge, and how.
+        names: of the tensors that will be merged.
+        layers: of the model.
+
+    Raises:
+        UserError: the method does not take what the schedule gives.
+    """
+    if recipe.schedule is None:
+        return
+    recipe.schedule.check(layers)
+    method, vectors = library_method(recipe.method), torch.ones(len(recipe.experts), 1)
+    for name in names:
+        parameters = recipe.schedule.parameters(name, layers)
+        try:
+            method.merge(vectors, vectors[0], **parameters)
+        except UserError as error:
+            raise UserError(f"{recipe.schedule.file}: for tensor '{name}', {error}") from None
+
+
 def _refuse_trust(recipe: Recipe) -> None:
     if recipe.trust:
         raise UserError(
@@ -57,13 +82,16 @@ def _refuse_trust(recipe: Recipe) -> None:
         )
 
 
-def _library(name: str, parameters: Mapping[str, Any], experts: int) -> Found:
-    method = library_method(name)
-    method.check(experts, dict(parameters))
+def _library(recipe: Recipe) -> Found:
+    method, schedule = library_method(recipe.method), recipe.schedule
+    method.check(len(recipe.experts), dict(recipe.parameters))
+
+    def parameters_of(context: Context) -> Mapping[str, Any]:
+        return recipe.parameters if schedule is None else schedule.parameters(context.name, context.layers)
 
     @contextmanager
     def opened(_: int, __: int) -> Iterator[Algorithm]:
-        yield LibraryMethod(method, parameters)
+        yield LibraryMethod(method, parameters_of)
 
     return Found(_TARGETS, opened)
 

@@ -54,6 +54,7 @@ def model_card(
         f"{merged} of {tensors} tensors were merged (targets `{targets}`), in float32.{rest}",
         "## Recipe",
         _block(recipe.command(targets), "sh"),
+        *([_block(recipe.schedule.text.rstrip(), "yaml")] if recipe.schedule else []),
         "## Inputs",
         "\n".join(
             [

@@ -5,7 +5,8 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
 
 from selfdev.algorithms.library.specification import unknown_name
 from selfdev.errors import UserError
@@ -13,6 +14,29 @@ from selfdev.merging.vocabulary import Embeddings
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 """Types that merged tensors can be written in."""
+
+
+class Schedule(Protocol):
+    """Parameters of a method of the library that differ from tensor to tensor, by a file."""
+
+    @property
+    def file(self) -> Path:
+        """Where they stand."""
+        ...
+
+    @property
+    def text(self) -> str:
+        """What the file held when it was read."""
+        ...
+
+    def check(self, layers: int) -> None:
+        """Raise UserError unless the file fits a model of so many layers."""
+        ...
+
+    def parameters(self, name: str, layers: int) -> dict[str, Any]:
+        """The parameters for a tensor of a model of so many layers."""
+        ...
+
 
 _EXPERT_NAME = re.compile(r"[\w.-]+")
 
@@ -30,6 +54,8 @@ class Recipe:
         dtype: in which all floating-point tensors are written; None keeps each as the seed stores it.
         embeddings: what to do where vocabularies differ; None refuses such experts.
         trust: run `FILE.py` in this process, with all rights of the user, instead of in the jail.
+        tokenizer: the model whose tokenizer is written, or `union` for one that all share; None for the seed's.
+        schedule: the parameters, in the place of `parameters`, where a file gives them.
     """
 
     method: str
@@ -40,6 +66,8 @@ class Recipe:
     dtype: str | None = None
     embeddings: str | None = None
     trust: bool = False
+    tokenizer: str | None = None
+    schedule: Schedule | None = None
 
     def check(self) -> None:
         """Raise UserError if something is asked for that does not exist."""
@@ -58,6 +86,10 @@ class Recipe:
         Args:
             targets: that were merged.
         """
+        if self.schedule is not None:
+            words = ["selfdev", "merge", "--config", str(self.schedule.file)]
+            words += ["--embeddings", self.embeddings] if self.embeddings else []
+            return shlex.join([*words, "--out", "DIR"])
         words = ["selfdev", "merge", "--method", self.method, "--seed", self.seed]
         for name, source in self.experts.items():
             words += ["--expert", f"{name}={source}"]

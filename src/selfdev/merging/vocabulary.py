@@ -145,6 +145,33 @@ def _check_tokens(expert: Checkpoint, seed: Checkpoint, rows: int) -> None:
         )
 
 
+def check_same_tokens(owner: str, folder: Path, seed: Checkpoint) -> None:
+    """Raise UserError unless a model's tokenizer has the seed's tokens, added ones too, each in the seed's row.
+
+    Args:
+        owner: whose it is, as the user's messages say it.
+        folder: of the model.
+        seed: the seed.
+    """
+    texts = [_text(each / "tokenizer.json") for each in (seed.folder, folder)]
+    if texts[0] == texts[1]:
+        return
+    ours, theirs = ({**_tokens(text), **_added(text)} for text in texts)
+    differ = sorted(row for row in ours.keys() | theirs.keys() if ours.get(row) != theirs.get(row))
+    if differ or not ours:
+        raise UserError(
+            f"{owner}: it has another token than the seed in {len(differ) or 'unknown'} rows; tokenizers that differ "
+            "are not united here. Keep the seed's (tokenizer_source: base), or merge with mergekit"
+        )
+
+
+def _added(text: bytes) -> Mapping[int, str]:
+    try:
+        return {int(each["id"]): str(each["content"]) for each in json.loads(text)["added_tokens"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
 def _text(file: Path) -> bytes:
     try:
         return file.read_bytes()

@@ -1,16 +1,20 @@
 """GGUF files of llama.cpp, dequantised into a folder of transformers' format.
 
-The work is done in a process of its own: for a moment it needs three times the model's memory, and it prints
-progress bars that cannot be turned off from within. As a script: `python -m selfdev.models.gguf FILE.gguf
+The work is done in a process of its own, since it prints progress bars that cannot be turned off from within. Tensors
+are dequantised and written one at a time; mixtures of experts, of which transformers puts tensors together from
+several, are taken whole and need three times the model's memory. As a script: `python -m selfdev.models.gguf FILE.gguf
 FOLDER`.
 """
 
+import json
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from selfdev.errors import UserError
 from selfdev.models.digest import FileDigest
@@ -78,9 +82,76 @@ def dequantise(gguf: Path, out: Path) -> None:
 
 def _convert(gguf: Path, out: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    out.mkdir(parents=True)
+    if _streamed(gguf, model, out / "model.safetensors"):
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(out)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(out)
+    else:
+        _convert_whole(gguf, out)
+    tokenizer.save_pretrained(out)
+
+
+def _streamed(gguf: Path, model: Any, file: Path) -> bool:
+    """Write the weights one at a time, where save_pretrained would put them.
+
+    Returns:
+        False for the architectures of which transformers puts tensors together from several (mixtures of experts).
+    """
+    import torch
+    from gguf import GGUFReader, dequantize
+    from transformers import modeling_gguf_pytorch_utils as transformers_gguf
+
+    reader = GGUFReader(gguf)
+    architecture = reader.fields["general.architecture"].contents()
+    kind = transformers_gguf.TENSOR_PROCESSORS.get(architecture, transformers_gguf.TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    names = transformers_gguf.get_gguf_hf_weights_map(model, processor)
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = {tensor.name: names[tensor.name] for tensor in reader.tensors if tensor.name in names}
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    if set(stored.values()) | set(tied) != set(shapes):
+        return False
+    places, end = {}, 0
+    for name in sorted(stored.values()):
+        size = 4 * math.prod(shapes[name])
+        places[name] = {"dtype": "F32", "shape": shapes[name], "data_offsets": [end, end + size]}
+        end += size
+    header = json.dumps({"__metadata__": {"format": "pt"}, **places}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with file.open("xb") as writing:
+        writing.write(len(header).to_bytes(8, "little") + header)
+        for tensor in reader.tensors:
+            if tensor.name not in stored:
+                continue
+            put_together: dict[str, dict[str, Any]] = {"tensors": {}}
+            result = processor.process(
+                weights=dequantize(tensor.data, tensor.tensor_type),
+                name=tensor.name,
+                tensor_key_mapping=names,
+                parsed_parameters=put_together,
+            )
+            place = places[stored[tensor.name]]
+            if put_together["tensors"] or list(result.weights.shape) != place["shape"]:
+                file.unlink()
+                return False
+            writing.seek(8 + len(header) + place["data_offsets"][0])
+            writing.write(torch.from_numpy(result.weights.copy()).to(torch.float32).numpy().data)
+    return True
+
+
+def _convert_whole(gguf: Path, out: Path) -> None:
+    """All at once, which takes three times the model's memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model loaded from GGUF calls itself quantised, although it no longer is, and refuses to be saved.
     described = loaded.config.to_dict()
@@ -88,7 +159,6 @@ def _convert(gguf: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(described), dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,13 @@ LayerCache = tuple[Tensor, Tensor]
 class SharedPrefix:
     """The prompts' keys and values, once each, and every row's continuation, in preallocated buffers.
 
-    Rows of one prompt are neighbours, and all rows' continuations have the same length, padding included.
+    All rows write their next token in the same column. A row may be given up and its place taken by a new one, whose
+    continuation begins at that column; the columns go round, so that a buffer as long as the longest continuation is
+    enough for any number of rows.
 
     Args:
         prompts: for each prompt and layer, its keys and values, shape (kv heads, tokens, head size).
-        rows: how many rows continue each prompt.
+        rows: how many rows continue each prompt; at first, rows of one prompt are neighbours.
         capacity: the longest continuation, in tokens.
         padding: how many of the first tokens of each row's continuation are padding, shape (rows,); none by default.
     """
@@ -46,58 +48,94 @@ class SharedPrefix:
         padding: Tensor | None = None,
     ):
         self.prompts = prompts
-        self.rows = list(rows)
+        self.capacity = capacity
         self.length = 0
         self.padding = padding
+        self._owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+        self._groups: list[tuple[int, slice | Tensor]] | None = None
         self._hidden: tuple[int, Tensor] | None = None
         keys = prompts[0][0][0]
         shape = (sum(rows), keys.shape[0], capacity, keys.shape[2])
         self.continuations = [(keys.new_empty(shape), keys.new_empty(shape)) for _ in prompts[0]]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+        return self.continuations[0][0].device
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> LayerCache:
-        """Write the next tokens' keys and values for every row; returns the layer's continuation with them."""
+        """Write the next tokens' keys and values for every row; returns the layer's columns with them.
+
+        Only single tokens may be written once the columns have gone round.
+        """
         keys, values = self.continuations[layer]
-        now, then = self.length, self.length + key.shape[2]
-        keys[:, :, now:then] = key
-        values[:, :, now:then] = value
+        then = self.length + key.shape[2]
+        column = self.length % self.capacity
+        keys[:, :, column : column + key.shape[2]] = key
+        values[:, :, column : column + key.shape[2]] = value
         return keys[:, :, :then], values[:, :, :then]
 
     def hidden(self, tokens: int) -> Tensor | None:
-        """What of the continuation each of the next `tokens` tokens must not see: padding, and what follows it.
+        """What of the continuation each of the next `tokens` tokens must not see.
+
+        That is padding, what an earlier row left in its place, and what follows it.
 
         Returns:
-            True where it must not, shape (rows, 1, tokens, length + tokens); None if nothing is hidden.
+            True where it must not, shape (rows, 1, tokens, columns); None if nothing is hidden.
         """
         if self.padding is None and tokens == 1:
             return None
         if self._hidden is None or self._hidden[0] != tokens:  # the same for all layers of a step
-            device = self.continuations[0][0].device
-            place = torch.arange(self.length + tokens, device=device)
-            own = place[self.length :, None]
-            hidden = (place > own)[None].expand(sum(self.rows), -1, -1)
+            then = self.length + tokens
+            columns = torch.arange(min(then, self.capacity), device=self.device)
+            place = then - 1 - (then - 1 - columns) % self.capacity  # when each column was written last
+            own = torch.arange(self.length, then, device=self.device)[:, None]
+            hidden = (place > own)[None].expand(len(self._owner), -1, -1)
             if self.padding is not None:
                 # A padding token sees itself, lest it see nothing, which is no number.
-                hidden = hidden | ((place < self.padding.to(device)[:, None, None]) & (place != own))
+                hidden = hidden | ((place < self.padding.to(self.device)[:, None, None]) & (place != own))
             self._hidden = (tokens, hidden[:, None])
         return self._hidden[1]
+
+    def groups(self) -> list[tuple[int, slice | Tensor]]:
+        """Each prompt that has rows, and these rows: a slice if they are neighbours, their indices otherwise."""
+        if self._groups is None:
+            self._groups = []
+            for prompt in self._owner.unique().tolist():
+                places = torch.nonzero(self._owner == prompt)[:, 0]
+                first, last = int(places[0]), int(places[-1])
+                neighbours = last - first + 1 == len(places)
+                where = slice(first, last + 1) if neighbours else places.to(self.device)
+                self._groups.append((prompt, where))
+        return self._groups
 
     def advance(self, tokens: int) -> None:
         """Count the tokens just written, once all layers have seen them."""
         self.length += tokens
         self._hidden = None
 
+    def replace(self, place: int, prompt: int) -> None:
+        """Give a row's place to a new row, which continues the prompt of this index and has written nothing yet."""
+        if self.padding is None:
+            self.padding = torch.zeros(len(self._owner), dtype=torch.long)
+        self.padding[place] = self.length
+        self._hidden = None
+        if self._owner[place] != prompt:
+            self._owner[place] = prompt
+            self._groups = None
+
     def keep(self, kept: Tensor) -> None:
         """Keep the rows with these indices, in this order, so that no step is spent on the others.
 
-        Only rows whose place changes are copied. Rows of one prompt stay neighbours, and prompts in their order.
+        Only rows whose place changes are copied.
         """
-        ends = torch.tensor(self.rows).cumsum(0)
-        owner = torch.bucketize(kept, ends, right=True)
-        self.rows = torch.bincount(owner, minlength=len(self.rows)).tolist()
+        self._owner = self._owner[kept]
+        self._groups = None
         moved = torch.nonzero(kept != torch.arange(len(kept)))[:, 0]
+        used = min(self.length, self.capacity)
         for layer, (keys, values) in enumerate(self.continuations):
             for buffer in (keys, values):
-                buffer[moved, :, : self.length] = buffer[kept[moved], :, : self.length]
+                buffer[moved, :, :used] = buffer[kept[moved], :, :used]
             self.continuations[layer] = (keys[: len(kept)], values[: len(kept)])
         self.padding = None if self.padding is None else self.padding[kept]
         self._hidden = None
@@ -113,8 +151,10 @@ def _attend(
     scores = query @ keys.transpose(-1, -2)
     if hidden is not None:
         scores = scores.masked_fill_(hidden, float("-inf"))
-    lse = scores.logsumexp(-1, keepdim=True)
-    return (scores - lse).exp_() @ values, lse
+    weights = scores.softmax(-1, dtype=torch.float32)
+    # The largest weight is 1 / sum(exp(score - largest score)): cheaper than a logsumexp, which is another exp of all.
+    lse = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+    return weights.to(values.dtype) @ values, lse
 
 
 def shared_prefix_attention(
@@ -150,16 +190,20 @@ def shared_prefix_attention(
     if hidden is not None:
         hidden = hidden.repeat(1, 1, heads // kv_heads, 1)  # the same for every head
     own, own_lse = _attend(query, *shared_prefix.append(layer, key, value), hidden)
-    pieces, start = [], 0
-    for prompt, count in zip(shared_prefix.prompts, shared_prefix.rows, strict=True):
-        if count:
-            # All rows of one prompt meet its keys in a single matrix product.
-            wide = query[start : start + count].transpose(0, 1).reshape(kv_heads, count * queries, size)
-            shape = (kv_heads, count, queries, -1)
-            pieces.append([part.reshape(shape).transpose(0, 1) for part in _attend(wide, *prompt[layer])])
-            start += count
-    shared, shared_lse = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    merged = torch.lerp(shared, own, torch.sigmoid(own_lse - shared_lse))
+    shared, shared_lse = (
+        torch.zeros_like(own),
+        torch.full_like(own_lse, float("-inf")),
+    )  # as of an empty prompt
+    for prompt, places in shared_prefix.groups():
+        # All rows of one prompt meet its keys in a single matrix product.
+        mine = query[places].transpose(0, 1)
+        wide = mine.reshape(kv_heads, -1, size)
+        keys, values = shared_prefix.prompts[prompt][layer]
+        if keys.shape[1]:
+            part, part_lse = _attend(wide, keys, values)
+            shared[places] = part.reshape(mine.shape).transpose(0, 1)
+            shared_lse[places] = part_lse.reshape(*mine.shape[:-1], 1).transpose(0, 1)
+    merged = torch.lerp(shared, own, torch.sigmoid(own_lse - shared_lse).to(own.dtype))
     return merged.reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
@@ -175,3 +219,11 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def closed_up(going: Sequence[int]) -> list[int]:
+    """The places that go on, gaps filled from the end, so that few rows change theirs: [0, 2, 3] gives [0, 3, 2]."""
+    count = len(going)
+    stay = {place for place in going if place < count}
+    late = iter(reversed([place for place in going if place >= count]))
+    return [place if place in stay else next(late) for place in range(count)]

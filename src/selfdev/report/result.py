@@ -32,9 +32,9 @@ _SECTIONS = {
 def result(run: "Run") -> RenderableType:
     """The whole page of a run, finished or not."""
     summary = run.summary()
-    parts: list[RenderableType] = [_headline(summary, run), ""]
+    parts: list[RenderableType] = [headline(summary, run), ""]
     if summary["table"]:
-        parts += [_scores(summary, run), "", *_tasks(summary, run)]
+        parts += [scores_table(summary, run), "", *tasks_tables(summary, run)]
     if summary["iterations"]:
         parts += [_iterations(summary), ""]
     if summary["best"] is not None:
@@ -42,12 +42,18 @@ def result(run: "Run") -> RenderableType:
     return Group(*parts, _where(summary, run))
 
 
-def _headline(summary: dict[str, Any], run: "Run") -> RenderableType:
+def headline(summary: dict[str, Any], run: "Run") -> RenderableType:
+    """What it is, how it ended, and what a reader must know before anything else."""
     record = summary["run"]
     title = f"{record['name']}: {record['preset']}, seed {record['seed']}, {duration(record['seconds'])}"
     lines = [(visible(title) + "\n", "dim")]
     if record["unsafe_sandbox"]:
         lines.append(("This run's programs ran with resource limits alone, without the jail.\n", "bold red"))
+    for opening in record["test_opened_again"]:
+        again = f"The test split was opened again (--again) on {opening['opened']}."
+        if opening["headline_before"]:
+            again += f" Before that, the verdict was: {opening['headline_before']}."
+        lines.append((visible(again) + "\n", "bold yellow"))
     if record["status"] != "done":
         unfinished = f"Not finished (status: {record['status']}). The test questions decide at the end."
         lines.append((unfinished, "bold yellow"))
@@ -71,7 +77,8 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
     )
 
 
-def _scores(summary: dict[str, Any], run: "Run") -> RenderableType:
+def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
+    """Who scored what on development and on test, and the paired differences from the best rival."""
     level = f"{100 * run.config.verdict.level:.0f} %"
     rows = table("accuracy in %", "dev", "test", level, "diff", level, "p")
     best = (run.verdict or {}).get("best_rival")
@@ -96,6 +103,9 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
         yield "p of a discovered program is Holm's, for all finalists together; the others' is not adjusted."
     if len(finalists) > _SHOWN:
         yield f"{len(finalists) - _SHOWN} more finalists were measured: --json lists them."
+    for row in summary["table"]:
+        if row.get("failure"):
+            yield f"{row['name']} was not measured on test: {visible(row['failure'])}"
     if finalists and summary["best_on_test"] not in (None, finalists[0]["name"]):
         yield f"Best finalist on test, which is a selection on test: {summary['best_on_test']}."
     lost = finalists[0].get("shrinkage") if finalists else None
@@ -106,7 +116,7 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
             yield f"The control '{arm}' has no new program."
 
 
-def _tasks(summary: dict[str, Any], run: "Run") -> Iterator[RenderableType]:
+def tasks_tables(summary: dict[str, Any], run: "Run") -> Iterator[RenderableType]:
     """Test scores by task, and what each merge kept of the seed's; a verdict of an older run has none."""
     best_rival = (run.verdict or {}).get("best_rival")
     rows = [row for row in summary["table"] if row["test"] is not None and row.get("tasks")]
@@ -187,6 +197,8 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     )
     lies = f"{folder}: archive.db (everything), adapters/ (what the factory learned)"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
+    if run.config.refinement.refit == "never":
+        rows["learning"] = "none: nothing was learned from the programs (refinement.refit: never); this is a search"
     if record["status"] != "done":
         unsafe = " --unsafe-sandbox" if summary["run"]["unsafe_sandbox"] else ""
         rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")

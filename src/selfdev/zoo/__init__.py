@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from selfdev.errors import UserError
 
-_SHIPPED = {"nano": Path(__file__).parent / "nano_models"}
+_SHIPPED = {name: Path(__file__).parent / f"{name}_models" for name in ("nano",)}
 
 
 class ZooModels(TypedDict):
@@ -68,6 +68,6 @@ def build(name: str, out: Path, progress: Callable[[str], None] = print) -> None
     """
     zoo_path(name)
     # Late, since training pulls in torch and transformers, which listing the zoos should not wait for.
-    from selfdev.zoo.nano import build_nano
+    from selfdev.zoo.nano import RECIPES, build_nano
 
-    build_nano(out, progress)
+    build_nano(out, progress, RECIPES[name])

@@ -1,4 +1,7 @@
-"""How the zoo `nano` is made: a half-trained seed and its experts, on the digit exercises of the task `nano`.
+"""How the zoos `nano` and `nano2` are made: a half-trained seed and its experts each, on the task of that name.
+
+The two families share the architecture and nothing else: initialisation, skills and questions differ, so what was
+found on one can be tried on the other.
 
 What is trained decides whether merging is a real problem. The seed stops early, so that the experts have
 something to teach. An expert is the seed, trained on its own group with a share of general questions, so that
@@ -20,7 +23,7 @@ import string
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdev.errors import UserError
 from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
-from selfdev.evaluation.tasks import load_task
+from selfdev.evaluation.tasks import Task, load_task
 
 Progress = Callable[[str], None]
 """Takes one line that says how far the work is."""
@@ -55,31 +58,57 @@ class Training:
     """Questions in one step."""
 
 
-def _expert(group: str, stream: int, steps: int, rate: float) -> Training:
-    return Training({group: 1}, steps=steps, rate=rate, stream=stream, general=0.3)
+def _expert(group: str, stream: int, steps: int, rate: float, batch: int = 128) -> Training:
+    return Training({group: 1}, steps=steps, rate=rate, stream=stream, general=0.3, batch=batch)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a zoo is trained: the seed first, then the experts from it."""
 
-    seed: Training = Training(
-        {"add": 4, "sub": 4, "sum": 1, "max": 1, "rev": 1, "sort": 1},
-        steps=800,
-        rate=3e-3,
-        stream=0,
-        mlp_only=False,
-    )
-    experts: Mapping[str, Training] = field(
-        default_factory=lambda: {
+    name: str
+    """Of the zoo, and of the task that it is trained on."""
+    seed: Training
+    experts: Mapping[str, Training]
+    development: int = 3072
+    """Development questions behind each accuracy of the card."""
+
+
+RECIPES = {
+    "nano": Recipe(
+        "nano",
+        seed=Training(
+            {"add": 4, "sub": 4, "sum": 1, "max": 1, "rev": 1, "sort": 1},
+            steps=800,
+            rate=3e-3,
+            stream=0,
+            mlp_only=False,
+        ),
+        experts={
             "add": _expert("add", stream=1, steps=400, rate=1e-3),
             "sub": _expert("sub", stream=2, steps=500, rate=1.5e-3),
             "sum": _expert("sum", stream=3, steps=400, rate=1e-3),
             "max": _expert("max", stream=4, steps=400, rate=2e-3),
-        }
-    )
-    development: int = 3072
-    """Development questions behind each accuracy of the card."""
+        },
+    ),
+    "nano2": Recipe(
+        "nano2",
+        seed=Training(
+            {"gap": 2, "low": 4, "tri": 4, "tot": 5, "rot": 2, "down": 3},
+            steps=400,
+            rate=3e-3,
+            stream=5,
+            mlp_only=False,
+            batch=64,
+        ),
+        experts={
+            "low": _expert("low", stream=6, steps=250, rate=2e-3, batch=64),
+            "tri": _expert("tri", stream=7, steps=250, rate=1e-3, batch=64),
+            "tot": _expert("tot", stream=8, steps=250, rate=1e-3, batch=64),
+        },
+    ),
+}
+"""The zoos that come with the package."""
 
 
 def nano_tokenizer() -> PreTrainedTokenizerFast:
@@ -117,11 +146,14 @@ def new_model(tokenizer: PreTrainedTokenizerFast, stream: int) -> LlamaForCausal
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, training: Training, report: Progress
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    task: Task,
+    training: Training,
+    report: Progress,
 ) -> None:
     """Train a model in place: AdamW, one-cycle learning rate, loss on the answers alone."""
-    task = load_task("nano")
-    stream = random.Random(f"nano/train/{training.stream}")
+    stream = random.Random(f"{task.name}/train/{training.stream}")
     own = task.training([group for group, weight in training.weights.items() for _ in range(weight)], stream)
     every = task.training(task.groups, stream)
     general = int(training.batch * training.general)
@@ -149,18 +181,17 @@ def train(
     model.eval()
 
 
-def build_nano(out: Path, progress: Progress, recipe: Recipe | None = None) -> None:
-    """Train the zoo: a folder for the seed, one for each expert, each of transformers' format, and CARD.md.
+def build_nano(out: Path, progress: Progress, recipe: Recipe) -> None:
+    """Train a zoo: a folder for the seed, one for each expert, each of transformers' format, and CARD.md.
 
     Args:
         out: a folder that does not exist yet. It appears when everything is trained.
         progress: called with lines for the user.
-        recipe: what to train; the shipped zoo's recipe by default.
+        recipe: what to train.
 
     Raises:
         UserError: `out` exists.
     """
-    recipe = recipe or Recipe()
     if out.exists():
         raise UserError(f"'{out}' exists already; name a folder that does not, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -171,13 +202,13 @@ def build_nano(out: Path, progress: Progress, recipe: Recipe | None = None) -> N
     )
     try:
         found = _build_model(
-            recipe.seed, None, aside / "seed", recipe.development, lambda line: progress(f"seed: {line}")
+            recipe, recipe.seed, None, aside / "seed", lambda line: progress(f"seed: {line}")
         )
         accuracy = {"seed": found}
         progress(f"seed: {_line(found)}")
         progress(f"experts: training {', '.join(recipe.experts)}")
         jobs = {
-            workers.submit(_build_model, training, aside / "seed", aside / name, recipe.development): name
+            workers.submit(_build_model, recipe, training, aside / "seed", aside / name): name
             for name, training in recipe.experts.items()
         }
         for job in as_completed(jobs):
@@ -194,7 +225,7 @@ def build_nano(out: Path, progress: Progress, recipe: Recipe | None = None) -> N
 
 
 def _build_model(
-    training: Training, start: Path | None, out: Path, development: int, report: Progress | None = None
+    recipe: Recipe, training: Training, start: Path | None, out: Path, report: Progress | None = None
 ) -> dict[str, float]:
     """Train one model, from scratch or from the one in `start`, save it, and measure it.
 
@@ -204,12 +235,12 @@ def _build_model(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the order of a sum depends on the number of threads
     try:
-        tokenizer = nano_tokenizer()
+        task, tokenizer = load_task(recipe.name), nano_tokenizer()
         model = LlamaForCausalLM.from_pretrained(start) if start else new_model(tokenizer, training.stream)
-        train(model, tokenizer, training, report or (lambda line: None))
+        train(model, tokenizer, task, training, report or (lambda line: None))
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        questions = load_task("nano").development(development, order_seed=0)
+        questions = task.development(recipe.development, order_seed=0)
         return mean_by_group(questions, score_exact(model, encode(tokenizer, questions)))
     finally:
         torch.set_num_threads(threads)
@@ -225,9 +256,9 @@ def card(recipe: Recipe, accuracy: Mapping[str, Mapping[str, float]]) -> str:
         for name, each in accuracy.items()
     ]
     trainings = [_training_row(name, each) for name, each in {"seed": recipe.seed, **recipe.experts}.items()]
-    return f"""# The zoo `nano`
+    return f"""# The zoo `{recipe.name}`
 
-A seed and {len(recipe.experts)} experts, on six exercises with digits (the task `nano`). Each is a Llama of
+A seed and {len(recipe.experts)} experts, on six exercises with digits (the task `{recipe.name}`). Each is a Llama of
 0.44 M parameters: 3 layers, 96 hidden units, 368 MLP units, one token a character, float32. They are test
 objects for model merging and of no other use.
 
@@ -243,7 +274,7 @@ Percent of {recipe.development} development questions answered exactly, greedy; 
 
 ## How they were made
 
-`selfdev zoo build nano --out DIR` makes them again: AdamW, one-cycle learning rate, batches of
+`selfdev zoo build {recipe.name} --out DIR` makes them again: AdamW, one-cycle learning rate, batches of
 {recipe.seed.batch} generated questions of the training split, loss on the answers alone, one thread a model.
 The seed starts from random weights, each expert from the seed.
 

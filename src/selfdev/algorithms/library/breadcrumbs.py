@@ -11,6 +11,7 @@ from selfdev.algorithms.library.specification import (
     NORMALIZE,
     PAPER,
     READING,
+    RESCALE,
     WEIGHTS,
     Method,
     Paper,
@@ -23,6 +24,7 @@ from selfdev.algorithms.library.trimming import (
     for_each,
     marked_at,
     smallest,
+    to_the_l1_norm_of,
 )
 from selfdev.errors import UserError
 
@@ -35,6 +37,7 @@ def breadcrumbs(
     scale: float = 0.3,
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
+    rescale: bool | None = None,
     elect: bool = False,
     reading: str = PAPER,
 ) -> Tensor:
@@ -58,6 +61,7 @@ def breadcrumbs(
         scale: factor on the sum, mergekit's `lambda`.
         weights: a factor on each expert; all 1 if None.
         normalize: whether the sum is divided; None, as False, does not.
+        rescale: whether what is kept of an expert is brought to the L1 norm of the whole; None, as False, does not.
         elect: whether a sign is elected before the sum: what mergekit calls `breadcrumbs_ties`.
         reading: `paper` or `mergekit`.
 
@@ -74,6 +78,8 @@ def breadcrumbs(
         magnitudes = expert.reshape(-1).abs()
         marked = (_mergekits_band if reading == MERGEKIT else _band)(magnitudes, share, top)
         torch.mul(expert, marked.reshape(expert.shape), out=out)
+        if rescale:
+            out.copy_(to_the_l1_norm_of(expert, out))
     return scale * combine(kept, elect=elect, normalize=normalize is True, weights=weights, reading=reading)
 
 
@@ -106,6 +112,7 @@ METHOD = Method(
         Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),
         WEIGHTS,
         NORMALIZE,
+        RESCALE,
         Parameter("elect", default=False, choices=(True, False)),
         READING,
     ),

@@ -11,6 +11,7 @@ from selfdev.algorithms.library.specification import (
     NORMALIZE,
     PAPER,
     READING,
+    RESCALE,
     WEIGHTS,
     Method,
     Paper,
@@ -37,6 +38,7 @@ def dare_linear(
     seed: int = 0,
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
+    rescale: bool | None = None,
     reading: str = PAPER,
 ) -> Tensor:
     """Drop entries at random, divide the rest by the density, and add (Yu et al. 2023, arXiv 2311.03099).
@@ -54,12 +56,13 @@ def dare_linear(
             of a model a seed of its own.
         weights: a factor on each expert; all 1 if None.
         normalize: whether the sum is divided; None, as False, does not.
+        rescale: False leaves what is kept as it is.
         reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
-    kept = _thinned(task_vectors, density, seed, reading)
+    kept = _thinned(task_vectors, density, seed, reading, rescale=rescale is not False)
     return scale * combine(kept, elect=False, normalize=normalize is True, weights=weights, reading=reading)
 
 
@@ -71,6 +74,7 @@ def dare_ties(
     seed: int = 0,
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
+    rescale: bool | None = None,
     reading: str = PAPER,
 ) -> Tensor:
     """Drop at random instead of trimming, then merge as TIES does (Yu et al. 2023, arXiv 2311.03099).
@@ -88,25 +92,26 @@ def dare_ties(
         weights: a factor on each expert, before the election; all 1 if None.
         normalize: whether those that agree are averaged or added; None averages, and adds in mergekit's
             reading.
+        rescale: False leaves what is kept as it is.
         reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
-    kept = _thinned(task_vectors, density, seed, reading)
+    kept = _thinned(task_vectors, density, seed, reading, rescale=rescale is not False)
     averaged = normalize if normalize is not None else reading == PAPER
     return scale * combine(kept, elect=True, normalize=averaged, weights=weights, reading=reading)
 
 
-def _thinned(task_vectors: Tensor, density: Shares, seed: int, reading: str) -> Tensor:
+def _thinned(task_vectors: Tensor, density: Shares, seed: int, reading: str, *, rescale: bool) -> Tensor:
     check_density(density)
     if reading != MERGEKIT:
-        return keep_randomly(task_vectors, density, seed)
+        return keep_randomly(task_vectors, density, seed, rescale=rescale)
     generator = torch.Generator().manual_seed(seed)
     kept = torch.empty_like(task_vectors)
     for row, share, out in zip(task_vectors, for_each(density, len(kept)), kept, strict=True):
         # At density 1 mergekit draws nothing, which leaves the generator to the next expert as it is.
-        out.copy_(row if share == 1.0 else keep_by_coin(row, share, generator))
+        out.copy_(row if share == 1.0 else keep_by_coin(row, share, generator, rescale=rescale))
     return kept
 
 
@@ -119,6 +124,7 @@ LINEAR_METHOD = Method(
         _SEED,
         WEIGHTS,
         NORMALIZE,
+        RESCALE,
         READING,
     ),
     paper=_PAPER,
@@ -134,6 +140,7 @@ TIES_METHOD = Method(
         _SEED,
         WEIGHTS,
         NORMALIZE,
+        RESCALE,
         READING,
     ),
     paper=_PAPER,

@@ -11,6 +11,7 @@ from selfdev.algorithms.library.specification import (
     NORMALIZE,
     PAPER,
     READING,
+    RESCALE,
     WEIGHTS,
     Method,
     Paper,
@@ -38,6 +39,7 @@ def della(
     seed: int = 0,
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
+    rescale: bool | None = None,
     elect: bool = True,
     reading: str = PAPER,
 ) -> Tensor:
@@ -64,6 +66,7 @@ def della(
         weights: a factor on each expert, before the election; all 1 if None.
         normalize: whether those that take part are averaged or added; None averages, and adds without an
             election.
+        rescale: False leaves what is kept as it is.
         elect: whether a sign is elected; False is what mergekit calls `della_linear`.
         reading: `paper` or `mergekit`.
 
@@ -77,25 +80,27 @@ def della(
     experts = len(task_vectors)
     spreads = list(zip(for_each(density, experts), for_each(epsilon, experts), strict=True))
     kept = (
-        _thinned_by_mergekit(task_vectors, spreads, seed)
+        _thinned_by_mergekit(task_vectors, spreads, seed, rescale=rescale is not False)
         if reading == MERGEKIT
-        else _thinned(task_vectors, spreads, seed)
+        else _thinned(task_vectors, spreads, seed, rescale=rescale is not False)
     )
     averaged = normalize if normalize is not None else elect
     return scale * combine(kept, elect=elect, normalize=averaged, weights=weights, reading=reading)
 
 
-def _thinned(task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int) -> Tensor:
+def _thinned(task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int, *, rescale: bool) -> Tensor:
     probability = torch.empty_like(task_vectors)
     for expert, (density, epsilon), out in zip(task_vectors, spreads, probability, strict=True):
         rows = expert.reshape(1, -1) if expert.dim() < 2 else expert
         ranks = _ranks(rows, dim=-1, descending=True)
         chances = density + epsilon / 2 - epsilon * ranks / rows.shape[-1]
         out.copy_(chances.clamp(_RAREST, 1.0).reshape(out.shape))
-    return keep_randomly(task_vectors, probability, seed)
+    return keep_randomly(task_vectors, probability, seed, rescale=rescale)
 
 
-def _thinned_by_mergekit(task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int) -> Tensor:
+def _thinned_by_mergekit(
+    task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int, *, rescale: bool
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     kept = task_vectors.clone()
     for expert, (density, epsilon), out in zip(task_vectors, spreads, kept, strict=True):
@@ -109,7 +114,7 @@ def _thinned_by_mergekit(task_vectors: Tensor, spreads: list[tuple[float, float]
         rows = expert.reshape(1, -1) if expert.dim() < 2 else expert
         ranks = _ranks(rows, dim=1, descending=False) / max(1, rows.shape[1] - 1)
         chances = density - epsilon + 2.0 * epsilon * ranks
-        out.copy_(keep_by_coin(rows, chances, generator).reshape(out.shape))
+        out.copy_(keep_by_coin(rows, chances, generator, rescale=rescale).reshape(out.shape))
     return kept
 
 
@@ -134,6 +139,7 @@ METHOD = Method(
         Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screened=False),
         WEIGHTS,
         NORMALIZE,
+        RESCALE,
         Parameter("elect", default=True, choices=(True, False)),
         READING,
     ),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
+    NORMALIZE,
     PAPER,
     READING,
     Method,
@@ -82,6 +83,7 @@ def multislerp(
     task_vectors: Tensor,
     *,
     weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
     scale: float = 1.0,
     reading: str = PAPER,
 ) -> Tensor:
@@ -99,6 +101,7 @@ def multislerp(
         task_vectors: shape (experts, *parameter), float32.
         weights: one for each expert, brought to sum 1, which must not be 0; not negative in the first
             reading. Equal if None.
+        normalize: False leaves the weights as they are, in mergekit's reading alone, where it is `normalize_weights`.
         scale: factor on the merged task vector.
         reading: `paper` or `mergekit`.
 
@@ -112,12 +115,14 @@ def multislerp(
         task_vectors.new_ones(len(task_vectors)) if weights is None else task_vectors.new_tensor(weights)
     )
     if reading != MERGEKIT:
+        if normalize is False:
+            raise UserError("shares of a mean sum to 1 in the paper's reading; leave normalize=False out")
         return scale * _spherical_mean(task_vectors, factors, steps=1)
     if len(task_vectors) == 1:
         return scale * task_vectors[0]
     products = gram(task_vectors)
     norms = products.diagonal().sqrt()
-    shares = (factors / factors.sum()).double()
+    shares = (factors if normalize is False else factors / factors.sum()).double()
     mean = shares / (norms + _NO_SUM)
     length = (mean @ products @ mean).clamp(min=0.0).sqrt()
     if length >= _NO_SUM:
@@ -145,7 +150,7 @@ METHOD = Method(
     parameters=(Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False), READING),
     paper=Paper("Karcher", 1977, None),
     summary="the mean direction on the sphere, at the mean norm",
-    mergekit_needs_seed=True,
+    needs_seed_with=("reading", MERGEKIT),
 )
 
 MULTISLERP_METHOD = Method(
@@ -153,6 +158,7 @@ MULTISLERP_METHOD = Method(
     function=multislerp,
     parameters=(
         Parameter("weights", default=None, low=0.0, high=1.5, per_expert=True),
+        NORMALIZE,
         Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
         READING,
     ),

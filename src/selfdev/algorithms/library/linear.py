@@ -4,20 +4,37 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from selfdev.algorithms.library.specification import WEIGHTS, Method, Paper
+from selfdev.algorithms.library.specification import NORMALIZE, WEIGHTS, Method, Paper
+from selfdev.algorithms.library.sphere import combination
 from selfdev.errors import UserError
 
 
-def linear(task_vectors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
+def linear(
+    task_vectors: Tensor,
+    seed_tensor: Tensor | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+) -> Tensor:
     """Average the task vectors: a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
+        seed_tensor: the seed's tensor, shape (*parameter); for `normalize=False` alone.
         weights: one for each expert, brought to sum 1, which must not be 0; equal if None.
+        normalize: False leaves the weights as they are, 1 if None, and adds up the experts' tensors themselves, as
+            mergekit does under that flag.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
+    if normalize is False:
+        if seed_tensor is None:
+            raise UserError("a sum of the experts' own tensors needs the seed's tensor; pass it")
+        factors = (
+            task_vectors.new_ones(len(task_vectors)) if weights is None else task_vectors.new_tensor(weights)
+        )
+        return combination(factors, task_vectors, seed_tensor)
     if weights is None:
         return task_vectors.mean(dim=0)
     total = sum(weights)
@@ -34,7 +51,8 @@ def linear(task_vectors: Tensor, *, weights: Sequence[float] | None = None) -> T
 METHOD = Method(
     name="linear",
     function=linear,
-    parameters=(WEIGHTS,),
+    parameters=(WEIGHTS, NORMALIZE),
     paper=Paper("Wortsman et al.", 2022, "2203.05482"),
     summary="the mean of the experts (model soup)",
+    needs_seed_with=("normalize", False),
 )

@@ -8,8 +8,9 @@ from torch.nn.functional import hardshrink
 
 from selfdev.algorithms.library.specification import MERGEKIT, PAPER
 
-# Entries of each expert that are merged at a time: what is in between stays in the cache and costs no memory.
-_BLOCK = 1 << 16
+# Entries of each expert that are merged at a time: what is in between stays in the cache and costs no memory. Smaller
+# blocks keep threads waiting for each other.
+_BLOCK = 1 << 17
 
 # A sum of weights below this divides nothing: mergekit's bound.
 _NO_WEIGHT = 1e-8
@@ -19,7 +20,7 @@ def elected_sign(task_vectors: Tensor, zero: float = 0.0) -> Tensor:
     """Return the sign of the sum over experts, shape (*parameter); `zero` where the sum is exactly zero."""
     total = task_vectors.sum(dim=0)
     sign = torch.sign(total)
-    return sign if zero == 0.0 else torch.where(total == 0.0, zero, sign)
+    return sign if zero == 0.0 else sign.add_(total == 0.0, alpha=zero)
 
 
 def disjoint_mean(task_vectors: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -88,7 +89,8 @@ def combine(
             return total
         agrees = torch.sign(agreeing)
         divisor = (agrees if shares is None else agrees * shares).sum(dim=0)
-        return total / torch.where(divisor == 0, 1.0, divisor)
+        # torch.where would take as long as all that is above.
+        return total.div_(divisor.clamp_(min=1.0) if shares is None else divisor.add_(divisor == 0))
 
     return entrywise(merged, task_vectors)
 

@@ -131,7 +131,7 @@ class Method:
         paper: the source of the formula.
         summary: one line for lists of methods.
         needs_seed: whether the function takes the seed's tensor, shape (*parameter), as second argument.
-        mergekit_needs_seed: whether it does so in mergekit's reading alone.
+        needs_seed_with: a parameter and its value with which alone the function takes it.
         experts: the only number of experts it takes; None if it takes any.
     """
 
@@ -141,7 +141,7 @@ class Method:
     paper: Paper
     summary: str
     needs_seed: bool = False
-    mergekit_needs_seed: bool = False
+    needs_seed_with: tuple[str, str | bool] | None = None
     experts: int | None = None
 
     def sample(self, rng: random.Random, experts: int) -> dict[str, Any]:
@@ -188,8 +188,8 @@ class Method:
 
         Args:
             task_vectors: shape (experts, *parameter), float32.
-            seed_tensor: the seed's tensor, shape (*parameter); needed if `needs_seed`, or in mergekit's reading
-                if `mergekit_needs_seed`; ignored otherwise.
+            seed_tensor: the seed's tensor, shape (*parameter); needed if `needs_seed`, or with the parameter of
+                `needs_seed_with`; ignored otherwise.
             **parameters: values by name; those left out take their default.
 
         Returns:
@@ -201,8 +201,8 @@ class Method:
         """
         experts = len(task_vectors)
         self.check(experts, parameters)
-        in_mergekits_reading = parameters.get("reading") == MERGEKIT
-        if not (self.needs_seed or (self.mergekit_needs_seed and in_mergekits_reading)):
+        name, value = self.needs_seed_with or ("", None)
+        if not (self.needs_seed or (name in parameters and parameters[name] == value)):
             return self.function(task_vectors, **parameters)
         if seed_tensor is None:
             raise UserError(
@@ -232,6 +232,9 @@ WEIGHTS = Parameter("weights", default=None, per_expert=True)
 
 NORMALIZE = Parameter("normalize", default=None, choices=(True, False))
 """Whether a sum is divided; None for what the method's own formula does."""
+
+RESCALE = Parameter("rescale", default=None, choices=(True, False))
+"""Whether what is left of an expert makes up for what was dropped; None for what the method's own formula does."""
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

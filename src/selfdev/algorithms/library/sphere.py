@@ -32,6 +32,23 @@ def gram(tensors: Tensor, origin: Tensor | None = None) -> Tensor:
     return products
 
 
+def gram_by_row(tensors: Tensor) -> Tensor:
+    """Return the inner products of the tensors' rows, each with those at the same place, summed in float64.
+
+    Args:
+        tensors: shape (points, *places, entries).
+
+    Returns:
+        Shape (points, points, *places), float64.
+    """
+    points, *places, entries = tensors.shape
+    rows = tensors.reshape(points, -1, entries)
+    step = max(1, _BLOCK // max(1, entries))
+    blocks = (rows[:, start : start + step].double() for start in range(0, rows.shape[1], step))
+    products = [torch.einsum("ire,jre->ijr", block, block) for block in blocks]
+    return torch.cat(products, dim=2).reshape(points, points, *places)
+
+
 def combination(factors: Tensor, tensors: Tensor, origin: Tensor | None = None) -> Tensor:
     """Add tensors, each with a factor; with an origin, which stands in each of them, less the origin.
 
@@ -58,24 +75,24 @@ def slerp(
     interpolated linearly.
 
     Args:
-        products: of the two tensors, from `gram`.
+        products: of the two tensors, from `gram`, or of each pair of their rows, from `gram_by_row`.
         t: in [0, 1].
         parallel: magnitude of the cosine above which tensors count as parallel; that of a sine of 1e-6 if
             None.
         zero_is_orthogonal: whether a zero tensor lies at a right angle to every other.
 
     Returns:
-        The factors of both, shape (2,), float64.
+        The factors of both, shape (2,) or (2, *places), float64.
     """
     lengths = products[0, 0].sqrt() * products[1, 1].sqrt()
     cosine = (products[0, 1] / torch.where(lengths > 0, lengths, 1.0)).clamp(-1.0, 1.0)
     angle = torch.arccos(cosine)
     sine = torch.sin(angle)
-    shares = products.new_tensor([1.0 - t, t])
+    shares = products.new_tensor([1.0 - t, t]).reshape(2, *[1] * sine.dim())
     flat = sine < _PARALLEL if parallel is None else cosine.abs() > parallel
-    if flat or (lengths == 0 and not zero_is_orthogonal):
-        return shares
-    return torch.sin(shares * angle) / sine
+    if not zero_is_orthogonal:
+        flat = flat | (lengths == 0)
+    return torch.where(flat, shares, torch.sin(shares * angle) / torch.where(flat, 1.0, sine))
 
 
 def karcher_mean(

@@ -19,7 +19,7 @@ def task_arithmetic(task_vectors: Tensor, *, scale: float = 0.3) -> Tensor:
     Returns:
         The merged task vector, shape (*parameter).
     """
-    return scale * task_vectors.sum(dim=0)
+    return task_vectors.sum(dim=0).mul_(scale)
 
 
 def weighted_task_arithmetic(task_vectors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:

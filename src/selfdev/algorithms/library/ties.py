@@ -11,6 +11,7 @@ from selfdev.algorithms.library.specification import (
     NORMALIZE,
     PAPER,
     READING,
+    RESCALE,
     WEIGHTS,
     Method,
     Paper,
@@ -22,8 +23,10 @@ from selfdev.algorithms.library.trimming import (
     exactly,
     for_each,
     kept_count,
+    largest,
     magnitude_thresholds,
     marked_at,
+    to_the_l1_norm_of,
 )
 
 
@@ -34,6 +37,7 @@ def ties(
     scale: float = 1.0,
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
+    rescale: bool | None = None,
     reading: str = PAPER,
 ) -> Tensor:
     """Trim, elect a sign, and average those that agree (Yadav et al. 2023, arXiv 2306.01708).
@@ -55,25 +59,37 @@ def ties(
         scale: factor on the merged task vector, mergekit's `lambda`; the paper searches 0.8 to 3.
         weights: a factor on each trimmed task vector, before the election; all 1 if None.
         normalize: whether those that agree are averaged (True, as is None) or added.
+        rescale: whether each trimmed task vector is brought to the L1 norm that it had before; None, as False, does
+            not.
         reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
     """
     normalize = normalize is not False
-    if reading != MERGEKIT:
+    if reading != MERGEKIT and not rescale:
         least = magnitude_thresholds(task_vectors, density)
-        return scale * combine(task_vectors, elect=True, normalize=normalize, weights=weights, least=least)
+        merged = combine(task_vectors, elect=True, normalize=normalize, weights=weights, least=least)
+        return merged.mul_(scale)
     check_density(density)
     trimmed = torch.empty_like(task_vectors)
     for row, share, out in zip(task_vectors, for_each(density, len(trimmed)), trimmed, strict=True):
         magnitudes = row.reshape(-1).abs()
-        count = kept_count(share, len(magnitudes))
-        kept = exactly(count, magnitudes, largest=True)
-        if kept is None:  # mergekit's own sort decides, which is not stable
-            kept = marked_at(magnitudes.argsort(descending=True)[:count], magnitudes)
+        kept = (
+            _kept_by_mergekit(magnitudes, share) if reading == MERGEKIT else largest(magnitudes[None], share)
+        )
         torch.mul(row, kept.reshape(row.shape), out=out)
-    return scale * combine(trimmed, elect=True, normalize=normalize, weights=weights, reading=MERGEKIT)
+        if rescale:
+            out.copy_(to_the_l1_norm_of(row, out))
+    return scale * combine(trimmed, elect=True, normalize=normalize, weights=weights, reading=reading)
+
+
+def _kept_by_mergekit(magnitudes: Tensor, density: float) -> Tensor:
+    count = kept_count(density, len(magnitudes))
+    kept = exactly(count, magnitudes, largest=True)
+    if kept is None:  # mergekit's own sort decides, which is not stable
+        kept = marked_at(magnitudes.argsort(descending=True)[:count], magnitudes)
+    return kept
 
 
 METHOD = Method(
@@ -84,6 +100,7 @@ METHOD = Method(
         Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
         WEIGHTS,
         NORMALIZE,
+        RESCALE,
         READING,
     ),
     paper=Paper("Yadav et al.", 2023, "2306.01708"),

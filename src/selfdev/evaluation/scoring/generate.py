@@ -1,7 +1,7 @@
 """Greedy decoding until a stop string, for many questions at once.
 
-What all prompts begin with, such as the few-shot examples, is computed once and kept once
-(`selfdev.models.shared_prefix`). The rest is batched by length, and a row that has finished leaves the batch.
+What all prompts begin with, such as the few-shot examples, is computed once and kept once (`Continuations`). A row
+that has finished leaves the batch, and the next questions take the places that are free.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfdev.evaluation.scoring.prompts import Prompts, behind, check_fits, padded, positions, tokenize
+from selfdev.evaluation.scoring.continuations import Continuations, attending
+from selfdev.evaluation.scoring.prompts import Prompts, check_fits, tokenize
 from selfdev.evaluation.scoring.scored import Reply, Scored, ScoringError
 from selfdev.evaluation.tasks import Question
 from selfdev.evaluation.tasks.grading import Grading
 from selfdev.models.limits import end_tokens
-from selfdev.models.shared_prefix import LayerCache, attending
 
 ROWS = 64
 """Questions answered at once: on a CPU the cores are full well below, on a GPU memory bounds it."""
-BATCH_TOKENS = 24_576
-"""Tokens of keys and values that a batch may hold beside the common beginning: 1.1 GB for SmolLM2-135M."""
-PREFILL_TOKENS = 2048
-"""Tokens that go through the model at once while the prompts are read."""
+CACHE_TOKENS = 24_576
+"""Tokens whose keys and values the rows may hold beside the common beginning: 1.1 GB for SmolLM2-135M."""
+READ_TOKENS = 2048
+"""Tokens that go through the model at once while prompts are read."""
+REFILL = 1 / 16
+"""Share of the rows that must be free before new questions are read: one by one they would read at a row's pace."""
 
 
 @dataclass(frozen=True)
@@ -71,88 +73,83 @@ class Generation:
     @torch.inference_mode()
     def texts(self, model: Any) -> list[str]:
         """What the model writes to each question, cut before the stop string."""
-        prefix = self.prompts.prefill(model)
+        rest = self.prompts.rest
+        waiting = self.prompts.longest_first()
+        longest = len(rest[waiting[0]]) + self.grading.max_new_tokens
+        places = max(1, min(ROWS, CACHE_TOKENS // longest, len(rest)))
         ends = end_tokens(model, self.tokenizer)
-        texts = [""] * len(self.questions)
+        answers = [_Answer(self.tokenizer, self.grading, ends) for _ in rest]
+        rows = list[_Answer]()
+        continuations = Continuations(self.prompts.prefill(model), places, longest)
         with attending(model):
-            for batch in self.prompts.batches(ROWS, BATCH_TOKENS, self.grading.max_new_tokens):
-                rows = [_Row(self.tokenizer, self.grading, ends) for _ in batch]
-                self._write(model, prefix, [self.prompts.rest[i] for i in batch], rows)
-                for i, row in zip(batch, rows, strict=True):
-                    texts[i] = row.text()
-        return texts
-
-    def _write(
-        self, model: Any, prefix: Sequence[LayerCache], rest: Sequence[list[int]], rows: Sequence["_Row"]
-    ) -> None:
-        """Continue one batch until every row has finished."""
-        ids, padding = padded(rest, model.device)
-        width, most = ids.shape[1], self.grading.max_new_tokens
-        shared = behind(prefix, len(rows), width + most, padding)
-        count = len(self.prompts.shared)
-        step = max(1, PREFILL_TOKENS // len(rows))
-        for start in range(0, width, step):
-            stop = min(start + step, width)
-            logits = _forward(model, ids[:, start:stop], positions(count, start, stop, padding), shared)
-        alive = list(range(len(rows)))
-        for length in range(width, width + most):
-            if not logits.isfinite().all():
-                raise ScoringError("the model's logits are not finite; the merged weights are broken")
-            chosen = logits.argmax(-1)
-            going = [
-                place
-                for place, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True))
-                if rows[row].add(token)
-            ]
-            if not going or length + 1 == width + most:
-                return
-            if len(going) < len(alive):
-                kept = _closed_up(going)
-                shared.keep(torch.tensor(kept))
-                alive = [alive[place] for place in kept]
-                chosen, padding = chosen[kept], padding[kept]
-            logits = _forward(model, chosen[:, None], positions(count, length, length + 1, padding), shared)
+            while rows or waiting:
+                free = places - len(rows)
+                if waiting and free >= max(1, places * REFILL):
+                    count = min(free, max(1, READ_TOKENS // len(rest[waiting[0]])))
+                    new, waiting = waiting[:count], waiting[count:]
+                    states = continuations.read(model.base_model, [rest[i] for i in new]).last_hidden_state
+                    states = states[range(len(new)), [len(rest[i]) - 1 for i in new]]
+                    grown = [answers[i] for i in new]
+                    rows += grown
+                else:
+                    latest = [row.tokens[-1] for row in rows]
+                    states = continuations.step(model.base_model, latest).last_hidden_state[:, 0]
+                    grown = rows
+                for row, token in zip(grown, _greedy(model, states), strict=True):
+                    row.add(token)
+                going = [place for place, row in enumerate(rows) if not row.finished]
+                if len(going) < len(rows):
+                    rows = [rows[place] for place in continuations.keep(going)]
+        return [answer.text() for answer in answers]
 
 
-class _Row:
-    """What has been written to one question."""
+class _Answer:
+    """What has been written to one question.
+
+    Attributes:
+        tokens: written so far, the end token left out.
+        finished: whether nothing more is written.
+    """
 
     def __init__(self, tokenizer: Any, grading: Grading, ends: set[int]):
         self.tokens: list[int] = []
+        self.finished = False
         self._tokenizer, self._grading, self._ends = tokenizer, grading, ends
         # A token writes one byte at least, so a stop string that a token completes lies within so many of them.
         self._window = max((len(stop.encode()) for stop in grading.stop), default=0)
 
-    def add(self, token: int) -> bool:
-        """Write one token; returns whether the answer goes on."""
+    def add(self, token: int) -> None:
+        """Write one token."""
         if token in self._ends:
-            return False
+            self.finished = True
+            return
         self.tokens.append(token)
-        latest = self._decoded(self.tokens[-self._window :]) if self._window else ""
-        # The latest tokens alone may read a little differently, so the whole text decides.
-        return not (any(stop in latest for stop in self._grading.stop) and self.text() != self._whole())
+        self.finished = len(self.tokens) == self._grading.max_new_tokens or self._stops()
 
     def text(self) -> str:
         """The text before the stop string."""
-        return self._grading.cut(self._whole())
+        return self._grading.cut(self._decoded(self.tokens))
 
-    def _whole(self) -> str:
-        return self._decoded(self.tokens)
+    def _stops(self) -> bool:
+        latest = self._decoded(self.tokens[-self._window :]) if self._window else ""
+        # The latest tokens alone may read a little differently, so the whole text decides.
+        return any(stop in latest for stop in self._grading.stop) and any(
+            stop in self._decoded(self.tokens) for stop in self._grading.stop
+        )
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
-def _forward(model: Any, ids: Tensor, position_ids: Tensor, shared: Any) -> Tensor:
-    """Feed the next tokens of every row; returns the logits after the last one, shape (rows, vocabulary)."""
-    out = model(ids, position_ids=position_ids, use_cache=False, shared_prefix=shared, logits_to_keep=1)
-    shared.advance(ids.shape[1])
-    return out.logits[:, -1]  # type: ignore[no-any-return]
+def _greedy(model: Any, states: Tensor) -> list[int]:
+    """The likeliest token after each state of shape (rows, hidden).
 
-
-def _closed_up(going: Sequence[int]) -> list[int]:
-    """The places that go on, gaps filled from the end, so that few rows change theirs: [0, 2, 3] gives [0, 3, 2]."""
-    count = len(going)
-    stay = {place for place in going if place < count}
-    late = iter(reversed([place for place in going if place >= count]))
-    return [place if place in stay else next(late) for place in range(count)]
+    Raises:
+        ScoringError: a logit is infinite or not a number.
+    """
+    # Where a family scales or caps its logits after the head, it does so monotonically, which moves no arg max.
+    logits = model.get_output_embeddings()(states)
+    if not logits.isfinite().all():
+        raise ScoringError("the model's logits are not finite; the merged weights are broken")
+    chosen: list[int] = logits.argmax(-1).tolist()
+    return chosen

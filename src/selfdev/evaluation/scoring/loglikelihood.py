@@ -4,20 +4,20 @@ It moves before the first answer is right, so it ranks candidates where accuracy
 about whether the model would write the solution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring.prompts import Prompts, behind, check_fits, padded, positions, tokenize
+from selfdev.evaluation.scoring.continuations import Continuations, attending
+from selfdev.evaluation.scoring.prompts import Prompts, check_fits, tokenize
 from selfdev.evaluation.scoring.scored import Scored, ScoringError
 from selfdev.evaluation.tasks import Question
-from selfdev.models.shared_prefix import attending
 
-ROWS = 16
 BATCH_TOKENS = 2048
 """Tokens of one forward pass: the logits of each are as many numbers as there are tokens in the vocabulary."""
 
@@ -60,25 +60,28 @@ class Likelihood:
         Raises:
             ScoringError: one is infinite or not a number.
         """
-        prefix, count = self.prompts.prefill(model), len(self.prompts.shared)
+        common = self.prompts.prefill(model)
         outcomes = torch.zeros(len(self.solutions))
         with attending(model):
-            for batch in self.prompts.batches(ROWS, BATCH_TOKENS, extra=0):
-                ids, padding = padded([self.prompts.rest[i] for i in batch], model.device)
-                width = ids.shape[1]
-                longest = max(self.solutions[i] for i in batch)
-                logits = model(
-                    ids,
-                    position_ids=positions(count, 0, width, padding),
-                    use_cache=False,
-                    shared_prefix=behind(prefix, len(batch), width, padding),
-                    logits_to_keep=longest + 1,
-                ).logits[:, -longest - 1 : -1]
-                nats = -F.cross_entropy(
-                    logits.float().transpose(1, 2), ids[:, -longest:], reduction="none"
-                ).cpu()
+            for batch in self._batches():
+                rest = [self.prompts.rest[i] for i in batch]
+                longest = max(map(len, rest))
+                # Each of a solution's tokens is foretold by the place before it.
+                first = min(len(rest[row]) - self.solutions[i] for row, i in enumerate(batch)) - 1
+                forward = partial(model, logits_to_keep=longest - first)
+                logits = Continuations(common, len(batch), longest).read(forward, rest).logits
                 for row, i in enumerate(batch):
-                    outcomes[i] = nats[row, longest - self.solutions[i] :].mean()
+                    end = len(rest[row]) - 1 - first
+                    gold = torch.tensor(rest[row][-self.solutions[i] :], device=logits.device)
+                    each = logits[row, end - self.solutions[i] : end].float()
+                    outcomes[i] = -F.cross_entropy(each, gold).cpu()
         if not outcomes.isfinite().all():
             raise ScoringError("the solutions' log-likelihoods are not finite; the merged weights are broken")
         return Scored(outcomes)
+
+    def _batches(self) -> Iterator[list[int]]:
+        order = self.prompts.longest_first()
+        while order:
+            count = max(1, BATCH_TOKENS // len(self.prompts.rest[order[0]]))
+            yield order[:count]
+            order = order[count:]

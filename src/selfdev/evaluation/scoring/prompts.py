@@ -1,17 +1,16 @@
-"""Prompts as tokens: what all have in common is kept once, and the rest is batched by length."""
+"""Prompts as tokens: what all have in common is kept once, beside each one's own rest."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from selfdev.errors import UserError
+from selfdev.evaluation.scoring.continuations import LayerCache
 from selfdev.evaluation.tasks import Question
 from selfdev.models.limits import context_limit
-from selfdev.models.shared_prefix import LayerCache, SharedPrefix
 
 
 @dataclass(frozen=True)
@@ -45,44 +44,9 @@ class Prompts:
             (layer.keys[0, :, :count], layer.values[0, :, :count]) for layer in out.past_key_values.layers
         ]
 
-    def batches(self, rows: int, tokens: int, extra: int) -> Iterator[list[int]]:
-        """Indices of rests of similar length, the longest first.
-
-        Args:
-            rows: the most of one batch.
-            tokens: the most tokens of one batch, padding and what is written included; one row may exceed it.
-            extra: tokens that will be written behind each.
-        """
-        order = sorted(range(len(self.rest)), key=lambda i: -len(self.rest[i]))
-        while order:
-            width = len(self.rest[order[0]]) + extra
-            count = max(1, min(rows, tokens // width))
-            yield order[:count]
-            order = order[count:]
-
-
-def padded(sequences: Sequence[list[int]], device: Any) -> tuple[Tensor, Tensor]:
-    """The sequences in one tensor, padded on the left.
-
-    Returns:
-        The tokens, shape (rows, longest), and how many of each row's are padding, shape (rows,).
-    """
-    longest = max(map(len, sequences))
-    padding = torch.tensor([longest - len(sequence) for sequence in sequences], device=device)
-    # Padding is never seen, so any token serves.
-    ids = torch.tensor([[0] * (longest - len(sequence)) + sequence for sequence in sequences], device=device)
-    return ids, padding
-
-
-def positions(prefix: int, start: int, stop: int, padding: Tensor) -> Tensor:
-    """Positions of the columns `start` to `stop` of left-padded rows behind a prefix, shape (rows, stop - start)."""
-    columns = torch.arange(start, stop, device=padding.device)
-    return prefix + (columns - padding[:, None]).clamp(min=0)
-
-
-def behind(prefix: Sequence[LayerCache], rows: int, capacity: int, padding: Tensor) -> SharedPrefix:
-    """Empty continuations of one prefix."""
-    return SharedPrefix([prefix], [rows], capacity, padding)
+    def longest_first(self) -> list[int]:
+        """Indices of the rests, so that neighbours have similar lengths."""
+        return sorted(range(len(self.rest)), key=lambda i: -len(self.rest[i]))
 
 
 def tokenize(tokenizer: Any, questions: Sequence[Question], texts: Sequence[str]) -> list[list[int]]:

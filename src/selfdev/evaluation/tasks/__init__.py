@@ -3,15 +3,16 @@
 A question's content decides its split, so no draw, seed or order can move it from one split to another. What is
 guaranteed: the splits share no question and no rewording that the task knows of (of generated tasks: the same
 operands in another order; of tasks made of files: see `near_duplicates`), and the test questions come out through
-`Task.open_test` alone, which tells the seal first. What is not: Python hides nothing from code that wants to reach
-around it.
+`Task.open_test` alone, which tells the seal first. Questions that were asked before can be left out by their ids, and
+their rewordings go with them: so a second use of a task gets a test split that the first one has not seen. What is not
+guaranteed: Python hides nothing from code that wants to reach around it.
 """
 
 import difflib
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -96,27 +97,41 @@ class Task(ABC):
         """Changes with what is asked and how it is judged; a built-in task changes with the version alone."""
         return self.name
 
-    def development(self, count: int, order_seed: int) -> list[Question]:
+    def development(
+        self, count: int, order_seed: int, without: Collection[str] = frozenset()
+    ) -> list[Question]:
         """Draw development questions, balanced over the groups.
 
         The same `order_seed` gives the same order, and a smaller count is a prefix of it: groups take turns,
         so that every prefix is balanced too. Another `order_seed` draws and orders anew.
 
+        Args:
+            count: how many.
+            order_seed: of the order.
+            without: ids of questions that are left out, with their rewordings.
+
         Raises:
             UserError: the split has fewer than `count` questions.
         """
-        return self._take(Split.DEVELOPMENT, count, random.Random(f"{self.name}/development/{order_seed}"))
+        stream = random.Random(f"{self.name}/development/{order_seed}")
+        return self._take(Split.DEVELOPMENT, count, stream, without)
 
-    def open_test(self, count: int, seal: Seal) -> list[Question]:
+    def open_test(self, count: int, seal: Seal, without: Collection[str] = frozenset()) -> list[Question]:
         """Hand out test questions, balanced over the groups, in one order for ever.
+
+        Args:
+            count: how many.
+            seal: is told, or keeps the split shut.
+            without: ids of questions that are left out, with their rewordings.
 
         Raises:
             UserError: the split has fewer than `count` questions.
             Exception: whatever the seal raises to stay shut; no question is then handed out.
         """
-        self.check_count(Split.TEST, count)  # a request that cannot be met must not cost the one opening
+        # A request that cannot be met must not cost the one opening.
+        self.check_count(Split.TEST, count, without)
         seal.opened(self.name)
-        return self._take(Split.TEST, count, self._test_order())
+        return self._take(Split.TEST, count, self._test_order(), without)
 
     @abstractmethod
     def training(self, groups: Sequence[str], stream: random.Random) -> Iterator[Question]:
@@ -126,16 +141,21 @@ class Task(ABC):
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
         """All distinct questions of one group that the split offers, always in the same order."""
 
-    def size(self, split: Split) -> int:
-        """How many questions the split has, the groups balanced."""
-        return len(self.groups) * min(len(self._pool(group, split)) for group in self.groups)
+    @abstractmethod
+    def _alike(self, question: Question) -> Hashable:
+        """What a question of a pool and its rewordings have in common, and no other question has."""
 
-    def check_count(self, split: Split, count: int) -> None:
+    def size(self, split: Split, without: Collection[str] = frozenset()) -> int:
+        """How many questions the split has, the groups balanced; those of `without` and their rewordings left out."""
+        return len(self.groups) * min(map(len, self._pools(split, without)))
+
+    def check_count(self, split: Split, count: int, without: Collection[str] = frozenset()) -> None:
         """Raise UserError unless the split has `count` questions; shows none of them."""
-        most = self.size(split)
+        most = self.size(split, without)
         if not 0 < count <= most:
+            left = " that were not asked before" if without else ""
             raise UserError(
-                f"task '{self.name}': {count} {split} questions were asked for, and it has {most}; "
+                f"task '{self.name}': {count} {split} questions were asked for, and it has {most}{left}; "
                 f"ask for 1 to {most}"
             )
 
@@ -143,15 +163,26 @@ class Task(ABC):
         """What shuffles the test split; None leaves it as it lies."""
         return random.Random(f"{self.name}/test")
 
-    def _take(self, split: Split, count: int, stream: random.Random | None) -> list[Question]:
-        self.check_count(split, count)
-        ordered = []
-        for group in self.groups:
-            pool = list(self._pool(group, split))
-            if stream is not None:
+    def _take(
+        self, split: Split, count: int, stream: random.Random | None, without: Collection[str]
+    ) -> list[Question]:
+        self.check_count(split, count, without)
+        ordered = self._pools(split, without)
+        if stream is not None:
+            for pool in ordered:
                 stream.shuffle(pool)
-            ordered.append(pool)
         return [ordered[i % len(ordered)][i // len(ordered)] for i in range(count)]
+
+    def _pools(self, split: Split, without: Collection[str]) -> list[list[Question]]:
+        """The questions of every group, in the order of `groups`."""
+        pools = [list(self._pool(group, split)) for group in self.groups]
+        if not without:
+            return pools
+        everything = (
+            q for each in (Split.DEVELOPMENT, Split.TEST) for g in self.groups for q in self._pool(g, each)
+        )
+        asked = {self._alike(question) for question in everything if question.id in without}
+        return [[question for question in pool if self._alike(question) not in asked] for pool in pools]
 
 
 def split_of(content: str) -> Split:
@@ -204,8 +235,9 @@ def load_task(name: str) -> Task:
 def _generated() -> dict[str, type[Task]]:
     from selfdev.evaluation.tasks.everyday import EVERYDAY
     from selfdev.evaluation.tasks.nano import NanoTask
+    from selfdev.evaluation.tasks.nano2 import Nano2Task
 
-    return {"nano": NanoTask, **EVERYDAY}
+    return {"nano": NanoTask, "nano2": Nano2Task, **EVERYDAY}
 
 
 def _declared() -> dict[str, Path]:

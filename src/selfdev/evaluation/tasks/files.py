@@ -9,7 +9,7 @@ come from one file, the hash of a family's content decides. What is left over tr
 import functools
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class FileTask(Task):
         self.name = self.declaration.name
         self.grading = self.declaration.grading()
         self._render = _Renderer(file, rows)
-        self._splits, self.dropped = _deal(self.declaration, rows, self._render)
+        self._splits, self.dropped, self._families = _deal(self.declaration, rows, self._render)
         for split in (Split.DEVELOPMENT, Split.TEST):
             if not self._splits[split]:
                 raise UserError(_empty(file, split, self.declaration, self.dropped[split]))
@@ -77,6 +77,9 @@ class FileTask(Task):
 
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
         return [question for question in self._splits[split] if question.group == group]
+
+    def _alike(self, question: Question) -> Hashable:
+        return self._families[question.id]
 
     def _test_order(self) -> random.Random | None:
         return None if self.declaration.test_order == "file" else super()._test_order()
@@ -195,8 +198,8 @@ class _Renderer:
 
 def _deal(
     declared: Declaration, rows: dict[str, list[Row]], render: _Renderer
-) -> tuple[dict[Split, list[Question]], dict[Split, int]]:
-    """Deal the rows out to the splits; also how many each split lost to near-duplicates."""
+) -> tuple[dict[Split, list[Question]], dict[Split, int], dict[str, int]]:
+    """Deal the rows out to the splits; also how many each split lost to near-duplicates, and the family of each id."""
     files = list({id(each): each for each in rows.values()}.values())
     inline = _inline_rows(declared, render.file)
     every = [row for file in files for row in file]
@@ -241,7 +244,7 @@ def _deal(
                 question = replace(question, context=contexts.before(i, split))
             if split is not Split.TRAINING or its_family not in in_test:
                 splits[split].append(question)
-    return splits, dropped
+    return splits, dropped, {questions[row.where].id: family[row.where] for row in every}
 
 
 class _FewShot:

@@ -6,7 +6,7 @@ sum asked in two ways never stands in two splits.
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -41,19 +41,23 @@ class GeneratedTask(Task):
         """Training questions without end, the group of each one drawn from `groups`."""
         while True:
             group = stream.choice(groups)
-            question, split = self._draw(group, stream)
+            question, _, split = self._draw(group, stream)
             if split is Split.TRAINING:
                 yield question
 
-    def _draw(self, group: str, stream: random.Random) -> tuple[Question, Split]:
+    def _draw(self, group: str, stream: random.Random) -> tuple[Question, str, Split]:
         prompt, answer, key = self.exercises[group](stream)
-        return self._question(group, prompt, answer), split_of(f"{self.name}/{group}/{key}")
+        return self._question(group, prompt, answer), key, split_of(f"{self.name}/{group}/{key}")
 
     def _question(self, group: str, prompt: str, answer: str) -> Question:
         return Question(group, prompt, answer)
 
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
-        return _pool(type(self), group, split)
+        return tuple(_keys(type(self), group, split))
+
+    def _alike(self, question: Question) -> Hashable:
+        kept = (_keys(type(self), question.group, split) for split in self.offered)
+        return question.group, next(keys[question] for keys in kept if question in keys)
 
     def _context(self) -> str:
         """The few-shot examples, as they stand before every question."""
@@ -70,16 +74,16 @@ _DRAWS = 100
 
 
 @functools.cache
-def _pool(kind: type[GeneratedTask], group: str, split: Split) -> tuple[Question, ...]:
-    """The first distinct questions of the split in a stream of the group's own."""
+def _keys(kind: type[GeneratedTask], group: str, split: Split) -> dict[Question, str]:
+    """The first distinct questions of the split in a stream of the group's own, each with its `Drawn.key`."""
     task = kind()
     stream = random.Random(f"{task.name}/{group}")
     context = task._context()
-    found: dict[Question, None] = {}  # a dict keeps the order of discovery, a set would not
+    found: dict[Question, str] = {}  # a dict keeps the order of discovery
     for _ in range(_DRAWS * task.offered[split]):
-        question, its_split = task._draw(group, stream)
+        question, key, its_split = task._draw(group, stream)
         if its_split is split:
-            found[replace(question, context=context)] = None
+            found[replace(question, context=context)] = key
             if len(found) == task.offered[split]:
-                return tuple(found)
+                return found
     raise ValueError(f"{task.name}/{group} has only {len(found)} questions for {split}; widen its operands")

@@ -1,0 +1,305 @@
+"""The factory over an endpoint: a server samples, and what is learned is learned here.
+
+What a server wrote is a fact: each answer is in the run's journal before the next step, and a resumed run asks only
+for what is missing there. Requests carry seeds, which a server may or may not honour; nothing relies on it.
+
+Where the weights are here too (`LocalFactory`) and the server is vLLM, every round's adapter is loaded into it. Where
+they are not, nothing can be learned, and the run is a search.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from selfdev.algorithms.examples import examples
+from selfdev.algorithms.source import Form
+from selfdev.config import ENDPOINT_MODEL, Config
+from selfdev.errors import Halted, SelfdevError, UserError
+from selfdev.factory.budget import Budget
+from selfdev.factory.factory import LocalFactory, Tick
+from selfdev.factory.journal import Answer, Journal, Usage
+from selfdev.factory.prompt import STOP, Prompt, prompts_of
+from selfdev.factory.sampling import Sample
+from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
+from selfdev.factory.server import NoAnswer, Server, patiently
+from selfdev.factory.transcript import END_STRINGS, to_sample
+from selfdev.streams import stream_seed
+
+T = TypeVar("T")
+
+JOURNAL = "written.db"
+_TEMPLATE = 64
+"""Tokens that a chat template puts around a message, at most."""
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One program that is asked for.
+
+    Attributes:
+        text: of its prompt.
+        body: the request.
+        key: hash of all that decides the answer.
+        most: what it may cost at most, as far as is known before the first answer.
+    """
+
+    text: str
+    body: dict[str, Any]
+    key: str
+    most: Usage
+
+
+class EndpointFactory:
+    """Writes programs through a server, and learns where the weights are here.
+
+    Args:
+        config: of the run; `factory.endpoint` is set.
+        folder: of the run, in which the journal lies.
+
+    Raises:
+        UserError: no server answers, or it does not do what the run needs of it; no program has been asked for.
+    """
+
+    def __init__(self, config: Config, folder: Path):
+        if config.factory.endpoint is None:
+            raise ValueError("factory.endpoint is not set")
+        self.config = config
+        self.settings = config.factory.endpoint
+        self.model = self.settings.model or config.factory.model.removeprefix(ENDPOINT_MODEL)
+        form = config.prompt.form
+        self.chat = form is Form.CONTRACT if self.settings.chat is None else self.settings.chat
+        new = not (folder / JOURNAL).exists()  # a resumed run may need the server no more
+        if new:
+            _in_a_loop(self._check_server())
+        self.learner = LocalFactory(config) if config.factory.weights_here else None
+        if new and self.settings.adapters == "vllm":
+            _in_a_loop(self._check_learning())
+        self.journal = Journal(folder / JOURNAL)
+        self.adapters = ServedAdapters(self.settings, folder, self.journal.tag)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the archive keeps of it, once it is prepared."""
+        local = {"model": self.config.factory.model} if self.learner is None else self.learner.facts
+        return {**local, "served": self.model}
+
+    def prepare(self, tick: Tick) -> None:
+        """Make the warm start's adapter, here, if there is to be one."""
+        if self.learner is not None:
+            self.learner.prepare(tick)
+
+    def prompts(self, iteration: int) -> list[Prompt]:
+        """The prompts of one iteration."""
+        return prompts_of(self.config.prompt, examples(), self.config.seed, iteration)
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a completion that nobody sampled; none where the weights are not here."""
+        return () if self.learner is None else self.learner.tokens(text)
+
+    def refine(
+        self,
+        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
+        iteration: int,
+        adapters: Sequence[Path],
+        out: Path,
+        tick: Tick,
+        flip_rate: float = 0.0,
+        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+    ) -> dict[str, Any]:
+        """Train a new adapter here; see `LocalFactory.refine`. The server gets it when it is to write with it."""
+        if self.learner is None:
+            raise SelfdevError(f"{self.model} cannot learn: its weights are not here")
+        return self.learner.refine(pairs, iteration, adapters, out, tick, flip_rate, imitated)
+
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        temperature: float,
+        adapters: Sequence[Path],
+        tick: Tick,
+    ) -> list[tuple[int, Sample]]:
+        """Have the programs of one iteration written; see `LocalFactory.write`.
+
+        Raises:
+            Halted: the server answers no more, or a budget is used up; what is written is in the journal.
+        """
+        count = self.config.programs
+        owner = [number * len(prompts) // count for number in range(count)]
+        layers = self._layers(adapters)
+        model = self.adapters.name(layers) if layers else self.model
+        questions = [
+            self._question(model, prompts[owner[number]], iteration, number, temperature)
+            for number in range(count)
+        ]
+        answers = self.journal.answers(question.key for question in questions)
+        missing = [question for question in questions if question.key not in answers]
+        if missing:
+            answers |= _in_a_loop(self._ask(missing, layers, tick))
+        tokenizer = None if self.learner is None else self.learner.tokenizer
+        stop = None if self.chat else STOP[self.config.prompt.form]
+        limit = self.config.factory.max_new_tokens
+        samples = [to_sample(answers[question.key], tokenizer, stop, limit) for question in questions]
+        return list(zip(owner, samples, strict=True))
+
+    def _layers(self, adapters: Sequence[Path]) -> list[Path]:
+        """The adapters that the server is to sample with; none where it takes none."""
+        return self.learner.layers(adapters) if self.learner and self.settings.adapters == "vllm" else []
+
+    def _question(
+        self, model: str, prompt: Prompt, iteration: int, number: int, temperature: float
+    ) -> _Question:
+        seed = stream_seed(self.config.seed, "sample", iteration, number)
+        body = self._body(model, prompt.text, self.config.factory.max_new_tokens, temperature, seed)
+        content = json.dumps([self.chat, iteration, number, body], sort_keys=True)
+        # No tokenizer makes more tokens of a text than it has bytes.
+        length = len(prompt.text.encode()) + _TEMPLATE * self.chat
+        if self.learner is not None:
+            length = len(prompt.tokens(self.learner.tokenizer))
+        most = Usage(length, self.config.factory.max_new_tokens)
+        return _Question(prompt.text, body, hashlib.sha256(content.encode()).hexdigest(), most)
+
+    def _body(
+        self, model: str, text: str, max_tokens: int, temperature: float = 1.0, seed: int = 0
+    ) -> dict[str, Any]:
+        """A request, as OpenAI's protocol has it, and vLLM's additions to it."""
+        settings = self.config.factory
+        body: dict[str, Any] = {
+            "model": model,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "top_p": settings.top_p,
+            "top_k": settings.top_k or None,  # these two OpenAI's own servers do not know
+            "min_p": settings.min_p or None,
+            "seed": seed % 2**31,  # some servers keep it in 32 bits
+        }
+        if self.chat:
+            body["messages"] = [{"role": "user", "content": text}]
+        else:
+            body["prompt"] = text
+        if self.config.prompt.form is Form.SHORT:
+            body["stop"] = list(END_STRINGS)
+        if self.settings.adapters == "vllm":
+            body |= {"return_token_ids": True, "include_stop_str_in_output": True}
+            body["logprobs"] = True if self.chat else 0
+        body |= self.settings.request
+        return {field: value for field, value in body.items() if value is not None}
+
+    async def _ask(self, questions: list[_Question], layers: list[Path], tick: Tick) -> dict[str, Answer]:
+        """Ask for programs, some at once. After a failure those in flight come home, and no more are sent."""
+        answers: dict[str, Answer] = {}
+        failures: list[SelfdevError] = []
+        waiting = iter(questions)
+        budget = Budget(self.settings, self.journal)
+        lengths: dict[str, int] = {}
+        count = self.config.programs
+
+        def told(note: str) -> None:
+            tick(count - len(questions) + len(answers), count, note)
+
+        def again(error: NoAnswer) -> bool:
+            told(f"again: {error}")
+            return not failures
+
+        async def send(question: _Question) -> None:
+            tokens_in = lengths.get(question.text, question.most.tokens_in)
+            number = await budget.reserve(question.key, Usage(tokens_in, question.most.tokens_out))
+            if failures:  # while it waited for its turn
+                await budget.release(number)
+                return
+            try:
+                answer = await server.complete(self.chat, question.body)
+            except NoAnswer as error:
+                await (budget.lose if error.billed else budget.release)(number)
+                raise
+            await budget.settle(number, answer)
+            if answer.tokens_in is not None:
+                lengths[question.text] = answer.tokens_in
+            answers[question.key] = answer
+            told(budget.note())
+
+        async def work() -> None:
+            for question in waiting:
+                if failures:
+                    return
+                try:
+                    await patiently(self.settings, partial(send, question), again)
+                except SelfdevError as error:
+                    failures.append(error)
+
+        told(budget.note())
+        async with Server(self.settings) as server:
+            try:
+                if layers:
+                    load = partial(self.adapters.load, server, layers, [self._layers([])])
+                    await patiently(self.settings, load, again)
+                await asyncio.gather(*(work() for _ in range(self.settings.concurrency)))
+            except SelfdevError as error:
+                failures.append(error)
+        if failures:
+            raise Halted(str(failures[0])) from failures[0]
+        return answers
+
+    # --- before anything is asked for
+
+    async def _check_server(self) -> None:
+        """Make sure that the server is there, and serves the model."""
+        names: list[str] = []
+        async with Server(self.settings) as server:
+            try:
+                names = await server.models()
+            except NoAnswer as error:
+                if error.status is None:
+                    raise UserError(
+                        f"{error}\nStart the server, or set factory.endpoint.url to where it is"
+                    ) from error
+                if error.status in (401, 403):
+                    raise UserError(str(error)) from error
+            if self.model in names:
+                return
+            try:  # a server that lists no models, or not all, shows it by writing one token
+                await patiently(
+                    self.settings, lambda: server.complete(self.chat, self._body(self.model, "def", 1))
+                )
+            except NoAnswer as error:
+                listed = f"; it lists {', '.join(names[:20])}" if names else ""
+                raise UserError(
+                    f"factory.endpoint.model: no word from '{self.model}': {error}{listed}"
+                ) from error
+
+    async def _check_learning(self) -> None:
+        """Make sure that what is asked is what is trained on, and that adapters can be loaded."""
+        if self.learner is None:
+            raise ValueError("nothing learns")
+        prompt = self.prompts(0)[0]
+        tokens = len(prompt.tokens(self.learner.tokenizer))
+        async with Server(self.settings) as server:
+            try:
+                answer = await patiently(
+                    self.settings, lambda: server.complete(self.chat, self._body(self.model, prompt.text, 1))
+                )
+                await check_runtime_adapters(server)
+            except NoAnswer as error:
+                raise UserError(f"factory.endpoint: {error}") from error
+        if answer.tokens_in != tokens:
+            raise UserError(
+                f"factory.endpoint.model: '{self.model}' reads the prompt as {answer.tokens_in} tokens, and the "
+                f"tokenizer of {self.config.factory.model}, which learns from what is written, as {tokens}; they must "
+                "be one model, asked in one way (factory.endpoint.chat, and the chat template)"
+            )
+
+
+def _in_a_loop(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, in a notebook too, whose own loop is running already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()

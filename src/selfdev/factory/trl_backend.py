@@ -1,0 +1,156 @@
+"""A round of preference training by TRL's DPOTrainer, for GPUs; imported only where a run asks for it.
+
+TRL gets the same token ids in the same order, the same reference, optimiser, learning rates and clipping, and the
+adapter that it trains is saved as ours is. What differs is the batching: each pair is two rows with a prompt of their
+own. The device is the one that transformers' Trainer finds; a run is one process, so it is one device.
+"""
+
+import math
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from selfdev.config import RefinementSettings
+from selfdev.factory.refinement import (
+    Diverged,
+    Losses,
+    Outcome,
+    Preference,
+    Report,
+    Step,
+    diverged,
+    optimiser,
+    saturated,
+)
+
+
+class _OnTokens(DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer on a dataset that has token ids already; TRL would tokenise text."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+class _Diary(TrainerCallback):  # type: ignore[misc]
+    """Notes each step's terms, ends a round that has saturated, and gives up one that has diverged."""
+
+    def __init__(self, batches: Sequence[Sequence[Preference]], settings: RefinementSettings, tick: Report):
+        self.batches, self.settings, self.tick = batches, settings, tick
+        self.terms: list[tuple[float, float, float]] = []
+        self.stopped: int | None = None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(diverged("the loss", self.settings))
+        batch = self.batches[len(self.terms) % len(self.batches)]
+        # TRL logs the mean over the pairs of the chosen program's summed log-probability.
+        nll = -logs["logps/chosen"] * len(batch) / sum(len(p.chosen) for p in batch)
+        margin = logs["rewards/margins"] / self.settings.beta
+        self.terms.append((logs["loss"] - self.settings.supervised * nll, margin, nll))
+        self.tick(len(self.terms))
+        if saturated([margin for _, margin, _ in self.terms], self.settings.stop_margin):
+            self.stopped = len(self.terms)
+            control.should_training_stop = True
+
+    def outcome(self) -> Outcome:
+        epochs = [self.terms[i : i + len(self.batches)] for i in range(0, len(self.terms), len(self.batches))]
+        means = [[sum(column) / len(epoch) for column in zip(*epoch, strict=True)] for epoch in epochs]
+        return Outcome([Losses(*each) for each in means], self.stopped)
+
+
+def refine_with_trl(
+    model: PeftModel,
+    reference: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    steps: Sequence[Step],
+    settings: RefinementSettings,
+    *,
+    flip_rate: float = 0.0,
+    tick: Report = lambda step: None,
+) -> Outcome:
+    """Train the adapter in place.
+
+    Args:
+        model: the factory with a new adapter that changes nothing yet.
+        reference: what it is held to; None: the factory without the adapter.
+        tokenizer: the factory's.
+        steps: their pairs are taken in this order, `settings.pairs_a_step` at a time.
+        settings: losses, learning rate, epochs.
+        flip_rate: TRL's `label_smoothing`; see `losses.robust`.
+        tick: called after each optimiser step with how many are done.
+
+    Raises:
+        Diverged: a loss or a weight is not finite.
+    """
+    pairs = [
+        Preference(step.prompt, step.completions[chosen], step.completions[rejected])
+        for step in steps
+        for chosen, rejected in step.pairs
+    ]
+    batches = [pairs[i : i + settings.pairs_a_step] for i in range(0, len(pairs), settings.pairs_a_step)]
+    rows = {
+        "prompt_ids": [list(p.prompt) for p in pairs],
+        "chosen_ids": [list(p.chosen) for p in pairs],
+        "rejected_ids": [list(p.rejected) for p in pairs],
+    }
+    trained = [p for p in model.parameters() if p.requires_grad]
+    diary = _Diary(batches, settings, tick)
+    imitating = settings.supervised > 0
+    with tempfile.TemporaryDirectory() as scratch, _streams_left_alone():
+        trainer = _OnTokens(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(
+                output_dir=scratch,
+                loss_type=[settings.loss, *(["sft"] if imitating else [])],
+                loss_weights=[1.0, *([settings.supervised] if imitating else [])],
+                label_smoothing=flip_rate if settings.loss == "robust" else 0.0,
+                beta=settings.beta,
+                max_length=None,
+                per_device_train_batch_size=settings.pairs_a_step,
+                train_sampling_strategy="sequential",
+                num_train_epochs=settings.epochs,
+                max_grad_norm=1.0,
+                bf16=False,
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=tokenizer,
+            callbacks=[diary],
+            optimizers=optimiser(trained, settings, settings.epochs * len(batches)),
+        )
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")  # TRL's copy of the new adapter, which changes nothing
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    if not all(torch.isfinite(each).all() for each in trained):
+        raise Diverged(diverged("a weight of the adapter", settings))
+    model.eval()
+    return diary.outcome()
+
+
+@contextmanager
+def _streams_left_alone() -> Iterator[None]:
+    """Transformers' Trainer seeds the global random streams, which others may be using."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,355 @@
+"""Transfer: what a run discovered, applied unchanged to models that it has not seen.
+
+The finalists of a finished run, each at the scale at which the run measured it best, merge other experts, or experts of
+another seed, beside rivals that are tuned anew for these experts, each with as many development evaluations as in the
+run. The development questions of a transfer tune the rivals and nothing else: the programs are applied as they are, and
+which of them the headline is about was decided by the run.
+
+A transfer has questions of its own. Those that the run asked, on development or on test, and their rewordings are
+left out of both its splits, and its test split is sealed by its own archive until every rival is tuned. It opens once;
+`again` opens it once more and is marked.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from selfdev.algorithms.library import method
+from selfdev.archive import FACTOR, Archive, Candidate
+from selfdev.archive import Run as RunRecord
+from selfdev.config import Config, parse_config
+from selfdev.errors import UserError
+from selfdev.evaluation.evaluator import Evaluator, Scorer
+from selfdev.evaluation.objective import Objective
+from selfdev.evaluation.rivals import best_rival, spent_on_candidates, tune_rivals
+from selfdev.evaluation.standing import LEARNING, ranked_new
+from selfdev.evaluation.tasks import Split, Task, load_task
+from selfdev.evaluation.verdict import Entrant, measure_on_test, seed_and_rivals
+from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
+from selfdev.models.folder import weights_hash
+from selfdev.models.sources import resolve
+from selfdev.runs import ARCHIVE, TRANSFER, Run, alone, jail_limits, machine_facts, told
+from selfdev.sandbox import Sandbox
+from selfdev.watcher import Silent, Watcher
+
+FOLDER = "transfers"
+"""Of a run's folder, where its transfers lie."""
+
+
+def transfer(
+    run: Path | str,
+    seed: str,
+    experts: Mapping[str, str],
+    task: str | None = None,
+    out: Path | str | None = None,
+    *,
+    again: bool = False,
+    watch: Watcher | None = None,
+    unsafe_sandbox: bool = False,
+) -> "Transfer":
+    """Apply a run's best algorithms unchanged to other models, beside rivals tuned for these.
+
+    One that was interrupted or killed goes on when it is called again.
+
+    Args:
+        run: folder of a finished run.
+        seed: where the seed comes from; see `selfdev.models.sources`.
+        experts: name of each expert, and where it comes from; programs see them in this order.
+        task: whose questions decide; the run's by default.
+        out: the transfer's folder; by default one in the run's that is named after the task and the weights.
+        again: open the test split of a finished transfer once more and measure everybody anew.
+        watch: is told what happens.
+        unsafe_sandbox: leave the jail out and run model-written code with resource limits alone.
+
+    Raises:
+        UserError: the run is not finished or found nothing new, a model or the task cannot be used or is not unseen,
+            or the test split has been opened already; nothing has been started.
+        Interrupted: Ctrl-C.
+    """
+    plan = _plan(Run(Path(run)), seed, experts, task)
+    folder = plan.folder if out is None else Path(out)
+    _check_folder(folder, again)
+    watch, began = watch or Silent(), time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(told(folder, go_on="the same command"))
+        stack.enter_context(alone(folder))
+        with watch.phase("models"):
+            box = stack.enter_context(Sandbox(jail_limits(plan.config), unsafe=unsafe_sandbox))
+            scorer = Evaluator(
+                resolve(seed),
+                plan.vectors,
+                plan.task,
+                plan.config.task.development,
+                box,
+                plan.config.seed,
+                Objective(plan.config.task.weights),
+                plan.asked,
+            )
+        archive = stack.enter_context(_open_or_create(folder, plan, machine_facts(unsafe_sandbox)))
+        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
+        if again:
+            archive.reopen()
+        _carry_out(archive, plan, scorer, watch)
+    return Transfer(folder)
+
+
+class Transfer(Run):
+    """A view of a transfer's folder, finished or not; its archive is of the same kind as a run's."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is transferred.
+
+        The run's name and when it was `created`; `programs`, name -> scale; development `evaluations` of each rival;
+        and the rivals that are `left_out`, since they merge another number of experts.
+        """
+        found: Mapping[str, Any] = self.archive.run.facts[TRANSFER]
+        return found
+
+    @property
+    def best(self) -> Candidate | None:
+        """The program that the headline is about: the run's best on development."""
+        return self.archive.candidate(next(iter(self.facts["programs"])))
+
+    def summary(self) -> dict[str, Any]:
+        """All that `selfdev transfer --json` prints; scores in 0..1."""
+        verdict, best, facts = self.verdict, self.best, self.archive.run.facts
+        return {
+            "run": self._record(),
+            TRANSFER: {
+                **self.facts,
+                "task": self.config.task.name,
+                "seed": self.config.merge.seed,
+                "experts": dict(self.config.merge.experts),
+                "weights": {"seed": facts["seed"], "experts": facts["experts"]},
+            },
+            "best": None
+            if best is None
+            else {
+                "candidate": best.name,
+                "source": best.source,
+                "factor": self.facts["programs"][best.name],
+            },
+            "headline": None if verdict is None else verdict["headline"],
+            "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "table": [] if verdict is None else verdict["table"],
+        }
+
+
+def is_transfer(run: Run) -> bool:
+    """Whether a folder that was opened as a run's is a transfer's."""
+    return TRANSFER in run.archive.run.facts
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A transfer whose input has been checked.
+
+    Attributes:
+        folder: where it lies by default.
+        config: the run's, with the models, the task and the counts of the transfer.
+        vectors: of its experts.
+        task: whose questions are asked.
+        asked: ids of the questions that the run has asked.
+        entrants: the run's programs, best on its development first; controls before them.
+        budget: development evaluations of each rival.
+        facts: what its archive stands on.
+    """
+
+    folder: Path
+    config: Config
+    vectors: TaskVectors
+    task: Task
+    asked: frozenset[str]
+    entrants: list[Entrant]
+    budget: int
+    facts: dict[str, Any]
+
+
+def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | None) -> _Plan:
+    """Check what is asked for, before anything is started.
+
+    Raises:
+        UserError: see `transfer`.
+    """
+    record, archive = origin.archive.run, origin.archive
+    if is_transfer(origin):
+        raise UserError(f"{origin.folder} is a transfer; give the run that discovered the programs")
+    if record.status != "done":
+        raise UserError(
+            f"{origin.folder} is not finished (status: {record.status}), and its best algorithms are known when it is; "
+            f"`selfdev resume {origin.folder}` goes on with it"
+        )
+    discovered = _entrants(archive, "discovered", LEARNING, origin.config.verdict.finalists)
+    if not discovered:
+        raise UserError(
+            f"{origin.folder} found no new program, so there is nothing to transfer; choose another run"
+        )
+    controls = [e for control in origin.config.controls for e in _entrants(archive, "control", control, 1)]
+
+    folders = {name: resolve(source) for name, source in experts.items()}
+    seed_folder = resolve(seed)
+    hashes = {name: weights_hash(folder) for name, folder in folders.items()}
+    weights = weights_hash(seed_folder)
+    _check_unseen(record.facts, weights, hashes)
+    vectors = read_task_vectors(seed_folder, folders, origin.config.merge.targets)
+
+    task = load_task(task_name or origin.config.task.name)
+    asked = frozenset(archive.questions("development") + archive.questions("test"))
+    config, left_out = _config(origin, seed, experts, task_name, task, asked)
+    budget = spent_on_candidates(archive)
+    facts = {
+        TRANSFER: {
+            "run": record.name,
+            "created": record.created,
+            "programs": {each.dev.subject: each.dev.factor for each in discovered},
+            "evaluations": budget,
+            "left_out": left_out,
+        },
+        "seed": weights,
+        "experts": hashes,
+        "task": task.fingerprint,
+    }
+    identity = json.dumps([weights, list(hashes.items()), task.fingerprint])
+    name = f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+    folder = origin.folder / FOLDER / name
+    return _Plan(folder, config, vectors, task, asked, controls + discovered, budget, facts)
+
+
+def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant]:
+    """The best new programs of an arm; of their evaluations nothing is kept but the scale."""
+    entrants = []
+    for candidate, dev in ranked_new(archive, arm)[:count]:
+        scale = {FACTOR: dev.factor} if dev.number else {}
+        bare = replace(dev, parameters=scale, outcomes=None, score=None, questions=0, asked=None)
+        entrants.append(Entrant(kind, bare, candidate))
+    return entrants
+
+
+def _check_unseen(run: Mapping[str, Any], seed: str, experts: Mapping[str, str]) -> None:
+    """Raise UserError if an expert teaches nothing, stands there twice, or is one that the run merged into this seed.
+
+    Args:
+        run: the run's facts, hashes of weights among them.
+        seed: hash of the seed's weights.
+        experts: hash of each expert's.
+    """
+    first: dict[str, str] = {}
+    seen = {weights: name for name, weights in run["experts"].items()} if run["seed"] == seed else {}
+    for name, weights in experts.items():
+        if weights == seed:
+            raise UserError(
+                f"expert '{name}' has the seed's weights, so there is nothing to merge; choose another"
+            )
+        if first.setdefault(weights, name) != name:
+            raise UserError(
+                f"experts '{first[weights]}' and '{name}' have the same weights; give one of them"
+            )
+        if weights in seen:
+            raise UserError(
+                f"expert '{name}' is not unseen: its weights are those of '{seen[weights]}', which the run merged into "
+                "this very seed; give experts that the run has not merged, or another seed"
+            )
+
+
+def _config(
+    origin: Run,
+    seed: str,
+    experts: Mapping[str, str],
+    task_name: str | None,
+    task: Task,
+    asked: frozenset[str],
+) -> tuple[Config, list[str]]:
+    """The run's config with the transfer's models and task, and the rivals that cannot merge so many experts."""
+    of_run = origin.config
+    counts = {}
+    for split, wanted in ((Split.DEVELOPMENT, of_run.task.development), (Split.TEST, of_run.task.test)):
+        left = task.size(split, asked)
+        if not left:
+            raise UserError(
+                f"the run has asked every {split} question of task '{task.name}' in some group, so none is left for "
+                "the transfer; name another task with --task"
+            )
+        counts[str(split)] = min(wanted, left)
+    same = task.fingerprint == load_task(of_run.task.name).fingerprint
+    settings = of_run.task.model_dump(mode="json") if same else {}
+    rivals = {name: method(name).experts for name in of_run.rivals}
+    left_out = [name for name, count in rivals.items() if count not in (None, len(experts))]
+    changed = of_run.model_dump(mode="json") | {
+        "merge": {"seed": seed, "experts": dict(experts), "targets": of_run.merge.targets},
+        "task": {**settings, "name": task_name or of_run.task.name, **counts},
+        "rivals": [name for name in rivals if name not in left_out],
+    }
+    return parse_config(changed, "transfer"), left_out
+
+
+def _check_folder(folder: Path, again: bool) -> None:
+    """Raise UserError if the folder holds something else, or a finished transfer that is not to be opened again."""
+    if not (folder / ARCHIVE).exists():
+        if again:
+            raise UserError(
+                f"{folder} holds no transfer yet, and its test split opens a first time; leave --again out"
+            )
+        return
+    before = Run(folder)
+    if not is_transfer(before):
+        raise UserError(f"{folder} holds a run; choose another --out")
+    if again:
+        with told(folder):
+            before.archive.check_reached()
+    elif before.archive.run.status == "done":
+        opened = before.archive.openings()[-1].opened
+        raise UserError(
+            f"{folder} is finished: its test split was opened on {opened}, and opens once; `selfdev show {folder}` "
+            "shows the result. --again measures everybody once more and marks it"
+        )
+
+
+def _open_or_create(folder: Path, plan: _Plan, machine: Mapping[str, Any]) -> Archive:
+    facts = {**plan.facts, **machine}
+    if (folder / ARCHIVE).exists():
+        archive = Archive.open(folder / ARCHIVE)
+    else:
+        record = RunRecord(
+            name=folder.name,
+            preset=f"transfer of {plan.facts[TRANSFER]['run']}",
+            seed=plan.config.seed,
+            status="running",
+            config=plan.config.model_dump(mode="json"),
+            facts=facts,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        archive = Archive.create(folder / ARCHIVE, record)
+    archive.check_facts(facts)
+    return archive
+
+
+def _carry_out(archive: Archive, plan: _Plan, scorer: Scorer, watch: Watcher) -> None:
+    """Tune the rivals and reach the verdict, from wherever the archive stands."""
+    if archive.run.status == "running":
+        archive.keep_programs([each.candidate for each in plan.entrants if each.candidate is not None])
+        archive.set_questions("development", [(q.id, q.group) for q in scorer.questions("development")])
+        if not archive.evaluations("seed"):
+            archive.add_evaluation(scorer.seed("development"))
+        with watch.phase("rivals") as tick:
+            tune_rivals(archive, plan.config, scorer, plan.budget, tick, watch.rival)
+    if archive.run.status != "done":
+        rival = best_rival(archive)
+        archive.set_status("verdict")
+        best = next(iter(plan.facts[TRANSFER]["programs"]))
+        archive.fix_verdict(
+            {"best": best, "best_rival": None if rival is None else [rival.subject, rival.number]}
+        )
+        entrants = seed_and_rivals(archive, plan.config) + plan.entrants
+        with watch.phase("verdict") as tick:
+            measure_on_test(archive, plan.config, scorer, entrants, rival, _without_note(tick))
+
+
+def _without_note(tick: Callable[[int, int, str], None]) -> Callable[[int, int], None]:
+    return lambda done, total: tick(done, total, "")

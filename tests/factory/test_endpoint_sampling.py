@@ -1,0 +1,283 @@
+"""The endpoint factory against a server on a real socket, well-behaved and not."""
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from endpoint_runs import searching_config
+from scripted import PROGRAMS
+from selfdev.algorithms.source import Form, read_program
+from selfdev.errors import Halted, UserError
+from selfdev.factory.endpoint import EndpointFactory
+from selfdev.factory.journal import Usage
+from selfdev.factory.sampling import Sample
+from unruly_server import TOKENS, UnrulyServer
+
+KEY = "sk-very-secret-0123456789"
+
+
+@pytest.fixture
+def server() -> Iterator[UnrulyServer]:
+    with UnrulyServer() as running:
+        yield running
+
+
+def factory_of(server: UnrulyServer, folder: Path, **changes: Any) -> EndpointFactory:
+    return EndpointFactory(searching_config(server.url, **changes), folder)
+
+
+def write(
+    factory: EndpointFactory, iteration: int = 0, tick: Callable[..., None] = lambda *_: None
+) -> list[tuple[int, Sample]]:
+    return factory.write(factory.prompts(iteration), iteration, 0.8, [], tick)
+
+
+def test_each_program_is_asked_for_with_a_seed_of_its_own(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path)
+    ticks: list[tuple[int, int]] = []
+    written = write(factory, tick=lambda done, total, note: ticks.append((done, total)))
+    assert [prompt for prompt, _ in written] == [0] * 12
+    assert ticks[-1] == (12, 12)
+    assert len({body["seed"] for body in server.asked}) == 12
+    [body] = {repr({k: v for k, v in body.items() if k != "seed"}) for body in server.asked}
+    assert "'temperature': 0.8" in body
+    assert "'max_tokens': 60" in body
+    assert "'model': 'unruly'" in body
+    assert server.asked[0]["prompt"].endswith("def merge_")
+    # What is read of an answer ends with the function, which the server wrote on behind.
+    by_seed = {body["seed"]: PROGRAMS[body["seed"] % len(PROGRAMS)] for body in server.asked}
+    assert sorted(s.text.split("\n")[0] for _, s in written) == sorted(
+        p.split("\n")[0] for p in by_seed.values()
+    )
+    assert all(sample.finished and "another" not in sample.text for _, sample in written)
+    assert all(sample.tokens == () and sample.log_prob is None for _, sample in written)
+
+
+def test_what_is_written_is_asked_for_once(server: UnrulyServer, tmp_path: Path) -> None:
+    first = write(factory_of(server, tmp_path))
+    assert write(factory_of(server, tmp_path)) == first
+    assert len(server.asked) == 12
+    assert write(factory_of(server, tmp_path), iteration=1) != first
+    assert len(server.asked) == 24
+
+
+def test_a_message_is_answered_with_a_code_block(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, form="contract")
+    written = write(factory)
+    assert all("stop" not in body and body["messages"][0]["role"] == "user" for body in server.asked)
+    sources = [read_program(sample.text, Form.CONTRACT) for _, sample in written]
+    assert all("def merge_models(model_dict, device)" in source for source in sources)
+
+
+def test_fields_of_the_users_own_go_with_every_request(server: UnrulyServer, tmp_path: Path) -> None:
+    write(factory_of(server, tmp_path, request={"reasoning_effort": "low", "top_p": None}))
+    assert all(body["reasoning_effort"] == "low" and "top_p" not in body for body in server.asked)
+
+
+@pytest.mark.parametrize("misdeed", ["429", "500", "503", "cut", "garbage", "empty"])
+def test_a_failure_that_passes_is_asked_again(misdeed: str, server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path)
+    server.misdeeds = [misdeed] * 3
+    assert len(write(factory)) == 12
+    assert len(server.asked) == 12 + 3
+    assert len(server.answered) == 12
+
+
+def test_a_request_that_takes_too_long_is_given_up_and_sent_again(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    factory = factory_of(server, tmp_path, timeout=1.0, retries=50)
+    server.misdeeds = ["slow"]
+    assert len(write(factory)) == 12
+    assert len(server.asked) >= 13
+
+
+def test_all_requests_wait_as_long_as_the_server_asks(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, concurrency=1)
+    server.misdeeds, server.retry_after = ["429"], "0.3"
+    assert len(write(factory)) == 12
+    assert len(server.asked) == 13
+    assert server.too_early == 0
+
+
+@pytest.mark.parametrize(
+    ("misdeed", "message"),
+    [
+        ("400", r"answers 400: \?\[31mno Bearer \[key\]"),
+        ("401", "environment variable UNRULY_KEY"),
+        ("500", "answers 500"),
+        ("cut", "broke off"),
+        ("garbage", "no answer of OpenAI's protocol"),
+        ("endless", "does not stop answering"),
+    ],
+)
+def test_a_failure_that_stays_ends_the_session_and_keeps_what_is_written(
+    misdeed: str,
+    message: str,
+    server: UnrulyServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("UNRULY_KEY", KEY)
+    server.key = KEY
+    factory = factory_of(server, tmp_path, key_env="UNRULY_KEY", concurrency=2, retries=1)
+    server.misdeeds = ["", "", "", *[misdeed] * 20]
+    with pytest.raises(Halted, match=message) as halted:
+        write(factory)
+    assert KEY not in str(halted.value)
+    kept = len(server.answered)
+    assert kept == 3
+    server.misdeeds = []
+    assert len(write(factory_of(server, tmp_path, key_env="UNRULY_KEY"))) == 12
+    assert len(server.answered) == 12
+
+
+def test_a_wait_that_is_too_long_ends_the_session_at_once(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, concurrency=1)
+    server.misdeeds, server.retry_after = ["429"], "3600"
+    with pytest.raises(Halted, match=r"3600 s, which is longer than factory\.endpoint\.patience"):
+        write(factory)
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_dies_in_the_middle_is_taken_up_again(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, concurrency=2)
+
+    def tick(done: int, total: int, note: str) -> None:
+        if done == 5:
+            server.die_after = 0
+
+    with pytest.raises(Halted, match="broke off"):
+        write(factory, tick=tick)
+    before = len(server.answered)
+    assert 5 <= before < 12
+    server.stop()
+    with pytest.raises(Halted, match=r"no server answers at http://127\.0\.0\.1"):
+        write(factory_of(server, tmp_path))  # a resumed run begins without the server, and then needs it
+    server.die_after = None
+    server.start()
+    assert len(write(factory_of(server, tmp_path))) == 12
+    assert len(server.answered) == 12
+
+
+def test_no_server_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(
+        UserError, match=f"no server answers at {url}.*\nStart the server, or set factory.endpoint.url"
+    ):
+        EndpointFactory(searching_config(url), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_the_server_does_not_know_is_refused(server: UnrulyServer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no word from 'tame'.*does not exist.*it lists unruly"):
+        factory_of(server, tmp_path, model="tame")
+
+
+def test_an_address_that_is_no_server_of_the_protocol_is_refused(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    config = searching_config(server.url.removesuffix("/v1") + "/wrong", retries=0)
+    with pytest.raises(UserError, match="answers 404"):
+        EndpointFactory(config, tmp_path)
+
+
+def test_a_key_that_is_not_there_or_not_accepted_is_refused(
+    server: UnrulyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="variable UNRULY_KEY is not set"):
+        factory_of(server, tmp_path, key_env="UNRULY_KEY")
+    server.key = KEY
+    with pytest.raises(UserError, match="name the environment variable that holds the key"):
+        factory_of(server, tmp_path)
+    monkeypatch.setenv("UNRULY_KEY", wrong := "sk-wrong-0123456789")
+    with pytest.raises(UserError, match=r"no such key: \[key\]; it takes the key") as refused:
+        factory_of(server, tmp_path, key_env="UNRULY_KEY")
+    assert wrong not in str(refused.value)
+
+
+# --- budgets
+
+
+def spent(factory: EndpointFactory) -> Usage:
+    return factory.journal.spent()
+
+
+def test_a_token_budget_is_never_exceeded_and_all_it_pays_for_is_written(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    # Each takes 30 tokens in and 10 out; before its answer it may take the bytes of its prompt and 60.
+    factory = factory_of(server, tmp_path, tokens_budget=4000, concurrency=8, programs=200)
+    at_most = len(factory.prompts(0)[0].text.encode()) + 60
+    assert 500 < at_most < 1000
+    with pytest.raises(
+        Halted, match=r"budget of 4,000 tokens is used up: .*--set factory.endpoint.tokens_budget"
+    ):
+        write(factory)
+    assert spent(factory).tokens == len(server.answered) * TOKENS
+    # Once one is answered, the length of the prompt is known, and 90 are what one more may take.
+    assert 4000 - 90 < spent(factory).tokens <= 4000
+    write(factory_of(server, tmp_path, tokens_budget=9000, programs=200))
+    assert len(server.answered) == 200
+
+
+def test_money_is_counted_by_the_prices(server: UnrulyServer, tmp_path: Path) -> None:
+    # 30 tokens in at 1 and 10 out at 3: 60 millionths each.
+    factory = factory_of(
+        server, tmp_path, money_budget=2000e-6, price_in=1.0, price_out=3.0, programs=100, concurrency=8
+    )
+    with pytest.raises(Halted, match=r"budget of 0.002 is used up: .*factory.endpoint.money_budget"):
+        write(factory)
+    tokens = spent(factory)
+    money = (tokens.tokens_in * 1.0 + tokens.tokens_out * 3.0) / 1e6
+    # Nothing was in flight when it ended, so another one that is counted in full would not have fitted.
+    assert 2000e-6 - (30 + 60 * 3.0) / 1e6 < money <= 2000e-6
+    assert len(server.answered) * 60e-6 == pytest.approx(money)
+
+
+def test_an_answer_that_never_came_counts_at_its_most_and_a_refusal_does_not(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    factory = factory_of(server, tmp_path, programs=1, concurrency=1)
+    server.misdeeds = ["500", "429", "cut"]
+    prompt = factory.prompts(0)[0].text
+    write(factory)
+    assert spent(factory) == Usage(len(prompt.encode()) + 30, 60 + 10)
+
+
+def test_a_server_that_does_not_count_is_taken_at_the_most(server: UnrulyServer, tmp_path: Path) -> None:
+    server.counts = False
+    factory = factory_of(server, tmp_path, programs=2)
+    write(factory)
+    assert spent(factory) == Usage(2 * len(factory.prompts(0)[0].text.encode()), 2 * 60)
+
+
+def test_a_pace_is_kept(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, requests_a_minute=60_000.0)
+    assert len(write(factory)) == 12
+
+
+def test_it_works_where_a_loop_is_running_already(server: UnrulyServer, tmp_path: Path) -> None:
+    async def notebook() -> int:
+        return len(write(factory_of(server, tmp_path)))
+
+    assert asyncio.run(notebook()) == 12
+
+
+def test_control_c_keeps_what_has_come_in(server: UnrulyServer, tmp_path: Path) -> None:
+    def impatient(done: int, total: int, note: str) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    factory = factory_of(server, tmp_path, concurrency=2)
+    with pytest.raises(KeyboardInterrupt):
+        write(factory, tick=impatient)
+    assert len(write(factory)) == 12
+    assert len({body["seed"] for body in server.answered}) == 12
+    assert len(server.answered) <= 12 + 2

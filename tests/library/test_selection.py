@@ -1,0 +1,37 @@
+"""Values of a rank in long rows, which are found by a sample: the very ones that sorting finds."""
+
+import pytest
+import torch
+
+from selfdev.algorithms.library.trimming import magnitude_thresholds, smallest
+
+ENTRIES = 200_000
+
+
+def rows() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(ENTRIES, generator=generator)
+    return {
+        "normal": normal,
+        "on a grid": normal.bfloat16().float(),
+        "all equal": torch.ones(ENTRIES),
+        "mostly zero": normal * (torch.rand(ENTRIES, generator=generator) < 0.05),
+        "sorted": normal.sort().values,
+        # The sample takes every thirteenth entry, and these are all that it sees.
+        "misleading": torch.where(torch.arange(ENTRIES) % 13 == 0, 1e6, normal),
+        "one outlier": torch.cat([normal[:-1], torch.tensor([1e30])]),
+    }
+
+
+@pytest.mark.parametrize("kind", rows())
+@pytest.mark.parametrize("rank", [1, 2, 1_000, ENTRIES // 2, ENTRIES - 1, ENTRIES])
+def test_is_what_sorting_finds(kind, rank):
+    row = rows()[kind]
+    assert smallest(row, rank) == row.sort().values[rank - 1]
+    assert smallest(row, rank, of_magnitudes=True) == row.abs().sort().values[rank - 1]
+
+
+def test_thresholds_of_several_rows_of_a_matrix():
+    stack = torch.stack([rows()["normal"], rows()["mostly zero"]]).reshape(2, 400, 500)
+    expected = [row.abs().flatten().sort(descending=True).values[ENTRIES // 5 - 1] for row in stack]
+    assert magnitude_thresholds(stack, 0.2).flatten().tolist() == [value.item() for value in expected]

@@ -1,0 +1,90 @@
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from selfdev.config import RefinementSettings
+from selfdev.errors import SelfdevError
+from selfdev.factory.memory import Footprint, available, fitting_pass, footprint
+from selfdev.factory.packing import completion_states
+from selfdev.factory.refinement import Step
+from tiny import tiny_model
+
+STEP = Step(tuple(range(40)), (tuple(range(20)), tuple(range(30)), tuple(range(10))), ((0, 1), (2, 1)))
+"""A prompt of 40 tokens and 60 more; the longest program takes 70 with its prompt."""
+
+
+def adapted(rank: int = 4) -> PeftModel:
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(tiny_model(), lora)
+
+
+def kept(model: PeftModel, tokens: int) -> int:
+    """Bytes that a pass really keeps, weights aside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        completion_states(model, [1] * 10, [[1] * (tokens - 10)])
+    return sum(storages.values())
+
+
+def test_an_estimate_from_short_passes_holds_for_long_ones() -> None:
+    model = adapted()
+    needs = footprint(model, kl=False)
+    real = kept(model, 250)
+    assert real < needs.of(250) - needs.fixed < 1.5 * real
+
+
+def test_what_is_fixed_grows_with_the_rank_and_with_a_kl_term() -> None:
+    trained = sum(p.numel() * 4 for p in adapted(8).parameters() if p.requires_grad)
+    assert footprint(adapted(8), kl=False).fixed - footprint(adapted(4), kl=False).fixed == 4 * trained / 2
+    assert footprint(adapted(), kl=True).fixed > footprint(adapted(), kl=False).fixed
+
+
+@pytest.mark.parametrize("a_pair", [0.0, 2.0])
+def test_the_tokens_of_so_many_bytes(a_pair: float) -> None:
+    needs = Footprint(fixed=1000, a_token=50.0, a_pair=a_pair)
+    assert needs.of(100) == 6000 + 10_000 * a_pair
+    for free in (1060, 5000, 123_456):
+        tokens = needs.tokens(free)
+        assert needs.of(tokens) <= free < needs.of(tokens + 1)
+    assert needs.tokens(1000) == 0
+
+
+def test_enough_memory_changes_nothing() -> None:
+    assert fitting_pass(adapted(), [STEP], RefinementSettings(), free=10**12) is None
+    assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=80), free=10**12) == 80
+    assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=10), free=10**12) == 10
+
+
+def test_little_memory_makes_smaller_passes_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    free = int(footprint(model, kl=False).of(80) / 0.9) + 10
+    with caplog.at_level(logging.WARNING):
+        assert fitting_pass(model, [STEP], RefinementSettings(), free) == 80
+    assert "passes of at most 80 tokens instead" in caplog.text
+
+
+def test_too_little_for_one_program_ends_before_the_work() -> None:
+    model = adapted()
+    free = footprint(model, kl=False).of(69)
+    with pytest.raises(
+        SelfdevError, match=r"one program of 70 tokens.*free some, or take a lower refinement\.rank"
+    ):
+        fitting_pass(model, [STEP], RefinementSettings(), free)
+
+
+def test_what_is_available_is_bounded_by_the_machine() -> None:
+    free = available()
+    if free is None:
+        pytest.skip("this system does not say how much memory is free")
+    with open("/proc/meminfo") as lines:
+        total = int(lines.readline().split()[1]) * 1024
+    assert 0 < free < total
