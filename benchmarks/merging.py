@@ -16,6 +16,7 @@ Both write under --work, by default a temporary folder of this disk, and remove 
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -51,6 +52,8 @@ MERGEKIT = {
     "arcee_fusion": ({}, {}, 1),
 }
 """Methods that both have: mergekit's parameters of the merge and of each model, and experts. Ours run with defaults."""
+
+NAMES = ("seed", "one", "two", "three")
 
 BASELESS = {"linear", "karcher"}
 """To these mergekit's base model would be one more expert."""
@@ -103,7 +106,13 @@ def theirs(mergekit: str, method: str, seed: Path, experts: Sequence[Path], out:
 
 def speed(options: argparse.Namespace, work: Path) -> None:
     """Print a table of both, method by method."""
-    seed, *experts = small_models(options.model, work)
+    # In a process of its own: what this one has ever held counts as the peak of every command that it starts.
+    making = multiprocessing.get_context("spawn").Process(target=small_models, args=(options.model, work))
+    making.start()
+    making.join()
+    if making.exitcode:
+        sys.exit("the models could not be made")
+    seed, *experts = (work / name for name in NAMES)
     print(f"load {os.getloadavg()[0]:.1f}; median of {options.repeats}\n")
     print(
         "| method | selfdev | processor | peak | mergekit | processor | peak | ratio of times | of processor times |"
@@ -133,16 +142,14 @@ def speed(options: argparse.Namespace, work: Path) -> None:
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def small_models(model: str, work: Path) -> list[Path]:
-    """SmolLM2 as bf16, and three relatives of it."""
+def small_models(model: str, work: Path) -> None:
+    """Write SmolLM2 as bf16, and three relatives of it."""
     from selfdev.models.sources import resolve
 
     source = resolve(model)
     tensors = load_file(source / "model.safetensors")
-    folders = []
-    for number, name in enumerate(("seed", "one", "two", "three")):
-        folders.append(work / name)
-        shutil.copytree(source, folders[-1], ignore=shutil.ignore_patterns("*.safetensors"))
+    for number, name in enumerate(NAMES):
+        shutil.copytree(source, work / name, ignore=shutil.ignore_patterns("*.safetensors"))
         generator = torch.Generator().manual_seed(number)
         noisy = {
             key: (
@@ -150,8 +157,7 @@ def small_models(model: str, work: Path) -> list[Path]:
             ).bfloat16()
             for key, tensor in tensors.items()
         }
-        save_file(noisy, folders[-1] / "model.safetensors", {"format": "pt"})
-    return folders
+        save_file(noisy, work / name / "model.safetensors", {"format": "pt"})
 
 
 def memory(options: argparse.Namespace, work: Path) -> None:

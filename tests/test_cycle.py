@@ -57,12 +57,12 @@ def test_the_learning_arm_writes_from_its_adapter_and_no_round_follows_the_last(
 
 
 def test_only_new_programs_are_scored_chosen_and_reported(finished: Run) -> None:
-    status = {c.name: c.status for c in finished.candidates()}
+    status = {c.name: c.status for c in finished.archive.candidates()}
     evaluated = {e.subject for e in finished.archive.evaluations("candidate")}
-    assert evaluated == {name for name, s in status.items() if s == "new"}
+    assert evaluated == {c.name for c in finished.candidates() if c.status == "new"}
     pairs = finished.archive.pairs("learning", 0)
     assert {status[pair.chosen] for pair in pairs} == {"new"}
-    assert {pair.reason for pair in pairs} == {"score", "copy", "failure"}
+    assert {pair.reason for pair in pairs} == {"score", "copy", "failure", "repair"}
     discovered = [row for row in finished.verdict["table"] if row["kind"] == "discovered"]
     assert {status[row["name"]] for row in discovered} == {"new"}
 

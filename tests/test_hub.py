@@ -38,17 +38,26 @@ class Hub:
                 self.answer(body=True)
 
             def answer(self, *, body: bool) -> None:
-                path = self.path.partition("?")[0]
-                if path.startswith("/api/models/"):
-                    owner, name = path.split("/")[3:5]
-                    files = [{"rfilename": file.name} for file in sorted((hub.root / owner / name).iterdir())]
-                    listed = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": files}
-                    content = json.dumps(listed).encode()
-                else:
-                    owner, name, _, _, file = path.strip("/").split("/")
-                    content = (hub.root / owner / name / file).read_bytes()
-                    if body:
-                        hub.fetched.append(f"{name}/{file}")
+                match self.path.partition("?")[0].strip("/").split("/"):
+                    case ["api", "models", owner, name, "tree", *_]:
+                        files = sorted((hub.root / owner / name).iterdir())
+                        listed = [
+                            {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": COMMIT}
+                            for file in files
+                        ]
+                        content = json.dumps(listed).encode()
+                    case ["api", "models", owner, name, *_]:
+                        files = sorted((hub.root / owner / name).iterdir())
+                        siblings = [{"rfilename": file.name} for file in files]
+                        told = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": siblings}
+                        content = json.dumps(told).encode()
+                    case [owner, name, "resolve", _, file]:
+                        content = (hub.root / owner / name / file).read_bytes()
+                        if body:
+                            hub.fetched.append(f"{name}/{file}")
+                    case _:
+                        self.send_error(404)
+                        return
                 self.send_response(200)
                 self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
                 self.send_header("X-Repo-Commit", COMMIT)

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 
 from selfdev.config import RefinementSettings
-from selfdev.factory.factory import save_adapter
+from selfdev.factory.adapter import save_adapter
 from selfdev.factory.packing import completion_log_probs, passes
 from selfdev.factory.refinement import (
     Diverged,

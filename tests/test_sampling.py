@@ -1,13 +1,27 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.sampling import Sampler
@@ -93,6 +107,63 @@ samples = Sampler(1.0, 0.9, 12, re.compile("[0-4]"), batch=3)(
 )
 print([(s.tokens, s.log_prob) for group in samples for s in group])
 """
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+OLD_SIZES = {"vocab_size": 64, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, "eos_token_id": None}
+ARCHITECTURES: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
+    "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, num_key_value_heads=2)), True),
+    "gpt-neox": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)), True),
+    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**OLD_SIZES, n_embd=32, n_positions=64)), True),
+    "gemma2": (
+        lambda: Gemma2ForCausalLM(
+            Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8, attn_logit_softcapping=0.5)
+        ),
+        True,
+    ),
+    "bloom": (lambda: BloomForCausalLM(BloomConfig(**OLD_SIZES, hidden_size=32)), False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_share_the_prompt_or_do_without(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    make, shares = ARCHITECTURES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    seeds = [list(range(4))] * 2
+    groups = sampler(stop=re.compile("[0-4]"), batch=3)(model, tiny_tokenizer(), PROMPTS, seeds)
+    assert ("cannot share" in caplog.text) == (not shares)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for sample in group:
+            ids = torch.tensor([[*prompt, *sample.tokens]])
+            log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = log_probs.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+            assert sample.log_prob == pytest.approx(expected, abs=1e-3)
+
+
+def test_narrow_weights_share_the_prompt_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    wide = sampler(temperature=0.01, max_new_tokens=3)(model, tiny_tokenizer(), PROMPTS, [[0], [1]])
+    narrow = sampler(temperature=0.01, max_new_tokens=3)(
+        model.bfloat16(), tiny_tokenizer(), PROMPTS, [[0], [1]]
+    )
+    assert not caplog.text
+    for [before], [after] in zip(wide, narrow, strict=True):
+        assert after.tokens == before.tokens
+        assert after.log_prob == pytest.approx(before.log_prob, abs=0.3)
 
 
 def test_two_processes_write_the_same_to_the_last_bit() -> None:

@@ -69,3 +69,30 @@ def test_reading_never_fails_in_another_way(text: str) -> None:
     for form in Form:
         with contextlib.suppress(Unreadable):
             assert "merge_" in read_program(text, form)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("return d * n / (k + 1e-8)", "return n * d / (1 + k)"),
+        ("return 0.5 * (a + b * c + f(d))", "return (f(d) + c * b + a) * 2"),
+        ("x = a + b\n    return x - c", "x = b + a\n    return x - c"),
+    ],
+)
+def test_the_order_of_terms_and_factors_makes_no_new_program(one: str, other: str) -> None:
+    frame = "def merge_models(model_dict, device):\n    a, b, c, d, k, n = model_dict.values()\n    {}\n"
+    assert canonical(frame.format(one)) == canonical(frame.format(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("return a - b * a", "return b - a * a"),
+        ("return a / b", "return b / a"),
+        ("return a @ b", "return b @ a"),
+        ("return a + b * c", "return (a + b) * c"),
+    ],
+)
+def test_what_does_not_commute_keeps_its_order(one: str, other: str) -> None:
+    frame = "def merge_models(model_dict, device):\n    a, b, c = model_dict.values()\n    {}\n"
+    assert canonical(frame.format(one)) != canonical(frame.format(other))

@@ -159,6 +159,12 @@ class Factory(_Section):
     batch: int = Field(
         64, ge=1, description="Programs written at once; one that ends makes room for the next."
     )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Where it computes in process; `auto`: CUDA's GPU if there is one, else the CPU."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Type of its weights. On most CPUs only float32 is fast."
+    )
     warm_start: WarmStart = WarmStart()
 
     def temperature_at(self, iteration: int) -> float:

@@ -22,7 +22,7 @@ from selfdev.algorithms.screening import Screen
 from selfdev.archive import Archive, ArchiveError, Candidate
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, change_config, parse_config
-from selfdev.cycle import Cycle, Factory
+from selfdev.cycle import Cycle
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.evaluation.evaluator import DISTANCE, Evaluator
 from selfdev.evaluation.evidence import Evidence
@@ -36,6 +36,7 @@ from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
 from selfdev.report.diversity import diversity
+from selfdev.roles import Factory
 from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
 from selfdev.watcher import Silent, Watcher
 

@@ -24,15 +24,13 @@ QUICK = [program for program in PROGRAMS if "while True" not in program and "tor
 
 def test_killed_in_the_middle_nothing_is_paid_for_twice_but_what_was_in_flight(tmp_path: Path) -> None:
     with UnrulyServer(QUICK) as server:
-        for kill_at in ("write:6", "write:5"):
-            command = [sys.executable, endpoint_runs.__file__, str(tmp_path / "run"), server.url, kill_at]
-            ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
-            assert ended.returncode == -signal.SIGKILL
-        # Four at once: what a killed process had in flight is asked for again, and nothing else.
-        kept = len(server.answered)
-        assert kept >= 8
+        command = [sys.executable, endpoint_runs.__file__, str(tmp_path / "run"), server.url, "write:6"]
+        ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert 5 <= len(server.answered) < 12
+        # Four at once: what the killed process had in flight is asked for again, and nothing else.
         finished = begin_or_resume(tmp_path / "run", server.url)
-        assert len(server.answered) <= 12 + 2 * 4
+        assert 12 <= len(server.answered) <= 12 + 4
         assert len({body["seed"] for body in server.answered}) == 12
     written = finished.candidates("learning")
     assert len(written) == 12
@@ -57,17 +55,17 @@ def test_a_used_up_budget_ends_resumable_and_a_raised_one_goes_on(
 ) -> None:
     folder = tmp_path / "run"
     with UnrulyServer(QUICK) as server:
-        config = searching_config(server.url, tokens_budget=2200, programs=60)
+        config = searching_config(server.url, tokens_budget=800, programs=24)
         with pytest.raises(
-            Interrupted, match=rf"2,200 tokens is used up(.|\n)*selfdev resume {folder}"
+            Interrupted, match=rf"800 tokens is used up(.|\n)*selfdev resume {folder}"
         ) as ended:
             run(config, folder)
         assert ended.value.exit_code == 3
-        assert 0 < len(server.answered) < 60
+        assert 0 < len(server.answered) < 24
         assert main(["resume", str(folder)]) == 3
         assert "is used up" in capsys.readouterr().err
         assert main(["resume", str(folder), "--set", "factory.endpoint.tokens_budget=9000"]) == 0
-        assert len(server.answered) == 60
+        assert len(server.answered) == 24
     assert open_run(folder).config.factory.endpoint.tokens_budget == 9000
 
 
@@ -79,7 +77,7 @@ def test_a_key_is_nowhere_to_be_found(
     # It repeats the key in its errors and in what it writes.
     echoing = [*QUICK, f"z(deltas):\n    return deltas[0]  # {KEY}\n"]
     with UnrulyServer(echoing, key=KEY) as server:
-        config = searching_config(server.url, key_env="UNRULY_KEY", programs=40, concurrency=1)
+        config = searching_config(server.url, key_env="UNRULY_KEY", programs=24, concurrency=1)
         (tmp_path / "config.yaml").write_text(config.model_dump_json())
         server.misdeeds = ["", "", "400"]
         assert main(["run", str(tmp_path / "config.yaml"), "--out", str(folder)]) == 3
@@ -98,14 +96,14 @@ def test_a_key_is_nowhere_to_be_found(
 
 def test_only_what_does_not_decide_the_answers_changes_when_a_run_is_resumed(tmp_path: Path) -> None:
     with UnrulyServer(QUICK) as server, pytest.raises(Interrupted):
-        run(searching_config(server.url, tokens_budget=1700), tmp_path / "run")
+        run(searching_config(server.url, tokens_budget=700, programs=30), tmp_path / "run")
     with pytest.raises(
         UserError, match=r"factory.temperature: a run goes on with what it began with; only factory"
     ):
         resume(tmp_path / "run", changes=["factory.temperature=2"])
     with pytest.raises(UserError, match=r"tokens_budget: 10 tokens do not pay for one program"):
         resume(tmp_path / "run", changes=["factory.endpoint.tokens_budget=10"])
-    assert open_run(tmp_path / "run").config.factory.endpoint.tokens_budget == 1700
+    assert open_run(tmp_path / "run").config.factory.endpoint.tokens_budget == 700
 
 
 URL = {"url": "http://127.0.0.1:8000/v1"}

@@ -213,7 +213,7 @@ def test_a_token_budget_is_never_exceeded_and_all_it_pays_for_is_written(
     server: UnrulyServer, tmp_path: Path
 ) -> None:
     # Each takes 30 tokens in and 10 out; before its answer it may take the bytes of its prompt and 60.
-    factory = factory_of(server, tmp_path, tokens_budget=4000, concurrency=8, programs=200)
+    factory = factory_of(server, tmp_path, tokens_budget=4000, concurrency=8, programs=110)
     at_most = len(factory.prompts(0)[0].text.encode()) + 60
     assert 500 < at_most < 1000
     with pytest.raises(
@@ -223,8 +223,8 @@ def test_a_token_budget_is_never_exceeded_and_all_it_pays_for_is_written(
     assert spent(factory).tokens == len(server.answered) * TOKENS
     # Once one is answered, the length of the prompt is known, and 90 are what one more may take.
     assert 4000 - 90 < spent(factory).tokens <= 4000
-    write(factory_of(server, tmp_path, tokens_budget=9000, programs=200))
-    assert len(server.answered) == 200
+    write(factory_of(server, tmp_path, tokens_budget=6000, programs=110))
+    assert len(server.answered) == 110
 
 
 def test_money_is_counted_by_the_prices(server: UnrulyServer, tmp_path: Path) -> None:

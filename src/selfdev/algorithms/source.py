@@ -103,10 +103,10 @@ def unwrap_short(source: str) -> str:
 
 
 def canonical(source: str) -> str:
-    """Identify a program with names, constants, docstrings, annotations and comments aside.
+    """Identify a program with names, constants, docstrings, annotations, comments and the order of sums aside.
 
-    Two programs with one identity differ at most in what they call things and in their numbers. Names of
-    modules, attributes, keyword arguments and builtins stay.
+    Two programs with one identity differ at most in what they call things, in their numbers, and in the order of the
+    terms of a sum or the factors of a product. Names of modules, attributes, keyword arguments and builtins stay.
 
     Args:
         source: a program that parses.
@@ -159,6 +159,16 @@ class _Canonical(ast.NodeTransformer):
             return ast.Pass()
         return self.generic_visit(ast.Assign(targets=[node.target], value=node.value))
 
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        if not isinstance(node.op, ast.Add | ast.Mult):
+            return self.generic_visit(node)
+        # A name is bound before it is used, so its number does not hang on where in the sum it stands.
+        terms: list[ast.expr] = [self.visit(term) for term in _terms(node, type(node.op))]
+        ordered, *others = sorted(terms, key=ast.dump)
+        for other in others:
+            ordered = ast.BinOp(ordered, node.op, other)
+        return ordered
+
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Name(id=self.rename(node.id), ctx=ast.Load())
 
@@ -172,3 +182,10 @@ class _Canonical(ast.NodeTransformer):
             return operand  # a negative number is a number
         node.operand = operand
         return node
+
+
+def _terms(node: ast.expr, operation: type[ast.operator]) -> list[ast.expr]:
+    """The terms of a sum of sums, or the factors of a product of products."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, operation):
+        return _terms(node.left, operation) + _terms(node.right, operation)
+    return [node]

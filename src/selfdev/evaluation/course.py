@@ -20,9 +20,6 @@ from selfdev.streams import stream_seed
 
 DEVELOPMENT = "development"
 
-WORST_NATS = -10.0
-"""A log-probability a token below it counts as it: a blind guess among 22,000 tokens. A bet needs bounded outcomes."""
-
 
 class Course:
     """The course of one arm's iteration.
@@ -135,11 +132,5 @@ class Course:
 
 
 def _scores(evaluations: list[Evaluation], size: int) -> NDArray[np.bool_] | NDArray[np.float64]:
-    """Outcomes on the first questions in the range that a race takes, shape (entrants, size)."""
-    outcomes = np.array([(e.outcomes or ())[:size] for e in evaluations])
-    if outcomes.dtype == np.bool_ or outcomes.min(initial=0) >= 0:
-        return outcomes
-    # Nats a token: shifted and shrunk, so that the mean stays the score, and not turned into probabilities, whose mean
-    # would rank otherwise.
-    nats: NDArray[np.float64] = np.maximum(outcomes, WORST_NATS) / -WORST_NATS + 1
-    return nats
+    """Outcomes on the first questions, shape (entrants, size)."""
+    return np.array([(e.outcomes or ())[:size] for e in evaluations])

@@ -35,6 +35,9 @@ Matrix = NDArray[np.float64]
 BETS = 48
 """Nodes of the mixture over bets: with outcomes of 0 and 1 it equals the closed form to 1e-11 over 1,000 questions."""
 
+WORST_NATS = -10.0
+"""A log-probability a token below it counts as it: a blind guess among 22,000 tokens. A bet needs bounded outcomes."""
+
 _CHUNK = 32
 """Questions whose bets are multiplied before a logarithm is taken: factors of at least 1e-4 cannot underflow."""
 
@@ -65,7 +68,7 @@ def log_e_matrix(scores: NDArray[np.bool_] | Matrix, weights: Matrix | None = No
     very form (Waudby-Smith and Ramdas 2024, arXiv 2010.09686).
 
     Args:
-        scores: shape (entrants, questions); bool, or real numbers in 0..1.
+        scores: shape (entrants, questions); bool; or real numbers in 0..1; or nats a token, all at most 0.
         weights: how much each question counts, above 0, shape (questions,); only their ratios matter.
 
     Returns:
@@ -85,7 +88,7 @@ def log_e_matrix(scores: NDArray[np.bool_] | Matrix, weights: Matrix | None = No
             raise ValueError("a question's weight is above 0 and finite")
         weights = weights / weights.max()
         wealth = (
-            _log_bets(scores.astype(np.float64), weights)
+            _log_bets(_bounded(scores.astype(np.float64)), weights)
             if right is None
             else _log_bets_by_count(right, weights)
         )
@@ -110,10 +113,21 @@ def _log_bets_by_count(right: NDArray[np.bool_], weights: Matrix) -> Matrix:
     return wealth
 
 
+def _bounded(scores: Matrix) -> Matrix:
+    """Graded scores in 0..1."""
+    if np.all(scores <= 0):
+        # Nats: shifted and shrunk, so that the mean remains the score, and not turned into probabilities, whose mean
+        # ranks otherwise.
+        scores = 1 - np.maximum(scores, WORST_NATS) / WORST_NATS
+    if not np.all((scores >= 0) & (scores <= 1)):
+        raise ValueError(
+            "a score of one question lies in 0..1, or is a log-probability; scale the scores before the race"
+        )
+    return scores
+
+
 def _log_bets(scores: Matrix, weights: Matrix) -> Matrix:
     """The same, question by question."""
-    if not np.all((scores >= 0) & (scores <= 1)):
-        raise ValueError("a score of one question lies in 0..1; scale the scores before the race")
     scores = scores * weights
     bets = _bets()[0][:, None, None]
     wealth = np.zeros((len(bets), len(scores), len(scores)))

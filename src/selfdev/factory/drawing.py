@@ -43,7 +43,7 @@ def draw(
     vocabulary = logits.shape[-1]
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     widest = min(top_k or vocabulary, vocabulary)
-    width = min(FIRST, widest)
+    width = widest if top_k else min(FIRST, widest)  # what top-p counts is shares of all that top-k kept
     rest, left = torch.arange(len(logits), device=logits.device), logits
     top, ids = _largest(left, width)
     log_z, scaled_log_z = _log_z(logits, top[:, :1], temperature)

@@ -5,21 +5,19 @@ import importlib.util
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
-from selfdev.errors import SelfdevError, UserError
+from selfdev.errors import UserError
+from selfdev.factory.adapter import save_adapter, with_new_adapter
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
 from selfdev.factory.memory import fitting_pass
@@ -27,6 +25,7 @@ from selfdev.factory.prompt import STOP, Prompt, prompts_of
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
 from selfdev.factory.warm_start import completion, warm_start
+from selfdev.models.device import pick_device
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
 from selfdev.models.sources import cache_dir, resolve
 from selfdev.streams import stream_seed
@@ -48,6 +47,7 @@ class LocalFactory:
         self.config = config
         if config.refinement.backend == "trl" and importlib.util.find_spec("trl") is None:
             raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
+        self.device = pick_device(config.factory.device)
         self.folder = resolve(config.factory.model)
         self.tokenizer = load_tokenizer(self.folder)
         self.weights = weights_hash(self.folder)
@@ -72,7 +72,7 @@ class LocalFactory:
         if folder is None or folder.is_dir():
             return
         settings = self.config.factory.warm_start
-        model = _with_adapter(load_model(self.folder), settings.rank, settings.seed)
+        model = with_new_adapter(self._load(), settings.rank, settings.seed)
         warm_start(
             model,
             self.tokenizer,
@@ -125,7 +125,7 @@ class LocalFactory:
         used = sorted(set(owner))
         seeds = [stream_seed(self.config.seed, "sample", iteration, number) for number in range(count)]
         samples = sampler(
-            self._model(adapters),
+            self.model(adapters),
             self.tokenizer,
             [prompts[prompt].tokens(self.tokenizer) for prompt in used],
             [[seed for seed, its in zip(seeds, owner, strict=True) if its == prompt] for prompt in used],
@@ -216,7 +216,7 @@ class LocalFactory:
     ) -> tuple[PeftModel, Outcome]:
         """Train a new adapter on top of `ground`, held to `reference`; notes how its passes were split."""
         settings = self.config.refinement
-        model = _with_adapter(self._build(ground), settings.rank, seed)
+        model = with_new_adapter(self._build(ground), settings.rank, seed)
         note = f"{facts['pairs']} pairs"
         if not steps:
             self._imitate(model, taught, facts, tick)
@@ -243,7 +243,7 @@ class LocalFactory:
             references = consult(
                 self._build(reference), steps, settings, tokens_a_pass, lambda done: tick(done, total, note)
             )
-            model = _with_adapter(self._build(ground), settings.rank, seed)
+            model = with_new_adapter(self._build(ground), settings.rank, seed)
         else:
             references = consult(model, steps, settings, tokens_a_pass, lambda done: tick(done, total, note))
         self._imitate(model, taught, facts, tick)
@@ -305,15 +305,20 @@ class LocalFactory:
             for place, name in enumerate(prompt.examples[: self.config.refinement.shun_examples])
         ]
 
-    def _model(self, adapters: Sequence[Path]) -> PreTrainedModel:
+    def model(self, adapters: Sequence[Path]) -> PreTrainedModel:
+        """The model that writes, with what an arm has learned so far."""
         wanted = tuple(adapters)
         if self._loaded is None or self._loaded[1] != wanted:
             self._loaded = None
             self._loaded = self._build(wanted), wanted
         return self._loaded[0]
 
+    def _load(self) -> Any:
+        """The factory's own weights, on its device and of its type."""
+        return load_model(self.folder, getattr(torch, self.config.factory.dtype)).to(self.device)
+
     def _build(self, adapters: Sequence[Path]) -> PreTrainedModel:
-        model: Any = load_model(self.folder)
+        model: Any = self._load()
         for folder in self.layers(adapters):
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         built: PreTrainedModel = model.eval()
@@ -329,30 +334,10 @@ class LocalFactory:
         if settings.steps == 0:
             return None
         content = [self.weights, self._sources, settings.model_dump(), self.config.prompt.shown]
+        if self.config.factory.dtype != "float32":
+            content.append(self.config.factory.dtype)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def _warm_folder(self) -> Path | None:
         key = self._warm_key()
         return None if key is None else cache_dir() / "warm-start" / key
-
-
-def _with_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
-    """Put a new adapter on a model, which changes nothing yet; the global random stream is left alone."""
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        adapted: PeftModel = get_peft_model(model, lora)
-    return adapted
-
-
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save an adapter aside and rename it, so that a folder of that name is always whole."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        model.save_pretrained(aside)
-    except SafetensorError as error:
-        raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)

@@ -8,21 +8,20 @@ one number of threads; an iteration is therefore written in a single call, and a
 first program.
 """
 
-import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdev.errors import SelfdevError, UserError
+from selfdev.factory.decoder import decoding
 from selfdev.factory.drawing import draw
 from selfdev.models.limits import context_limit, end_tokens
-from selfdev.models.output_head import head_in_blocks
-from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending, closed_up
+from selfdev.models.shared_prefix import closed_up
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Sample:
 
 
 class _Ending:
-    """Knows from its tokens where a program ends: each token of the vocabulary is decoded once, no text ever is."""
+    """Knows from its tokens where a program ends: each token is decoded once, and no text at a step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: set[int], stop: re.Pattern[str]):
         self.ends, self.stop = ends, stop
@@ -62,24 +61,19 @@ class _Ending:
 class _Row:
     """One program: its prompt, its random stream, and what has been written."""
 
-    def __init__(self, prompt: int, prompt_tokens: int, seed: int, limit: int, ending: _Ending):
+    def __init__(self, prompt: int, seed: int, limit: int, ending: _Ending):
         self.prompt = prompt
         self.uniform = torch.rand(limit, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tokens: list[int] = []
         self.log_prob = 0.0
         self.text = ""
         self.finished = False
-        self._prompt_tokens, self._ending = prompt_tokens, ending
+        self._ending = ending
 
     @property
     def ended(self) -> bool:
         """Whether it is complete or at its limit."""
         return self.finished or len(self.tokens) == len(self.uniform)
-
-    @property
-    def position(self) -> int:
-        """The position of the latest token."""
-        return self._prompt_tokens + len(self.tokens) - 1
 
     def add(self, token: int, log_prob: float) -> None:
         """Write one token."""
@@ -144,29 +138,26 @@ class Sampler:
         check_context(model.config, max(map(len, prompts)) + self.max_new_tokens)
         ending = _Ending(tokenizer, end_tokens(model, tokenizer), self.stop)
         written = [
-            [_Row(number, len(prompt), seed, self.max_new_tokens, ending) for seed in seeds]
-            for number, (prompt, seeds) in enumerate(zip(prompts, rows, strict=True))
+            [_Row(number, seed, self.max_new_tokens, ending) for seed in seeds]
+            for number, seeds in enumerate(rows)
         ]
         every = [row for group in written for row in group]
-        with head_in_blocks(model):
-            prefilled = _prefill(model, prompts)
-            started = self._started(every, [logits for _, logits in prefilled])
+        with decoding(model, prompts, self.max_new_tokens) as decoder:
+            started = self._started(every, decoder.first)
             alive = list(islice(started, self.batch or None))
-            counts = [sum(row.prompt == number for row in alive) for number in range(len(prompts))]
-            shared = SharedPrefix([cache for cache, _ in prefilled], counts, self.max_new_tokens)
-            with attending(model):
-                while alive:
-                    self._step(model, shared, alive)
-                    for place, row in enumerate(alive):
-                        if row.ended and (following := next(started, None)) is not None:
-                            alive[place] = following
-                            shared.replace(place, following.prompt)
-                    going = [place for place, row in enumerate(alive) if not row.ended]
-                    if len(going) < len(alive):
-                        kept = closed_up(going)
-                        shared.keep(torch.tensor(kept, dtype=torch.long))
-                        alive = [alive[place] for place in kept]
-                    tick(sum(row.ended for row in every), sum(len(row.tokens) for row in every))
+            decoder.begin(alive)
+            while alive:
+                self._write(alive, decoder.step(alive))
+                for place, row in enumerate(alive):
+                    if row.ended and (following := next(started, None)) is not None:
+                        alive[place] = following
+                        decoder.replace(place, following.prompt)
+                going = [place for place, row in enumerate(alive) if not row.ended]
+                if len(going) < len(alive):
+                    kept = closed_up(going)
+                    decoder.keep(kept)
+                    alive = [alive[place] for place in kept]
+                tick(sum(row.ended for row in every), sum(len(row.tokens) for row in every))
         return [[row.sample(tokenizer) for row in group] for group in written]
 
     def _started(self, rows: Sequence[_Row], logits: Sequence[Tensor]) -> Iterator[_Row]:
@@ -175,14 +166,6 @@ class Sampler:
             self._write([row], logits[row.prompt])
             if not row.ended:
                 yield row
-
-    def _step(self, model: PreTrainedModel, shared: SharedPrefix, rows: Sequence[_Row]) -> None:
-        """Feed the latest token of every row to the model, and draw the next."""
-        latest = torch.tensor([[row.tokens[-1]] for row in rows], device=model.device)
-        position = torch.tensor([[row.position] for row in rows], device=model.device)
-        out = model(latest, position_ids=position, use_cache=False, shared_prefix=shared)
-        shared.advance(1)
-        self._write(rows, out.logits[:, -1])
 
     def _write(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Draw a token for every row from logits of shape (rows, vocabulary)."""
@@ -198,28 +181,6 @@ class Sampler:
             raise SelfdevError("the factory's logits are not finite: its weights or its adapters are broken")
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.add(token, log_prob)
-
-
-def _prefill(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
-) -> list[tuple[list[LayerCache], Tensor]]:
-    """Returns each prompt's keys and values, layer by layer, and the logits after its end, shape (1, vocabulary).
-
-    What all prompts begin with goes through the model once.
-    """
-    columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    common = min(sum(1 for _ in columns), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-    past = None
-    if common:
-        begin = torch.tensor([list(prompts[0][:common])], device=model.device)
-        past = model(begin, use_cache=True, logits_to_keep=1).past_key_values
-    prefilled = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt[common:])], device=model.device)
-        out = model(ids, past_key_values=copy.deepcopy(past), use_cache=True, logits_to_keep=1)
-        cache = [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
-        prefilled.append((cache, out.logits[:, -1]))
-    return prefilled
 
 
 def check_context(config: PreTrainedConfig, tokens: int) -> None:

@@ -1,8 +1,9 @@
 """Merges real checkpoints, tensor by tensor, from disk to disk.
 
 Whatever the models' size, what lies in memory is one tensor: its task vectors and the seed's tensor in float32, what
-the algorithm makes of them, and at most two results that wait to be written. (Small tensors go to the jail together.)
-Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
+the algorithm makes of them, and at most two results that wait to be written. (Small tensors go to the jail together,
+and the task vectors of small ones are made while others are merged.) Inputs are memory-mapped; they are hashed a
+little ahead of the merge and released behind it.
 
 The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
 that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, without a config.json.
@@ -10,14 +11,11 @@ that is interrupted or fails leaves nothing behind; one that is killed leaves th
 
 import json
 import math
-import os
-import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,8 @@ from torch import Tensor
 
 from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.algorithm import Algorithm, Inputs
-from selfdev.merging.job import Job, existing_folder, prepare
+from selfdev.merging.aside import check_out, written_aside
+from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
 from selfdev.merging.read_ahead import ReadAhead, Span
@@ -73,6 +72,9 @@ _NOT_BESIDE = (
     "requirements*.txt",
 )
 
+
+_EARLY = 128 << 20
+"""Bytes of inputs that are made ahead, however small the largest tensor is."""
 
 Tick = Callable[[int, int, str], None]
 
@@ -165,11 +167,11 @@ def merge_checkpoints(
     recipe.check()
     found = find(recipe)
     out = out.expanduser()
-    _check_out(out)
+    check_out(out)
     job = prepare(recipe, recipe.targets or found.targets)
     check_schedule(recipe, sorted(job.chosen), job.layers)
     job.check_room(out)
-    with _aside(out) as folder:
+    with written_aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
             written, inputs = _stream(job, algorithm, folder, shard_bytes, tick)
         _write_beside(job, folder, model_card(recipe, job.targets, job.counts, algorithm.origin, inputs))
@@ -229,15 +231,19 @@ def _batches(
 ) -> Iterator[tuple[list[str], list[Inputs]]]:
     """The steps with their inputs, which belong to who takes them.
 
-    Those of the next step are made while this one is merged, unless the two together take more than the largest step.
+    Those of the next step are made while this one is merged, unless the two together take more than the largest step,
+    and than `_EARLY`.
     """
 
     def read(step: list[str]) -> list[Inputs]:
         ahead.next()
         return [_inputs(job, name) for name in step if name in job.chosen]
 
-    sizes = [sum(math.prod(job.seed.shapes[name]) for name in step if name in job.chosen) for step in steps]
-    room = max(sizes)
+    held = 4 * (len(job.experts) + 1)  # bytes for each entry
+    sizes = [
+        sum(held * math.prod(job.seed.shapes[name]) for name in step if name in job.chosen) for step in steps
+    ]
+    room = max(*sizes, _EARLY)
     with ThreadPoolExecutor(1, thread_name_prefix="inputs") as thread:
         reading = deque([thread.submit(read, steps[0])])
         for index, step in enumerate(steps):
@@ -329,44 +335,3 @@ def _write_beside(job: Job, folder: Path, card: str) -> None:
 
 def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
     return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise UserError(f"'{out}' exists already and is not overwritten; choose another --out, or remove it")
-    if not existing_folder(out).is_dir():
-        raise UserError(
-            f"'{existing_folder(out)}' is a file, and '{out}' would lie in it; choose another --out"
-        )
-
-
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when the block ends well, and vanishes otherwise."""
-    aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-    except OSError as error:
-        raise UserError(f"'{out}' cannot be written: {error.strerror}; choose another --out") from error
-    try:
-        yield aside
-        # All is on the disk before the name is, or a power failure could leave a folder that looks whole.
-        for file in aside.iterdir():
-            _flush(file)
-        _flush(aside)
-        aside.rename(out)  # over an empty folder too
-        _flush(out.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a folder's entries or a file's bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,8 +9,8 @@ continuation in two pieces, and the two softmax pieces are joined by their log-s
 (Juravsky et al. 2024, "Hydragen", arXiv 2402.05099).
 
 Works with the transformers models that call the attention interface with rotated keys (Llama, Mistral,
-Qwen, SmolLM, ...). A sliding window must be at least as long as prompt and continuation together; the
-sampler checks it.
+Qwen, SmolLM, GPT-NeoX, Gemma, ...) or with absolute positions (GPT-2, OPT). A sliding
+window must be at least as long as prompt and continuation together; the sampler checks it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -142,13 +142,15 @@ class SharedPrefix:
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None
+    query: Tensor, keys: Tensor, values: Tensor, softcap: float | None, hidden: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns softmax(query keys^T) values, and the log-sum-exp of the scores; batched matrices.
 
     `hidden`, of the shape of the scores, is True where a query must not see a key.
     """
     scores = query @ keys.transpose(-1, -2)
+    if softcap is not None:
+        scores = (scores / softcap).tanh_().mul_(softcap)
     if hidden is not None:
         scores = scores.masked_fill_(hidden, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.float32)
@@ -166,6 +168,7 @@ def shared_prefix_attention(
     *,
     shared_prefix: SharedPrefix,
     scaling: float,
+    softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """One decoding step, of one token or of several; the signature is that of the transformers attention interface.
@@ -178,6 +181,7 @@ def shared_prefix_attention(
         attention_mask: not needed: a row sees its whole prompt, and of its continuation what is not hidden.
         shared_prefix: the keys and values so far.
         scaling: factor on the scores.
+        softcap: bound on the scores' absolute value, as in Gemma 2; None for none.
 
     Returns:
         The output, shape (rows, tokens, heads, head size), and None in the place of the weights.
@@ -189,7 +193,7 @@ def shared_prefix_attention(
     hidden = shared_prefix.hidden(tokens)
     if hidden is not None:
         hidden = hidden.repeat(1, 1, heads // kv_heads, 1)  # the same for every head
-    own, own_lse = _attend(query, *shared_prefix.append(layer, key, value), hidden)
+    own, own_lse = _attend(query, *shared_prefix.append(layer, key, value), softcap, hidden)
     shared, shared_lse = (
         torch.zeros_like(own),
         torch.full_like(own_lse, float("-inf")),
@@ -200,7 +204,7 @@ def shared_prefix_attention(
         wide = mine.reshape(kv_heads, -1, size)
         keys, values = shared_prefix.prompts[prompt][layer]
         if keys.shape[1]:
-            part, part_lse = _attend(wide, keys, values)
+            part, part_lse = _attend(wide, keys, values, softcap)
             shared[places] = part.reshape(mine.shape).transpose(0, 1)
             shared_lse[places] = part_lse.reshape(*mine.shape[:-1], 1).transpose(0, 1)
     merged = torch.lerp(shared, own, torch.sigmoid(own_lse - shared_lse).to(own.dtype))

@@ -1,8 +1,9 @@
 """RAM: average what several experts changed, keep what only one did."""
 
-import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
+from selfdev.algorithms.library.sign_election import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
 
@@ -20,9 +21,12 @@ def ram(task_vectors: Tensor, *, threshold: float = 1e-5, scale: float = 1.0) ->
     Returns:
         The merged task vector, shape (*parameter).
     """
-    changed = task_vectors.abs() > threshold
-    count = changed.sum(dim=0).clamp(min=1)
-    return scale * torch.where(changed, task_vectors, 0.0).sum(dim=0) / count
+
+    def merged(block: Tensor) -> Tensor:
+        changed = hardshrink(block, threshold)
+        return scale * changed.sum(dim=0) / changed.sign().abs_().sum(dim=0).clamp_(min=1.0)
+
+    return entrywise(merged, task_vectors)
 
 
 METHOD = Method(

@@ -1,0 +1,171 @@
+"""The next tokens' logits, for many rows that continue a few prompts.
+
+Where the architecture allows it, each prompt is computed once and shared by its rows (`models/shared_prefix.py`). That
+is found out by trying, since an architecture with attention of its own would not complain, only answer wrongly.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import takewhile
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from selfdev.models.output_head import head_in_blocks
+from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending
+
+log = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
+"""Difference of two ways to compute the same logits, as a share of their range; 0.05 for narrower types."""
+
+
+class Row(Protocol):
+    """What a decoder must know of a row: the index of its prompt, and the tokens written so far, at least one."""
+
+    prompt: int
+    tokens: list[int]
+
+
+class Decoder(Protocol):
+    """Computes logits; the places of its rows are kept in step with the caller's list."""
+
+    first: list[Tensor]
+    """For each prompt the logits after its last token, shape (1, vocabulary)."""
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Take up the first rows, those of one prompt side by side."""
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        """Feed each row's latest token; returns the logits after it, shape (rows, vocabulary)."""
+
+    def replace(self, place: int, prompt: int) -> None:
+        """A new row of this prompt takes a place."""
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep the rows in these places, in this order."""
+
+
+@contextmanager
+def decoding(model: PreTrainedModel, prompts: Sequence[Sequence[int]], capacity: int) -> Iterator[Decoder]:
+    """Read the prompts, and decode within.
+
+    Args:
+        model: a causal language model, in evaluation mode; within, its attention and its output layer are replaced.
+        prompts: token ids of each.
+        capacity: the longest continuation, in tokens.
+    """
+    with head_in_blocks(model):
+        if not shares_prefix(model):
+            log.warning(
+                "a %s cannot share its prompt's computation, so sampling is slow; let a server write, see "
+                "factory.endpoint",
+                type(model).__name__,
+            )
+            yield _Plain(model, prompts)
+            return
+        decoder = _Shared(model, prompts, capacity)
+        with attending(model):
+            yield decoder
+
+
+def shares_prefix(model: PreTrainedModel) -> bool:
+    """Whether the model computes the same with a shared prompt as without, found out on six tokens."""
+    tokens = [i % model.config.get_text_config().vocab_size for i in range(6)]
+    expected = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
+    row = _Tokens(0, tokens[4:5])
+    try:
+        decoder = _Shared(model, [tokens[:4]], 2)
+        decoder.begin([row])
+        with attending(model):
+            decoder.step([row])
+            row.tokens.append(tokens[5])
+            logits = decoder.step([row])[0].float()
+    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
+        return False  # there are no keys and values in its cache, or they have other shapes
+    spread = float(expected.max() - expected.min())
+    return float((logits - expected).abs().max()) <= _TOLERANCE.get(model.dtype, 0.05) * spread
+
+
+class _Tokens:
+    def __init__(self, prompt: int, tokens: list[int]):
+        self.prompt, self.tokens = prompt, tokens
+
+
+class _Shared:
+    """Each prompt is read once; what prompts begin with in common, once for all."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], capacity: int):
+        self.model, self.capacity = model, capacity
+        self.lengths = [len(prompt) for prompt in prompts]
+        self.caches, self.first = _prefill(model, prompts)
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        counts = [sum(row.prompt == number for row in rows) for number in range(len(self.caches))]
+        self.shared = SharedPrefix(self.caches, counts, self.capacity)
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        device = self.model.device
+        latest = torch.tensor([[row.tokens[-1]] for row in rows], device=device)
+        position = [[self.lengths[row.prompt] + len(row.tokens) - 1] for row in rows]
+        out = self.model(
+            latest,
+            position_ids=torch.tensor(position, device=device),
+            use_cache=False,
+            shared_prefix=self.shared,
+        )
+        self.shared.advance(1)
+        return out.logits[:, -1]  # type: ignore[no-any-return]
+
+    def replace(self, place: int, prompt: int) -> None:
+        self.shared.replace(place, prompt)
+
+    def keep(self, kept: Sequence[int]) -> None:
+        self.shared.keep(torch.tensor(kept, dtype=torch.long))
+
+
+class _Plain:
+    """Every row goes through the model from its prompt's first token: right for any causal model, and slow."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]):
+        self.model, self.prompts = model, prompts
+        self.first = [self._after(prompt) for prompt in prompts]
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        pass
+
+    def step(self, rows: Sequence[Row]) -> Tensor:
+        return torch.cat([self._after([*self.prompts[row.prompt], *row.tokens]) for row in rows])
+
+    def replace(self, place: int, prompt: int) -> None:
+        pass
+
+    def keep(self, kept: Sequence[int]) -> None:
+        pass
+
+    def _after(self, tokens: Sequence[int]) -> Tensor:
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        return self.model(ids, use_cache=False).logits[:, -1]  # type: ignore[no-any-return]
+
+
+def _prefill(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]]
+) -> tuple[list[list[LayerCache]], list[Tensor]]:
+    """Returns each prompt's keys and values, layer by layer, and the logits after its end, shape (1, vocabulary)."""
+    columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    common = min(sum(1 for _ in columns), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    past = None
+    if common:
+        begin = torch.tensor([list(prompts[0][:common])], device=model.device)
+        past = model(begin, use_cache=True, logits_to_keep=1).past_key_values
+    caches, logits = [], []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt[common:])], device=model.device)
+        out = model(ids, past_key_values=copy.deepcopy(past), use_cache=True, logits_to_keep=1)
+        caches.append([(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers])
+        logits.append(out.logits[:, -1])
+    return caches, logits

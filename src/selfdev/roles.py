@@ -1,0 +1,43 @@
+"""Who takes part in the cycle, as far as the cycle knows them; the one who scores is `evaluation.evaluator.Scorer`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from selfdev.algorithms.screening import History, Screening
+from selfdev.factory.prompt import Prompt
+from selfdev.factory.sampling import Sample
+
+
+class Factory(Protocol):
+    """Who writes and learns; `selfdev.factory.factory.LocalFactory`, or a scripted one in a test."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+    def prepare(self, tick: Any) -> None: ...
+    def prompts(self, iteration: int) -> list[Prompt]: ...
+    def write(
+        self,
+        prompts: Sequence[Prompt],
+        iteration: int,
+        temperature: float,
+        adapters: Sequence[Path],
+        tick: Any,
+    ) -> list[tuple[int, Sample]]: ...
+    def tokens(self, text: str) -> tuple[int, ...]: ...
+    def refine(
+        self,
+        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
+        iteration: int,
+        adapters: Sequence[Path],
+        out: Path,
+        tick: Any,
+        flip_rate: float = 0.0,
+        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+    ) -> dict[str, Any]: ...
+
+
+class Screener(Protocol):
+    """Does a program run, and is it new? `selfdev.algorithms.screening.Screen`."""
+
+    def __call__(self, source: str, history: History) -> Screening: ...
