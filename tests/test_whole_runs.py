@@ -12,6 +12,7 @@ from scripted import PROGRAMS, ScriptedFactory, scripted_config
 from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.evaluation.standing import ranked_new
+from selfdev.evaluation.tasks import Split, load_task
 from selfdev.runs import Run, run
 
 NEW = PROGRAMS[:4]
@@ -150,4 +151,20 @@ def test_a_prompt_that_does_not_fit_ends_the_run_before_anything_is_written(tmp_
     task = own_task(tmp_path, max_new_tokens=5000, few_shot=2, separator=",")
     with pytest.raises(UserError, match=r"sums.jsonl:\d+: prompt and answer need \d+ \+ 5000 tokens"):
         finished(tmp_path / "run", task={"name": task, "development": 48, "test": 60})
+    assert not (tmp_path / "run/archive.db").exists()
+
+
+def test_a_test_question_that_does_not_fit_ends_the_run_before_anything_is_written(tmp_path: Path) -> None:
+    name, data = own_task(tmp_path), tmp_path / "sums.jsonl"
+    short = data.read_text()
+    for last in range(10):  # until the long one falls into the test split
+        long = "9" * 80 + str(last)
+        data.write_text(short + json.dumps({"kind": "+", "sum": long, "result": 1}) + "\n")
+        task = load_task(name)
+        development = task.development(task.size(Split.DEVELOPMENT), 0)
+        if not any(long in question.prompt for question in development):
+            break
+    counts = {"development": 48, "test": task.size(Split.TEST)}
+    with pytest.raises(UserError, match=r"sums.jsonl:\d+: prompt and answer need"):
+        finished(tmp_path / "run", task={"name": name, **counts})
     assert not (tmp_path / "run/archive.db").exists()

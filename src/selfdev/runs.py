@@ -163,6 +163,7 @@ def _carry_out(
                 config.seed,
                 Objective(config.task.weights),
             )
+            scorer.check_test(config.task.test)
             tick(2, 4, f"factory {config.factory.model}")
             factory = factory or _factory(config, folder)
             tick(3, 4, "known methods on the probes")

@@ -135,6 +135,10 @@ class Evaluator:
         self._mean_norm = norm_of(torch.stack(list(v.values())).mean(0) for v in vectors.vectors.values())
         self._add("development", task.development(development, seed, without))
 
+    def check_test(self, count: int) -> None:
+        """Raise UserError if a test question cannot be asked, such as one too long; nothing of them is kept."""
+        self.task.check_test(count, self._prepared)
+
     def open_test(self, count: int, seal: Seal) -> None:
         """Open the test split; the seal records it or raises."""
         self._add("test", self.task.open_test(count, seal, self.without))

@@ -5,6 +5,8 @@ early has a score of its own, on fewer questions, which ranks it nowhere; what a
 their scores on the first prefix.
 """
 
+import math
+
 from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.evaluation.objective import kept_floors, mean_by_group, pareto_set
 
@@ -52,7 +54,7 @@ def scores_on_first(archive: Archive) -> dict[str, float]:
     normed = [] if raced else [e for e in archive.evaluations("scaled") if e.number == NORMED]
     for each in archive.evaluations("candidate") + normed:
         if each.score_on_first is not None:
-            first[each.subject] = max(first.get(each.subject, 0.0), each.score_on_first)
+            first[each.subject] = max(first.get(each.subject, -math.inf), each.score_on_first)
     return first
 
 

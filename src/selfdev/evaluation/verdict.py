@@ -213,12 +213,14 @@ def _headline(rows: list[Row], rival: str | None) -> str:
     difference = best.against_best_rival
     if difference is None:
         return f"{best.name} could not be measured on test"
+    # A log-likelihood is below 0, a share is not; both are told in hundredths.
+    unit = "points" if best.dev["score"] >= 0 else "hundredths of a nat a token"
     points = (
-        f"{100 * difference['difference']:+.1f} points on test, {100 * difference['level']:.0f} % interval "
+        f"{100 * difference['difference']:+.1f} {unit} on test, {100 * difference['level']:.0f} % interval "
     )
     points += f"{100 * difference['low']:+.1f} to {100 * difference['high']:+.1f}"
     for group, loss in best.below_floor.items():
-        points += f"; it loses {100 * loss:.1f} points on {group} against the seed, more than its floor"
+        points += f"; it loses {100 * loss:.1f} {unit} on {group} against the seed, more than its floor"
     if difference["low"] > 0:
         return f"{best.name} beats {rival}, the best rival on development: {points}"
     if difference["high"] < 0:

@@ -1,6 +1,7 @@
 """The preference pairs of a run as a Hugging Face dataset, in TRL's columns, with where every program came from."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def _rows(run: "Run", t: int) -> Iterator[dict[str, Any]]:
     scores: dict[str, float] = {}
     for each in evaluations:
         if each.score is not None:
-            scores[each.subject] = max(scores.get(each.subject, 0.0), each.score)
+            scores[each.subject] = max(scores.get(each.subject, -math.inf), each.score)
     prompts = {i.iteration: i.prompts for i in archive.iterations(LEARNING)}
     candidates = {c.name: c for c in archive.candidates()}
     for pair in archive.pairs(LEARNING, t):

@@ -80,7 +80,16 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
 def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
     """Who scored what on development and on test, and the paired differences from the best rival."""
     level = f"{100 * run.config.verdict.level:.0f} %"
-    rows = table("accuracy in %", "dev", "test", level, "diff", level, "p")
+    nats = any(row["dev"]["score"] < 0 for row in summary["table"])
+    rows = table(
+        "log-likelihood in 0.01 nats a token" if nats else "accuracy in %",
+        "dev",
+        "test",
+        level,
+        "diff",
+        level,
+        "p",
+    )
     best = (run.verdict or {}).get("best_rival")
     kind, finalists = "seed", 0
     for row in summary["table"]:
@@ -198,7 +207,9 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     lies = f"{folder}: archive.db (everything), adapters/ (what the factory learned)"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
     if run.config.refinement.refit == "never":
-        rows["learning"] = "none: nothing was learned from the programs (refinement.refit: never); this is a search"
+        rows["learning"] = (
+            "none: nothing was learned from the programs (refinement.refit: never); this is a search"
+        )
     if record["status"] != "done":
         unsafe = " --unsafe-sandbox" if summary["run"]["unsafe_sandbox"] else ""
         rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")

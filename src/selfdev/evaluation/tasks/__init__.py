@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -132,6 +132,16 @@ class Task(ABC):
         self.check_count(Split.TEST, count, without)
         seal.opened(self.name)
         return self._take(Split.TEST, count, self._test_order(), without)
+
+    def check_test(self, count: int, check: Callable[[Sequence[Question]], object]) -> None:
+        """Show the test questions to a check that keeps nothing of them, so that what is wrong with one is told early.
+
+        Args:
+            count: how many will be asked.
+            check: raises what is wrong.
+        """
+        self.check_count(Split.TEST, count)
+        check(self._take(Split.TEST, count, self._test_order(), frozenset()))
 
     @abstractmethod
     def training(self, groups: Sequence[str], stream: random.Random) -> Iterator[Question]:
