@@ -29,13 +29,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
-from selfdev.config import RefinementSettings
 from selfdev.factory.packing import completion_log_probs
 from selfdev.factory.prompt import ask, deal
 from selfdev.factory.refinement import Preference, Step, consult, plan, refine
 from selfdev.factory.warm_start import completion
 from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.models.sources import resolve
+from selfdev.settings import RefinementSettings
 
 PROMPTS, PAIRS, CHOSEN, BATCH = 4, 64, 6, 4
 SIDES = ("ours", "trl", "trl without checkpointing")

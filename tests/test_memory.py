@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from selfdev.config import RefinementSettings
 from selfdev.errors import SelfdevError
 from selfdev.factory.memory import TRANSIENT, Footprint, available, fitting_pass, footprint
 from selfdev.factory.packing import completion_states
 from selfdev.factory.refinement import Step
+from selfdev.settings import RefinementSettings
 from tiny import tiny_model
 
 STEP = Step(tuple(range(40)), (tuple(range(20)), tuple(range(30)), tuple(range(10))), ((0, 1), (2, 1)))

@@ -2,8 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from selfdev.archive import Candidate
-from selfdev.config import Preferences
 from selfdev.preferences import prefer
+from selfdev.settings import Preferences
 
 STATUSES = ["new", "trivial", "known", "repeated", "failed"]
 

@@ -8,7 +8,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 
-from selfdev.config import RefinementSettings
 from selfdev.factory.adapter import save_adapter
 from selfdev.factory.packing import completion_log_probs, passes
 from selfdev.factory.refinement import (
@@ -22,6 +21,7 @@ from selfdev.factory.refinement import (
     refine,
     saturated,
 )
+from selfdev.settings import RefinementSettings
 from tiny import tiny_model
 
 PROMPT = (1, 2, 3, 4, 5)

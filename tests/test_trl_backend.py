@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from selfdev.config import RefinementSettings
 from selfdev.factory.refinement import Diverged, Outcome, Step, consult, refine
+from selfdev.settings import RefinementSettings
 from tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")

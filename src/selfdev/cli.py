@@ -237,7 +237,9 @@ def merge(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yml", help="A mergekit configuration, in the place of all that says what."),
+        typer.Option(
+            metavar="FILE.yml", help="A mergekit configuration, in the place of all that says what."
+        ),
     ] = None,
     parameter: Annotated[
         list[str] | None,
@@ -272,10 +274,14 @@ def merge(
         from selfdev.merging.mergekit_config import read_config
 
         if method or seed or expert or parameter or targets or dtype or trust:
-            raise UserError(f"'{config}' says what is merged and how; beside --config only --out and --embeddings go")
+            raise UserError(
+                f"'{config}' says what is merged and how; beside --config only --out and --embeddings go"
+            )
         recipe = read_config(config, embeddings)
     elif method is None or seed is None or not expert:
-        raise UserError("name --method, --seed and at least one --expert NAME=MODEL, or a --config of mergekit's")
+        raise UserError(
+            "name --method, --seed and at least one --expert NAME=MODEL, or a --config of mergekit's"
+        )
     else:
         read = read_experts(expert), read_parameters(parameter or ())
         recipe = Recipe(method, seed, *read, targets, dtype, embeddings, trust)
@@ -287,7 +293,9 @@ def merge(
 @app.command()
 def pairs(
     folder: RunFolder,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the dataset; it must not exist.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of the dataset; it must not exist.")
+    ],
 ) -> None:
     """Export the preference pairs of a run as a Hugging Face dataset."""
     from selfdev.report.dataset import export_pairs

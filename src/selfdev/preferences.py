@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
 from selfdev.archive import Candidate, Pair
-from selfdev.config import Preferences
+from selfdev.settings import Preferences
 
 Better = Callable[[str, str | None], bool]
 

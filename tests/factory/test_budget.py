@@ -7,9 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selfdev.config import Endpoint
 from selfdev.factory.budget import Budget, Exhausted
 from selfdev.factory.journal import Answer, Journal, Usage
+from selfdev.settings import Endpoint
 
 URL = "http://127.0.0.1:1/v1"
 

@@ -6,9 +6,9 @@ So a budget is never exceeded, but for what a server bills beyond the tokens it 
 
 import asyncio
 
-from selfdev.config import Endpoint
 from selfdev.errors import SelfdevError
 from selfdev.factory.journal import Answer, Journal, Usage
+from selfdev.settings import Endpoint
 
 
 class Exhausted(SelfdevError):

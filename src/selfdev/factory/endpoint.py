@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
-from selfdev.config import ENDPOINT_MODEL, Config
+from selfdev.config import Config
 from selfdev.errors import Halted, SelfdevError, UserError
 from selfdev.factory.budget import Budget
 from selfdev.factory.factory import LocalFactory, Tick
@@ -29,6 +29,7 @@ from selfdev.factory.sampling import Sample
 from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
 from selfdev.factory.server import NoAnswer, Server, patiently
 from selfdev.factory.transcript import END_STRINGS, to_sample
+from selfdev.settings import ENDPOINT_MODEL
 from selfdev.streams import stream_seed
 
 T = TypeVar("T")

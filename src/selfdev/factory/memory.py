@@ -18,11 +18,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from selfdev.config import RefinementSettings
 from selfdev.errors import SelfdevError
 from selfdev.factory.packing import completion_states, output_weight
 from selfdev.factory.refinement import Step
 from selfdev.factory.vocabulary import CHUNK
+from selfdev.settings import RefinementSettings
 
 log = logging.getLogger(__name__)
 

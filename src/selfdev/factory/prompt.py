@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from selfdev.algorithms.source import ENTRY, OPENING, Form, unwrap_short, wrap_short
-from selfdev.config import PromptSettings
+from selfdev.settings import PromptSettings
 from selfdev.streams import stream_seed
 
 SHORT_HEAD = '''"""Merge expert models by combining their task vectors.

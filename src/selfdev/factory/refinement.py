@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from selfdev.config import RefinementSettings
 from selfdev.errors import SelfdevError
 from selfdev.factory.losses import preference_loss
 from selfdev.factory.packing import completion_states, output_weight, passes
 from selfdev.factory.vocabulary import divergence, token_log_probs
+from selfdev.settings import RefinementSettings
 
 Tokens = tuple[int, ...]
 Report = Callable[[int], None]

@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from selfdev.config import Endpoint
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.combined_adapter import combine_adapters, combined_rank
 from selfdev.factory.server import NoAnswer, Server
 from selfdev.models.folder import weights_hash
+from selfdev.settings import Endpoint
 
 _NOBODY = "selfdev-nobody"
 

@@ -18,10 +18,10 @@ import httpx2
 from pydantic import ValidationError
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
-from selfdev.config import Endpoint
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.journal import Answer
 from selfdev.factory.protocol import Completion, Models, error_message, retry_after
+from selfdev.settings import Endpoint
 
 T = TypeVar("T")
 

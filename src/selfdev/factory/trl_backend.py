@@ -19,7 +19,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from selfdev.config import RefinementSettings
 from selfdev.factory.refinement import (
     Diverged,
     Losses,
@@ -31,6 +30,7 @@ from selfdev.factory.refinement import (
     optimiser,
     saturated,
 )
+from selfdev.settings import RefinementSettings
 
 
 class _OnTokens(DPOTrainer):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from selfdev.errors import UserError
 
-_SHIPPED = {name: Path(__file__).parent / f"{name}_models" for name in ("nano",)}
+_SHIPPED = {name: Path(__file__).parent / f"{name}_models" for name in ("nano", "nano2")}
 
 
 class ZooModels(TypedDict):
