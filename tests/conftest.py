@@ -1,6 +1,16 @@
-"""Where the tests' own modules lie."""
+"""Where the tests' own modules lie, and what every test stands on."""
 
+import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let Ctrl-C be Ctrl-C where the tests are a shell's background job, which ignores it and hands that down."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -91,6 +91,7 @@ def transfer(
                 Objective(plan.config.task.weights),
                 plan.asked,
             )
+            scorer.check_test(plan.config.task.test)
         archive = stack.enter_context(_open_or_create(folder, plan, machine_facts(unsafe_sandbox)))
         stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
         if again:

@@ -137,7 +137,7 @@ class Evaluator:
 
     def check_test(self, count: int) -> None:
         """Raise UserError if a test question cannot be asked, such as one too long; nothing of them is kept."""
-        self.task.check_test(count, self._prepared)
+        self.task.check_test(count, self._prepared, self.without)
 
     def open_test(self, count: int, seal: Seal) -> None:
         """Open the test split; the seal records it or raises."""

@@ -214,7 +214,7 @@ def _headline(rows: list[Row], rival: str | None) -> str:
     if difference is None:
         return f"{best.name} could not be measured on test"
     # A log-likelihood is below 0, a share is not; both are told in hundredths.
-    unit = "points" if best.dev["score"] >= 0 else "hundredths of a nat a token"
+    unit = "points" if best.test is None or best.test["score"] >= 0 else "hundredths of a nat a token"
     points = (
         f"{100 * difference['difference']:+.1f} {unit} on test, {100 * difference['level']:.0f} % interval "
     )

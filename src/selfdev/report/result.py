@@ -80,7 +80,7 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
 def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
     """Who scored what on development and on test, and the paired differences from the best rival."""
     level = f"{100 * run.config.verdict.level:.0f} %"
-    nats = any(row["dev"]["score"] < 0 for row in summary["table"])
+    nats = any((row["dev"]["score"] or 0.0) < 0 for row in summary["table"])
     rows = table(
         "log-likelihood in 0.01 nats a token" if nats else "accuracy in %",
         "dev",

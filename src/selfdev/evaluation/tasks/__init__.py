@@ -133,15 +133,21 @@ class Task(ABC):
         seal.opened(self.name)
         return self._take(Split.TEST, count, self._test_order(), without)
 
-    def check_test(self, count: int, check: Callable[[Sequence[Question]], object]) -> None:
+    def check_test(
+        self,
+        count: int,
+        check: Callable[[Sequence[Question]], object],
+        without: Collection[str] = frozenset(),
+    ) -> None:
         """Show the test questions to a check that keeps nothing of them, so that what is wrong with one is told early.
 
         Args:
             count: how many will be asked.
             check: raises what is wrong.
+            without: ids of questions that are left out, with their rewordings.
         """
-        self.check_count(Split.TEST, count)
-        check(self._take(Split.TEST, count, self._test_order(), frozenset()))
+        self.check_count(Split.TEST, count, without)
+        check(self._take(Split.TEST, count, self._test_order(), without))
 
     @abstractmethod
     def training(self, groups: Sequence[str], stream: random.Random) -> Iterator[Question]:
