@@ -67,7 +67,7 @@ def test_development_questions_tune_the_rivals_and_nothing_else(finished: Run, c
     asked = carried.archive.evaluations()
     assert {e.kind for e in asked} == {"seed", "rival"}
     budget = spent_on_candidates(finished.archive)
-    assert budget == 4 + 2 * 2
+    assert budget == 4 + 4 + 2 * 2  # as written, at `scaling.norm`, and two of them at two more scales
     for rival in carried.config.rivals:
         assert len(carried.archive.evaluations("rival", rival)) == budget
     of_run = {
@@ -235,7 +235,7 @@ def test_the_command_line(finished: Run, tmp_path: Path, capsys: pytest.CaptureF
     assert main(["show", str(out)]) == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "neither split holds a question that the run asked" in page
-    assert "8 development evaluations each, as in the run" in page
+    assert "12 development evaluations each, as in the run" in page
 
 
 # --- bad input ends before anything is started
