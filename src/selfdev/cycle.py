@@ -14,7 +14,7 @@ from selfdev.candidates import candidate_name, history_of, read_candidate, remem
 from selfdev.config import Config
 from selfdev.evaluation.course import Course
 from selfdev.evaluation.evaluator import Refused, Scorer, score_again
-from selfdev.evaluation.rivals import best_rival, settings_to_try
+from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import FEEDBACK, LEARNING, NORMED, REPAIRED, ranked_new
 from selfdev.evaluation.verdict import reach_verdict
 from selfdev.factory.prompt import Prompt, showing
@@ -187,16 +187,6 @@ class Cycle:
 
     def _tune_rivals(self) -> None:
         """Give every rival as many evaluations as the learning arm has spent on candidates so far."""
-        evaluations = self.archive.evaluations("candidate") + self.archive.evaluations("scaled")
-        spent = [e for e in evaluations if e.subject.startswith(f"{LEARNING}/")]
-        experts = len(self.config.merge.experts)
+        budget = spent_on_candidates(self.archive)
         with self.watch.phase("rivals") as tick:
-            for index, name in enumerate(self.config.rivals):
-                known = {e.number for e in self.archive.evaluations("rival", name)}
-                for number, parameters in settings_to_try(name, len(spent), experts, self.config.seed):
-                    if number not in known:
-                        tick(index * len(spent) + number, len(spent) * len(self.config.rivals), name)
-                        self.archive.add_evaluation(
-                            self.scorer.rival(name, number, parameters, "development")
-                        )
-                self.watch.rival(best_rival(self.archive))
+            tune_rivals(self.archive, self.config, self.scorer, budget, tick, self.watch.rival)
