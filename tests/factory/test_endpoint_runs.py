@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import endpoint_runs
 from endpoint_runs import begin_or_resume, searching_config
@@ -25,7 +26,8 @@ QUICK = [program for program in PROGRAMS if "while True" not in program and "tor
 def test_killed_in_the_middle_nothing_is_paid_for_twice_but_what_was_in_flight(tmp_path: Path) -> None:
     with UnrulyServer(QUICK) as server:
         command = [sys.executable, endpoint_runs.__file__, str(tmp_path / "run"), server.url, "write:6"]
-        ended = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+        environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        ended = subprocess.run(command, env=environment, check=False)
         assert ended.returncode == -signal.SIGKILL
         assert 5 <= len(server.answered) < 12
         # Four at once: what the killed process had in flight is asked for again, and nothing else.
