@@ -140,7 +140,7 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     "kill_at",
     [
-        ["warm start:1", "write:9", "judge:4", "judge:23", "refine:2"],
+        pytest.param(["warm start:1", "write:9", "judge:4", "judge:23", "refine:2"], marks=pytest.mark.proof),
         ["write:17", "judge:20", "rivals:3", "scale:5", "tune:2", "verdict:4"],
     ],
 )

@@ -92,7 +92,9 @@ def test_the_cycle_with_a_real_transformer(ended: Run) -> None:
     assert len(ended.archive.run.facts["factory"]["weights"]) == 64
 
 
-@pytest.mark.parametrize("kill_at", [["write:30", "refine:3"], ["refine:7", "judge:30"]])
+@pytest.mark.parametrize(
+    "kill_at", [["write:30", "refine:3"], pytest.param(["refine:7", "judge:30"], marks=pytest.mark.proof)]
+)
 def test_killed_anywhere_a_real_factory_resumes_to_the_same_archive(
     kill_at: list[str], tiny_writer: Path, ended: Run, tmp_path: Path
 ) -> None:
