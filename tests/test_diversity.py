@@ -6,7 +6,7 @@ import pytest
 
 from selfdev.algorithms.screening import PROBES, Behaviour
 from selfdev.archive import Candidate
-from selfdev.report.diversity import diversity
+from selfdev.evaluation.diversity import diversity
 
 PROMPT = "def merge_vote(deltas):\n    pass\n"
 OUTPUTS = {

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from scripted import PROGRAMS, ScriptedFactory, scripted_config
+from selfdev.cli import main
 from selfdev.runs import run
 
 
@@ -25,7 +26,9 @@ class Unlucky(ScriptedFactory):
 @pytest.mark.parametrize(
     "facts", [{"pairs": 4, "rolled_back": "the loss ..."}, {"skipped": "2 pairs, fewer than ..."}]
 )
-def test_without_an_adapter_the_factory_stays_what_it_was(facts: dict[str, Any], tmp_path: Path) -> None:
+def test_without_an_adapter_the_factory_stays_what_it_was_and_the_page_says_so(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     factory = Unlucky(facts)
     config = scripted_config(programs=8, iterations=2, rivals=["task_arithmetic"])
     ended = run(config, tmp_path / "run", factory=factory)
@@ -33,6 +36,11 @@ def test_without_an_adapter_the_factory_stays_what_it_was(facts: dict[str, Any],
     assert round_.adapter is None
     assert round_.facts == facts
     assert ended.archive.run.status == "done"
+    [first] = [i for i in ended.summary()["iterations"] if (i["arm"], i["iteration"]) == ("learning", 1)]
+    [why] = {facts.get("skipped"), facts.get("rolled_back")} - {None}
+    assert first["nothing_learned"] == why
+    assert main(["show", str(ended.folder)]) == 0
+    assert f"After iteration 1 nothing was learned: {why}" in capsys.readouterr().out
     texts = {arm: [c.text for c in ended.archive.candidates(arm, 1)] for arm in ("learning", "frozen")}
     assert texts["learning"] == texts["frozen"]
     # Pairs of one round: some were rejected for their score, and no two scores are sure.

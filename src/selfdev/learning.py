@@ -47,7 +47,9 @@ class Learning:
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
         good = [c for c in good + repaired if c.iteration in rounds]
         if not named and not (good and self.config.refinement.imitation.passes):
-            why = "nothing to prefer: no new program, or none to reject"
+            why = "no program is good enough to be preferred or imitated"
+            with self.watch.phase("refine", LEARNING, t) as tick:
+                tick(1, 1, f"nothing learned: {why}")
             self.archive.add_refinement(Refinement(LEARNING, t, None, {"skipped": why}, 0.0))
             return
         prompts = [self.factory.prompts(round_) for round_ in range(t + 1)]
@@ -63,8 +65,11 @@ class Learning:
             facts = self.factory.refine(
                 pairs, t, self.adapters(LEARNING), self.folder / adapter, tick, flip_rate, imitated
             )
-        kept = None if {"skipped", "rolled_back"} & facts.keys() else adapter
-        self.archive.add_refinement(Refinement(LEARNING, t, kept, facts, tick.seconds))
+            made = Refinement(LEARNING, t, adapter, facts, 0.0)
+            if made.why_nothing is not None:
+                made = replace(made, adapter=None)
+                tick(1, 1, f"nothing learned: {made.why_nothing}")
+        self.archive.add_refinement(replace(made, seconds=tick.seconds))
 
     def _pairs(
         self, t: int, candidates: Sequence[Candidate], repaired: Sequence[Candidate], evidence: Evidence

@@ -24,6 +24,7 @@ from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, change_config, parse_config
 from selfdev.cycle import Cycle
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
+from selfdev.evaluation.diversity import diversity
 from selfdev.evaluation.evaluator import DISTANCE, Evaluator
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.objective import Objective
@@ -35,7 +36,6 @@ from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
-from selfdev.report.diversity import diversity
 from selfdev.roles import Factory
 from selfdev.sandbox import Limits, Sandbox, SandboxUnavailable
 from selfdev.watcher import Silent, Watcher
@@ -378,6 +378,7 @@ class Run:
         [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
         written = self.archive.candidates(arm, t)
         earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
+        rounds = self.archive.refinements(arm)
         first, evidence = scores_on_first(self.archive), Evidence(self.archive)
         scores = [first[c.name] for c in written if c.name in first]
         finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
@@ -398,5 +399,6 @@ class Run:
             "best_dev": finished[0] if finished else None,
             "mean_dev": sum(scores) / len(scores) if scores else None,
             "pairs": len(self.archive.pairs(arm, t)),
+            "nothing_learned": next((r.why_nothing for r in rounds if r.iteration == t), None),
             "seconds": iteration.seconds,
         }

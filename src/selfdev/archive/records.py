@@ -142,6 +142,12 @@ class Refinement:
     facts: Mapping[str, Any]
     seconds: float
 
+    @property
+    def why_nothing(self) -> str | None:
+        """Why nothing was learned: the round was skipped, or rolled back; None where an adapter came of it."""
+        reason: str | None = self.facts.get("skipped") or self.facts.get("rolled_back")
+        return reason
+
 
 @dataclass(frozen=True)
 class Opening:

@@ -215,10 +215,10 @@ AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)
 
 
 @contextmanager
-def attending(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, `model` attends by `shared_prefix_attention`."""
+def attending(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> Iterator[None]:
+    """Within it, `model` attends by `shared_prefix_attention`, or by another implementation that is registered."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:

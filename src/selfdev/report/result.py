@@ -181,7 +181,11 @@ def _iterations(summary: dict[str, Any]) -> RenderableType:
     for arm in dict.fromkeys(i["arm"] for i in ordered):
         totals = [str(sum(i[kind] for i in ordered if i["arm"] == arm)) for kind in YIELD]
         rows.add_row(*(Text(cell, style="bold") for cell in (f"all {arm}", "", *totals)))
-    return rows
+    nothing = [i for i in ordered if i["nothing_learned"]]
+    lines = [
+        f"After iteration {i['iteration']} nothing was learned: {i['nothing_learned']}." for i in nothing
+    ]
+    return Group(rows, *(Text(visible(line), style="yellow") for line in lines))
 
 
 def _winner(summary: dict[str, Any]) -> list[RenderableType]:

@@ -10,8 +10,8 @@ Works with the transformers models that call the attention interface with rotate
 long as a whole sequence; `check_fits` sees to it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from selfdev.errors import UserError
+from selfdev.models import shared_prefix
 
 IMPLEMENTATION = "selfdev_continuations"
 
@@ -207,12 +208,6 @@ def _attention(
 AttentionInterface.register(IMPLEMENTATION, _attention)
 
 
-@contextmanager
-def attending(model: PreTrainedModel) -> Iterator[None]:
+def attending(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within it, `model` attends over `Continuations`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+    return shared_prefix.attending(model, IMPLEMENTATION)
