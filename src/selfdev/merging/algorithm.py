@@ -77,6 +77,11 @@ class Algorithm(Protocol):
         """Bytes of task vectors that are merged in one call; a larger tensor is merged alone."""
         ...
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether `merge` may be called by several threads at a time; otherwise its calls keep their order."""
+        ...
+
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         """The merged task vector of each, of its parameter's shape."""
         ...
@@ -107,6 +112,7 @@ class LibraryMethod:
     method: Method
     parameters_of: Callable[[Context], Mapping[str, Any]]
     batch_bytes: ClassVar[int] = 0
+    concurrent: ClassVar[bool] = True
 
     @property
     def origin(self) -> Origin:
@@ -145,6 +151,7 @@ class JailedProgram:
     seed_of: Callable[[str], int]
     factor: float = 1.0
     batch_bytes: ClassVar[int] = _JAIL_BATCH
+    concurrent: ClassVar[bool] = False
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         outcomes = self.box.merge_many(
@@ -202,6 +209,7 @@ class TrustedFile:
     path: Path
     seed_of: Callable[[str], int]
     batch_bytes: ClassVar[int] = 0
+    concurrent: ClassVar[bool] = False
     _loaded: list[Callable[..., Any]] = field(default_factory=list, repr=False)
 
     @property

@@ -1,43 +1,38 @@
 """Merges real checkpoints, tensor by tensor, from disk to disk.
 
-Whatever the models' size, what lies in memory is one tensor: its task vectors and the seed's tensor in float32, what
-the algorithm makes of them, and at most two results that wait to be written. (Small tensors go to the jail together,
-and the task vectors of small ones are made while others are merged.) Inputs are memory-mapped; they are hashed a
-little ahead of the merge and released behind it.
+Whatever the models' size, what lies in memory is one large tensor or a few small ones (`stream.py`): the task vectors
+and the seed's tensor in float32, what the algorithm makes of them, and at most two results that wait to be written.
+Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
 
 The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
 that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, without a config.json.
 """
 
 import json
-import math
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from selfdev.errors import SelfdevError, UserError
-from selfdev.merging.algorithm import Algorithm, Inputs
+from selfdev.errors import SelfdevError
+from selfdev.merging.algorithm import Algorithm
 from selfdev.merging.aside import check_out, written_aside
+from selfdev.merging.head_start import HeadStart
 from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
-from selfdev.merging.read_ahead import ReadAhead, Span
+from selfdev.merging.read_ahead import ReadAhead
 from selfdev.merging.reader import is_finite
 from selfdev.merging.recipe import Dtype, Recipe
-from selfdev.merging.targets import layer_of
+from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Planned, Writer, write_failure
 from selfdev.models.weights import TYPES
-from selfdev.sandbox import Context
 
 _CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -72,9 +67,6 @@ _NOT_BESIDE = (
     "requirements*.txt",
 )
 
-
-_EARLY = 128 << 20
-"""Bytes of inputs that are made ahead, however small the largest tensor is."""
 
 Tick = Callable[[int, int, str], None]
 
@@ -153,7 +145,12 @@ def merge(
 
 
 def merge_checkpoints(
-    recipe: Recipe, out: Path, *, shard_bytes: int = SHARD_BYTES, tick: Tick = _say_nothing
+    recipe: Recipe,
+    out: Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    tick: Tick = _say_nothing,
+    ahead: HeadStart | None = None,
 ) -> Merged:
     """As `merge`, for a recipe.
 
@@ -162,6 +159,7 @@ def merge_checkpoints(
         out: the folder to write.
         shard_bytes: largest file of weights.
         tick: told how many bytes are merged, of how many, and the last tensor's name.
+        ahead: what is hashing the recipe's models already.
     """
     began = time.perf_counter()
     recipe.check()
@@ -173,27 +171,29 @@ def merge_checkpoints(
     job.check_room(out)
     with written_aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
-            written, inputs = _stream(job, algorithm, folder, shard_bytes, tick)
+            written, inputs = _stream(job, algorithm, folder, shard_bytes, tick, ahead)
         _write_beside(job, folder, model_card(recipe, job.targets, job.counts, algorithm.origin, inputs))
     return Merged(out, *job.counts, job.targets, time.perf_counter() - began, written)
 
 
 def _stream(
-    job: Job, algorithm: Algorithm, folder: Path, shard_bytes: int, tick: Tick
+    job: Job, algorithm: Algorithm, folder: Path, shard_bytes: int, tick: Tick, begun: HeadStart | None
 ) -> tuple[dict[str, str], list[Input]]:
     """Merge and write all tensors; returns the hashes of what was written and of what was read."""
     models = [job.seed, *job.experts.values()]
     files = dict.fromkeys(file for model in models for file in model.files)
-    steps = list(_steps(job, algorithm.batch_bytes))
+    steps = steps_of(job, algorithm.batch_bytes)
     planned = {name: job.planned(name) for name in job.order}
     done, total = 0, sum(each.size for each in planned.values())
-    spans = [[span for name in step for span in _spans(job, name)] for step in steps]
-    with ReadAhead(files, spans) as ahead, Writer(folder, list(planned.values()), shard_bytes) as writer:
-        for step, batch in _batches(job, steps, ahead):
-            for name, tensor in _merged(job, algorithm, step, batch):
-                writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
-                done += planned[name].size
-                tick(done, total, name)
+    spans = [spans_of(job, step) for step in steps]
+    with (
+        ReadAhead(files, spans, begun.stop() if begun else {}) as ahead,
+        Writer(folder, list(planned.values()), shard_bytes) as writer,
+    ):
+        for name, tensor in merged_tensors(job, algorithm, steps, ahead):
+            writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
+            done += planned[name].size
+            tick(done, total, name)
         written = writer.finish()
         hashes = ahead.digests()
     named = {"seed": (job.seed_source, job.seed)} | {
@@ -203,101 +203,6 @@ def _stream(
         Input(name, source, {file.name: hashes[file] for file in model.files})
         for name, (source, model) in named.items()
     ]
-
-
-def _steps(job: Job, batch_bytes: int) -> Iterator[list[str]]:
-    """Names in the order of writing, in groups whose task vectors are merged in one call."""
-    step: list[str] = []
-    held = 0
-    for name in job.order:
-        size = 4 * len(job.experts) * math.prod(job.seed.shapes[name]) if name in job.chosen else 0
-        if size and held and held + size > batch_bytes:
-            yield step
-            step, held = [], 0
-        step.append(name)
-        held += size
-    yield step
-
-
-def _spans(job: Job, name: str) -> Iterator[Span]:
-    """What is read for one tensor of the merged model."""
-    for model in (job.seed, *(job.experts.values() if name in job.chosen else ())):
-        entry = model.entry(name)
-        yield model.path(name), entry.begin, entry.end
-
-
-def _batches(
-    job: Job, steps: Sequence[list[str]], ahead: ReadAhead
-) -> Iterator[tuple[list[str], list[Inputs]]]:
-    """The steps with their inputs, which belong to who takes them.
-
-    Those of the next step are made while this one is merged, unless the two together take more than the largest step,
-    and than `_EARLY`.
-    """
-
-    def read(step: list[str]) -> list[Inputs]:
-        ahead.next()
-        return [_inputs(job, name) for name in step if name in job.chosen]
-
-    held = 4 * (len(job.experts) + 1)  # bytes for each entry
-    sizes = [
-        sum(held * math.prod(job.seed.shapes[name]) for name in step if name in job.chosen) for step in steps
-    ]
-    room = max(*sizes, _EARLY)
-    with ThreadPoolExecutor(1, thread_name_prefix="inputs") as thread:
-        reading = deque([thread.submit(read, steps[0])])
-        for index, step in enumerate(steps):
-            inputs = [reading.popleft().result()]
-            following = steps[index + 1 : index + 2]
-            early = sum(sizes[index : index + 2]) <= room
-            if early:
-                reading.extend(thread.submit(read, each) for each in following)
-            yield step, inputs.pop()
-            if not early:
-                reading.extend(thread.submit(read, each) for each in following)
-
-
-def _merged(
-    job: Job, algorithm: Algorithm, step: Sequence[str], batch: list[Inputs]
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a step, in order: merged ones in float32, the others as the seed stores them."""
-    vectors = algorithm.merge(batch) if batch else []
-    seeds = [each.context.seed for each in batch]
-    batch.clear()  # of the task vectors nothing is needed any more
-    vectors.reverse()
-    seeds.reverse()
-    for name in step:
-        if name not in job.chosen:
-            yield name, job.seed.tensor(name)
-            continue
-        merged = seeds.pop().add_(vectors.pop())  # in float32, and rounded once
-        if not is_finite(merged):
-            raise SelfdevError(
-                f"the algorithm makes '{name}' not finite; choose other parameters or another algorithm"
-            )
-        if name in job.rows:
-            kept = job.seed.tensor(name)[job.rows[name] :]
-            merged = torch.cat([merged, kept.to(torch.float32)])
-        yield name, merged
-
-
-def _inputs(job: Job, name: str) -> Inputs:
-    """The seed's tensor and the task vectors of one parameter, in memory of their own."""
-    rows = slice(job.rows.get(name))
-    seed = job.seed.tensor(name)
-    seed = (seed[rows] if seed.dim() else seed).to(torch.float32, copy=True)
-    job.seed.release(name)
-    vectors = torch.empty((len(job.experts), *seed.shape))
-    for vector, expert in zip(vectors, job.experts.values(), strict=True):
-        expert.task_vector(name, seed, vector)
-        expert.release(name)
-    if not is_finite(vectors):
-        for model in (job.seed, *job.experts.values()):
-            model.check_finite(name, model.tensor(name))
-        raise UserError(
-            f"'{name}': an expert's tensor is further from the seed's than float32 reaches; leave it out"
-        )
-    return Inputs(tuple(job.experts), vectors, Context(seed, name, layer_of(name), job.layers))
 
 
 def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:

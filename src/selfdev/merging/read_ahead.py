@@ -1,7 +1,7 @@
 """Input files are hashed a little ahead of the merge, which thus finds its tensors in the system's cache."""
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,14 +18,20 @@ Span = tuple[Path, int, int]
 class ReadAhead:
     """Walks through steps, each of which needs parts of files; `with ReadAhead(...) as ahead`."""
 
-    def __init__(self, files: Iterable[Path], steps: Sequence[Sequence[Span]]):
+    def __init__(
+        self,
+        files: Iterable[Path],
+        steps: Sequence[Sequence[Span]],
+        begun: Mapping[Path, FileDigest] | None = None,
+    ):
         """Start nothing yet.
 
         Args:
             files: all that are to be hashed.
             steps: what each needs, in the order in which they come. Other files than these are left alone.
+            begun: digests of files among them that go on from where they are.
         """
-        self._digests = {path: FileDigest(path) for path in files}
+        self._digests = {path: (begun or {}).get(path) or FileDigest(path) for path in files}
         self._waiting = deque(steps)
         self._running: deque[tuple[int, Future[None]]] = deque()
         self._bytes = 0
