@@ -308,6 +308,34 @@ def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> 
     assert {row["kind"] for row in ended.verdict["table"]} == {"seed", "control", "discovered"}
 
 
+def test_the_combined_control_learns_from_its_own_programs_and_is_shown_its_best_ones(tmp_path: Path) -> None:
+    controls = ["feedback", "learning_feedback"]
+    config = scripted_config(
+        controls=controls, rivals=[], refinement={"min_pairs": 2, "imitation": {"passes": 1}}
+    )
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory())
+    archive = ended.archive
+    first, second = archive.iterations("learning_feedback")
+    assert first.prompts == archive.iterations("learning")[0].prompts
+    # What is written first is what every arm writes first, and so are its best: they are shown, and learned from.
+    assert second.prompts == archive.iterations("feedback")[1].prompts != first.prompts
+    [mine], [its] = archive.refinements("learning_feedback"), archive.refinements("learning")
+    assert (mine.adapter, its.adapter) == ("adapters/learning_feedback-1", "adapters/learning-1")
+    assert (tmp_path / "run" / mine.adapter).is_dir()
+    assert all(
+        name.startswith(("learning_feedback/", "repaired_learning_feedback/"))
+        for pair in archive.pairs("learning_feedback", 0)
+        for name in (pair.chosen, pair.rejected)
+    )
+    assert len(archive.pairs("learning_feedback", 0)) == len(archive.pairs("learning", 0)) > 0
+    written = {row["arm"] for row in ended.summary()["iterations"]}
+    assert written == {"learning", *controls} == {c.arm for c in ended.candidates()}
+    for row in ended.summary()["iterations"]:
+        learned = row["arm"] not in ("frozen", "feedback") and row["iteration"] == 1
+        assert (row["seconds"]["learning"] > 0) == learned
+        assert (row["seconds"]["scoring"] > 0) == (row["evaluated"] > 0)
+
+
 def test_the_pairs_are_a_hugging_face_dataset(finished: Run, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     count = export_pairs(finished, tmp_path / "pairs")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from selfdev.algorithms.screening import Behaviour, History, Novelty, Screening
 from selfdev.algorithms.source import Form, Unreadable, read_program
 from selfdev.archive import Archive, Candidate
-from selfdev.evaluation.standing import LEARNING, REPAIRED
+from selfdev.evaluation.standing import repairs_of
 from selfdev.factory.sampling import Sample
 
 
@@ -66,8 +66,7 @@ def unscreened(candidate: Candidate) -> Candidate:
 def history_of(archive: Archive, arm: str) -> History:
     """What an arm's programs may not repeat: what it wrote so far, and what it was taught of repairs."""
     history = History()
-    taught = archive.candidates(REPAIRED) if arm == LEARNING else []
-    for earlier in archive.candidates(arm) + taught:
+    for earlier in archive.candidates(arm) + archive.candidates(repairs_of(arm)):
         remember(history, earlier)
     return history
 

@@ -50,10 +50,11 @@ class Config(Section):
     preferences: Preferences = Preferences()
     refinement: RefinementSettings = RefinementSettings()
     rivals: tuple[str, ...] = Field((), description="Human-designed methods, tuned on the development split.")
-    controls: tuple[Literal["frozen", "feedback"], ...] = Field(
+    controls: tuple[Literal["frozen", "feedback", "learning_feedback"], ...] = Field(
         ("frozen",),
         description="`frozen`: the same without learning. `feedback`: without learning too, but each prompt shows one "
-        "of the arm's own best programs in the place of its last example, as systems do that evolve programs.",
+        "of the arm's own best programs in the place of its last example, as systems do that evolve programs. "
+        "`learning_feedback`: both at once, learning from its own programs.",
     )
     scaling: Scaling = Scaling()
     verdict: Verdict = Verdict()
@@ -80,6 +81,11 @@ class Config(Section):
             raise ValueError(
                 "factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short"
             )
+        if self.factory.grammar == "python" and self.prompt.form is not Form.SHORT:
+            raise ValueError(
+                "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
+                "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
+            )
         if self.prompt.form is not Form.SHORT:
             for key, on in (
                 ("rehearsal", self.refinement.rehearsal),
@@ -92,6 +98,12 @@ class Config(Section):
         if self.factory.warm_start.targets + self.prompt.shown > len(known):
             raise ValueError(
                 f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples"
+            )
+        learns = self.refinement.refit != "never"
+        if learns and not self.preferences.pairs and not self.refinement.imitation.passes:
+            raise ValueError(
+                "preferences.pairs: with none, and with refinement.imitation.passes: 0, nothing could be learned; set "
+                "one of them, or refinement.refit: never"
             )
         self._check_endpoint()
         if self.prompt.examples == "drawn" and self.prompt.prompts > self.programs:
@@ -120,8 +132,17 @@ class Config(Section):
             raise ValueError(
                 "controls: with refinement.refit: never the run is its own frozen control; leave 'frozen' out"
             )
+        if not learns and "learning_feedback" in self.controls:
+            raise ValueError(
+                "controls: with refinement.refit: never nothing learns; in the place of 'learning_feedback' set "
+                "'feedback'"
+            )
         if server is None:
             return
+        if learns and self.refinement.train == "full":
+            raise ValueError(
+                "refinement.train: a server is given LoRA adapters and no whole model; set it to lora"
+            )
         if learns and server.adapters == "none":
             why = (
                 "only the server has the model's weights"

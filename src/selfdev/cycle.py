@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfdev.algorithms.examples import examples
 from selfdev.algorithms.screening import History, Novelty
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.candidates import candidate_name, history_of, read_candidate, remember, screened, unscreened
@@ -15,9 +14,8 @@ from selfdev.config import Config
 from selfdev.evaluation.course import Course
 from selfdev.evaluation.evaluator import Refused, Scorer, score_again
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
-from selfdev.evaluation.standing import FEEDBACK, LEARNING, NORMED, REPAIRED, ranked_new
+from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new
 from selfdev.evaluation.verdict import reach_verdict
-from selfdev.factory.prompt import Prompt, showing
 from selfdev.learning import Learning
 from selfdev.roles import Factory, Screener
 from selfdev.watcher import Watcher
@@ -35,10 +33,9 @@ class Cycle:
     watch: Watcher
     folder: Path
 
-    @property
-    def learning(self) -> Learning:
-        """How the learning arm is trained."""
-        return Learning(self.config, self.archive, self.factory, self.screen, self.watch, self.folder)
+    def learning(self, arm: str) -> Learning:
+        """How an arm is asked and trained."""
+        return Learning(arm, self.config, self.archive, self.factory, self.screen, self.watch, self.folder)
 
     def run(self) -> None:
         """Run to the verdict, from wherever the archive stands."""
@@ -49,8 +46,10 @@ class Cycle:
                     self._write(arm, t)
                     self._judge(arm, t)
                 self._tune_rivals()
-                if t + 1 < self.config.iterations and self.config.refinement.refit != "never":
-                    self.learning.learn(t)
+                if t + 1 < self.config.iterations:
+                    for learning in map(self.learning, (LEARNING, *self.config.controls)):
+                        if learning.learns:
+                            learning.learn(t)
             for arm in (LEARNING, *self.config.controls):
                 self._tune_scales(arm)
             self._tune_rivals()
@@ -71,9 +70,10 @@ class Cycle:
         if any(done.iteration == t for done in self.archive.iterations(arm)):
             return
         temperature = self.config.factory.temperature_at(t)
-        adapters = self.learning.adapters(arm)
+        learning = self.learning(arm)
+        adapters = learning.adapters()
         with self.watch.phase("write", arm, t) as tick:
-            prompts = self._prompts(arm, t)
+            prompts = learning.prompts(t)
             texts = tuple(prompt.text for prompt in prompts)
             twin = self._same_factory(arm, t, adapters, texts)
             if twin is not None:
@@ -89,27 +89,18 @@ class Cycle:
         ]
         self.archive.add_written(Iteration(arm, t, temperature, texts, tick.seconds), written)
 
-    def _prompts(self, arm: str, t: int) -> list[Prompt]:
-        """What the arm's factory is asked in iteration t."""
-        prompts = self.factory.prompts(t)
-        if arm != FEEDBACK:
-            return prompts
-        earlier = [c for c, _ in ranked_new(self.archive, arm, tuned=False) if c.iteration < t]
-        best = {c.name: c.source or "" for c in earlier[: len(prompts)]}
-        return showing(prompts, best, examples())
-
     def _same_factory(
         self, arm: str, t: int, adapters: Sequence[Path], prompts: tuple[str, ...]
     ) -> tuple[Iteration, list[Candidate]] | None:
         """What another arm's equal factory wrote in this iteration: the same streams make it the same text."""
         for other in self.archive.iterations():
             if (
-                other.arm != REPAIRED
+                is_written(other.arm)
                 and other.iteration == t
                 and other.arm != arm
                 and other.prompts == prompts
                 and not adapters
-                and not self.learning.adapters(other.arm, t)
+                and not self.learning(other.arm).adapters(t)
             ):
                 candidates = self.archive.candidates(other.arm, t)
                 return other, [unscreened(c) for c in candidates]

@@ -1,4 +1,4 @@
-"""One round of learning: what is repaired, preferred and imitated, and the adapter that comes of it.
+"""An arm's factory: what it is asked, and one round of learning, with what is repaired, preferred and imitated.
 
 Every step asks the archive first whether it is done, as in the cycle.
 """
@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from selfdev.algorithms.examples import examples
 from selfdev.algorithms.repair import repair
 from selfdev.algorithms.source import rewrite
 from selfdev.archive import Archive, Candidate, Pair, Refinement
 from selfdev.candidates import candidate_name, history_of, screened
 from selfdev.config import Config
 from selfdev.evaluation.evidence import Evidence
-from selfdev.evaluation.standing import LEARNING, REPAIRED, ranked_new, scores_on_first
+from selfdev.evaluation.standing import COMBINED, FEEDBACK, LEARNING, ranked_new, repairs_of, scores_on_first
+from selfdev.factory.prompt import Prompt, showing
 from selfdev.preferences import asked, prefer
 from selfdev.roles import Factory, Screener
 from selfdev.streams import stream_seed
@@ -22,8 +24,9 @@ from selfdev.watcher import Watcher
 
 @dataclass(frozen=True)
 class Learning:
-    """How the learning arm's factory is trained, and what every arm's factory has been trained with."""
+    """What an arm's factory is asked, how it is trained, and what it has been trained with."""
 
+    arm: str
     config: Config
     archive: Archive
     factory: Factory
@@ -31,41 +34,55 @@ class Learning:
     watch: Watcher
     folder: Path
 
+    @property
+    def learns(self) -> bool:
+        """Whether the arm's factory is trained at all."""
+        return self.arm in (LEARNING, COMBINED) and self.config.refinement.refit != "never"
+
+    def prompts(self, t: int) -> list[Prompt]:
+        """What the arm's factory is asked in iteration t; afterwards, what it was asked."""
+        prompts = self.factory.prompts(t)
+        if self.arm not in (FEEDBACK, COMBINED):
+            return prompts
+        earlier = [c for c, _ in ranked_new(self.archive, self.arm, tuned=False) if c.iteration < t]
+        best = {c.name: c.source or "" for c in earlier[: len(prompts)]}
+        return showing(prompts, best, examples())
+
     def learn(self, t: int) -> None:
-        """Make the pairs of iteration t and refine the learning arm's factory with them."""
-        if any(done.iteration == t for done in self.archive.refinements(LEARNING)):
+        """Make the pairs of iteration t and refine the arm's factory with them."""
+        if any(done.iteration == t for done in self.archive.refinements(self.arm)):
             return
         self._repair(t)
-        candidates = [c for c in self.archive.candidates(LEARNING) if c.iteration <= t]
-        repaired = self.archive.candidates(REPAIRED)
+        candidates = [c for c in self.archive.candidates(self.arm) if c.iteration <= t]
+        repaired = self.archive.candidates(repairs_of(self.arm))
         evidence = Evidence(self.archive, self.config.preferences.evidence)
-        if not self.archive.pairs(LEARNING, t):
-            self.archive.add_pairs(LEARNING, t, self._pairs(t, candidates, repaired, evidence))
+        if not self.archive.pairs(self.arm, t):
+            self.archive.add_pairs(self.arm, t, self._pairs(t, candidates, repaired, evidence))
         fresh = self.config.refinement.refit == "fresh"
         rounds = range(t + 1) if fresh else [t]
-        named = [pair for round_ in rounds for pair in self.archive.pairs(LEARNING, round_)]
+        named = [pair for round_ in rounds for pair in self.archive.pairs(self.arm, round_)]
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
         good = [c for c in good + repaired if c.iteration in rounds]
         if not named and not (good and self.config.refinement.imitation.passes):
             why = "no program is good enough to be preferred or imitated"
-            with self.watch.phase("refine", LEARNING, t) as tick:
+            with self.watch.phase("refine", self.arm, t) as tick:
                 tick(1, 1, f"nothing learned: {why}")
-            self.archive.add_refinement(Refinement(LEARNING, t, None, {"skipped": why}, 0.0))
+            self.archive.add_refinement(Refinement(self.arm, t, None, {"skipped": why}, 0.0))
             return
-        prompts = [self.factory.prompts(round_) for round_ in range(t + 1)]
+        prompts = [self.prompts(round_) for round_ in range(t + 1)]
         prompt = {c.name: prompts[c.iteration][c.prompt] for c in candidates + repaired}
         tokens = {c.name: c.tokens for c in candidates + repaired}
         pairs = [(prompt[asked(pair)], tokens[pair.chosen], tokens[pair.rejected]) for pair in named]
         imitated = [(prompt[c.name], c.tokens) for c in good]
-        adapter = f"adapters/{LEARNING}-{t + 1}"
+        adapter = f"adapters/{self.arm}-{t + 1}"
         # What fails or copies is rejected for that: no answer can turn such a pair round.
         doubts = [evidence.doubt(p.chosen, p.rejected) if p.reason == "score" else 0.0 for p in named]
         flip_rate = sum(doubts) / max(1, len(doubts))
-        with self.watch.phase("refine", LEARNING, t) as tick:
+        with self.watch.phase("refine", self.arm, t) as tick:
             facts = self.factory.refine(
-                pairs, t, self.adapters(LEARNING), self.folder / adapter, tick, flip_rate, imitated
+                pairs, t, self.adapters(), self.folder / adapter, tick, flip_rate, imitated
             )
-            made = Refinement(LEARNING, t, adapter, facts, 0.0)
+            made = Refinement(self.arm, t, adapter, facts, 0.0)
             if made.why_nothing is not None:
                 made = replace(made, adapter=None)
                 tick(1, 1, f"nothing learned: {made.why_nothing}")
@@ -75,35 +92,35 @@ class Learning:
         self, t: int, candidates: Sequence[Candidate], repaired: Sequence[Candidate], evidence: Evidence
     ) -> list[Pair]:
         """The pairs of iteration t; repairs are among them where they are not imitated anyway."""
-        scores = {c.name: e.score for c, e in ranked_new(self.archive, LEARNING) if e.score is not None}
+        scores = {c.name: e.score for c, e in ranked_new(self.archive, self.arm) if e.score is not None}
         first = scores_on_first(self.archive)
         seed = stream_seed(self.config.seed, "pairs", t)
         pairs = prefer(candidates, scores, t, self.config.preferences, seed, first, evidence.better)
         if self.config.refinement.imitation.passes:
             return pairs
         mended = [c for c in repaired if c.iteration == t]
-        return pairs + [Pair(c.name, candidate_name(LEARNING, t, c.number), "repair") for c in mended]
+        return pairs + [Pair(c.name, candidate_name(self.arm, t, c.number), "repair") for c in mended]
 
     def _repair(self, t: int) -> None:
-        """Archive the working neighbours of the learning arm's failing programs of iteration t."""
+        """Archive the working neighbours of the arm's failing programs of iteration t."""
         tries = self.config.preferences.repairs
-        if tries == 0 or any(done.iteration == t for done in self.archive.iterations(REPAIRED)):
+        if tries == 0 or any(done.iteration == t for done in self.archive.iterations(repairs_of(self.arm))):
             return
-        [written] = [each for each in self.archive.iterations(LEARNING) if each.iteration == t]
-        failing = [c for c in self.archive.candidates(LEARNING, t) if c.status == "failed" and c.source]
-        history = history_of(self.archive, LEARNING)
+        [written] = [each for each in self.archive.iterations(self.arm) if each.iteration == t]
+        failing = [c for c in self.archive.candidates(self.arm, t) if c.status == "failed" and c.source]
+        history = history_of(self.archive, self.arm)
         repaired: list[Candidate] = []
-        with self.watch.phase("repair", LEARNING, t) as tick:
+        with self.watch.phase("repair", self.arm, t) as tick:
             for done, candidate in enumerate(failing):
                 tick(done, len(failing), f"{len(repaired)} repaired")
                 found = repair(candidate.source or "", self.screen, history, tries)
                 if found is not None:
                     text = rewrite(candidate.text, self.config.prompt.form, found[0])
-                    name = candidate_name(REPAIRED, t, candidate.number)
+                    name = candidate_name(repairs_of(self.arm), t, candidate.number)
                     neighbour = replace(
                         candidate,
                         name=name,
-                        arm=REPAIRED,
+                        arm=repairs_of(self.arm),
                         text=text,
                         tokens=self.factory.tokens(text),
                         log_prob=None,
@@ -113,10 +130,10 @@ class Learning:
                     repaired.append(screened(neighbour, found[1]))
                     history.add(name, found[1])
             tick(len(failing), len(failing), f"{len(repaired)} repaired")
-        self.archive.add_written(replace(written, arm=REPAIRED, seconds=tick.seconds), repaired)
+        self.archive.add_written(replace(written, arm=repairs_of(self.arm), seconds=tick.seconds), repaired)
 
-    def adapters(self, arm: str, before: int | None = None) -> list[Path]:
-        """The adapters of an arm's factory (of iteration `before`, by default now), in the order they are merged in."""
-        rounds = [r for r in self.archive.refinements(arm) if before is None or r.iteration < before]
+    def adapters(self, before: int | None = None) -> list[Path]:
+        """The factory's adapters (in iteration `before`, by default now), in the order they are merged in."""
+        rounds = [r for r in self.archive.refinements(self.arm) if before is None or r.iteration < before]
         folders = [self.folder / r.adapter for r in rounds if r.adapter is not None]
         return folders[-1:] if self.config.refinement.refit == "fresh" else folders

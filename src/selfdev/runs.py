@@ -25,10 +25,10 @@ from selfdev.config import Config, change_config, parse_config
 from selfdev.cycle import Cycle
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.evaluation.diversity import diversity
-from selfdev.evaluation.evaluator import DISTANCE, Evaluator
+from selfdev.evaluation.evaluator import DISTANCE, ORDER, Evaluator
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.objective import Objective
-from selfdev.evaluation.standing import LEARNING, REPAIRED, pareto, ranked_new, scores_on_first
+from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new, repairs_of, scores_on_first
 from selfdev.evaluation.tasks import load_task
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
@@ -315,7 +315,7 @@ class Run:
 
     def candidates(self, arm: str | None = None) -> list[Candidate]:
         """All programs that were written, in that order; with `arm="repaired"` those that nobody wrote."""
-        return [c for c in self.archive.candidates(arm) if arm is not None or c.arm != REPAIRED]
+        return [c for c in self.archive.candidates(arm) if arm is not None or is_written(c.arm)]
 
     def candidate(self, name: str) -> Candidate:
         """One program by its name, such as `learning/2/017`.
@@ -343,6 +343,7 @@ class Run:
                 "nearest": best.nearest,
                 "distance": best.distance,
                 "distance_on_real_tensors": scored.parameters.get(DISTANCE),
+                "change_by_order": self._change_by_order(best.name),
                 "factor": scored.factor,
             },
             "headline": None if verdict is None else verdict["headline"],
@@ -350,9 +351,15 @@ class Run:
             "table": [] if verdict is None else verdict["table"],
             "pareto": pareto(self.archive, LEARNING),
             "iterations": [
-                self._iteration(i.arm, i.iteration) for i in self.archive.iterations() if i.arm != REPAIRED
+                self._iteration(i.arm, i.iteration) for i in self.archive.iterations() if is_written(i.arm)
             ],
         }
+
+    def _change_by_order(self, name: str) -> float | None:
+        """How much a program's output changes if the experts change places; None where nobody tried."""
+        [written] = self.archive.evaluations("candidate", name, split="development")
+        changed: float | None = written.parameters.get(ORDER)
+        return changed
 
     def _record(self) -> dict[str, Any]:
         record, openings = self.archive.run, self.archive.openings()
@@ -372,6 +379,17 @@ class Run:
                 for o in openings
                 if o.again
             ],
+        }
+
+    def _seconds(self, arm: str, t: int) -> dict[str, float]:
+        """What an iteration of an arm took; an arm that wrote what another one wrote has that one's time."""
+        names = {c.name for c in self.archive.candidates(arm, t)}
+        scored = [e for kind in ("candidate", "scaled") for e in self.archive.evaluations(kind)]
+        repairs = [i.seconds for i in self.archive.iterations(repairs_of(arm)) if i.iteration == t]
+        return {
+            "writing": sum(i.seconds for i in self.archive.iterations(arm) if i.iteration == t),
+            "scoring": sum(e.seconds for e in scored if e.subject in names),
+            "learning": sum(repairs + [r.seconds for r in self.archive.refinements(arm) if r.iteration == t]),
         }
 
     def _iteration(self, arm: str, t: int) -> dict[str, Any]:
@@ -400,5 +418,5 @@ class Run:
             "mean_dev": sum(scores) / len(scores) if scores else None,
             "pairs": len(self.archive.pairs(arm, t)),
             "nothing_learned": next((r.why_nothing for r in rounds if r.iteration == t), None),
-            "seconds": iteration.seconds,
+            "seconds": self._seconds(arm, t),
         }

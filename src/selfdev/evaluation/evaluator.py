@@ -27,6 +27,7 @@ from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
 
 DISTANCE = "distance_on_real_tensors"
+ORDER = "change_by_order"
 """Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
 
 KEPT_BYTES = 512 * 1024**2
@@ -194,6 +195,7 @@ class Evaluator:
             raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
         facts = {DISTANCE: float(f"{distance:.4g}")}
         if number == 0:
+            facts[ORDER] = float(f"{self._change_by_order(candidate, merged):.4g}")
             return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
         if norm is not None:
             factor = norm * self._mean_norm / norm_of(merged.values())
@@ -211,14 +213,11 @@ class Evaluator:
             Refused: it fails on one of them.
         """
         names = list(self.vectors.vectors)
-        seeds = [
-            stream_seed(self.run_seed, "merge", candidate.iteration, candidate.number, name) for name in names
-        ]
         outcomes = self.box.merge_many(
             candidate.source or "",
             [self.vectors.vectors[name] for name in names],
             contexts=[self.vectors.context(name) for name in names],
-            seeds=seeds,
+            seeds=[self._stream(candidate, name) for name in names],
         )
         merged = {}
         for name, outcome in zip(names, outcomes, strict=True):
@@ -226,6 +225,27 @@ class Evaluator:
                 raise Refused("failed", outcome.failure, f"on tensor {name}: {outcome.error}")
             merged[name] = outcome.tensor
         return merged
+
+    def _stream(self, candidate: Candidate, name: str) -> int:
+        return stream_seed(self.run_seed, "merge", candidate.iteration, candidate.number, name)
+
+    def _change_by_order(self, candidate: Candidate, merged: Mapping[str, Tensor]) -> float:
+        """How much the output changes if the experts change places, as a share of its norm; on the smallest matrix.
+
+        A program that treats them by their order may owe its score to the order that they happen to have here, and
+        loses it on other experts. One that fails in another order changes by all of its output.
+        """
+        name = min(merged, key=lambda each: (merged[each].dim() < 2, merged[each].numel()))
+        first, *others = self.vectors.vectors[name].items()
+        [turned] = self.box.merge_many(
+            candidate.source or "",
+            [dict([*others, first])],
+            contexts=[self.vectors.context(name)],
+            seeds=[self._stream(candidate, name)],
+        )
+        if turned.tensor is None:
+            return 1.0
+        return norm_of([turned.tensor - merged[name]]) / max(norm_of([merged[name]]), 1e-30)
 
     def _merged(self, candidate: Candidate) -> dict[str, Tensor]:
         """What `merge` returns, kept as long as there is room."""

@@ -11,14 +11,28 @@ from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.evaluation.objective import kept_floors, mean_by_group, pareto_set
 
 LEARNING = "learning"
-"""The arm whose factory is trained; every other arm of a run's config is a control."""
+"""The arm whose factory is trained and that can win; every other arm of a run's config is a control."""
 
 FEEDBACK = "feedback"
 """The control that is shown its own best programs."""
 
-REPAIRED = "repaired"
-"""Where the working neighbours of its failing programs are archived. Nobody wrote them: they are learned from, and
-neither scored nor counted."""
+COMBINED = "learning_feedback"
+"""The control that is trained, on its own programs, and shown its own best ones."""
+
+_REPAIRED = "repaired"
+
+
+def repairs_of(arm: str) -> str:
+    """Where the working neighbours of an arm's failing programs are archived, as if of an arm of their own.
+
+    Nobody wrote them: they are learned from, and neither scored nor counted.
+    """
+    return _REPAIRED if arm == LEARNING else f"{_REPAIRED}_{arm}"
+
+
+def is_written(arm: str) -> bool:
+    """Whether an arm's programs were written by its factory; those of `repairs_of` were not."""
+    return not arm.startswith(_REPAIRED)
 
 
 NORMED = 1

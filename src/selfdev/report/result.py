@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 YIELD = ("written", "working", "trivial", "known", "repeated", "new")
 """Counts of an iteration, in the order in which they are shown."""
 
+_BY_ORDER = 0.01
+"""Share of the output from which it is said that the order of the experts changes it."""
+
 _SHOWN = 5
 """Finalists in the table; `--json` has all of them."""
 
@@ -168,7 +171,7 @@ def _row(row: dict[str, Any], *, is_best_rival: bool) -> list[RenderableType]:
 
 
 def _iterations(summary: dict[str, Any]) -> RenderableType:
-    rows = table("iteration", "T", *YIELD, "best", "pairs")
+    rows = table("iteration", "T", *YIELD, "best", "pairs", "time")
     ordered = sorted(summary["iterations"], key=lambda i: (i["iteration"], i["arm"] != LEARNING, i["arm"]))
     for i in ordered:
         rows.add_row(
@@ -177,10 +180,13 @@ def _iterations(summary: dict[str, Any]) -> RenderableType:
             *(str(i[count]) for count in YIELD),
             percent(i["best_dev"]),
             str(i["pairs"]) if i["pairs"] else "-",
+            duration(sum(i["seconds"].values())),
         )
     for arm in dict.fromkeys(i["arm"] for i in ordered):
-        totals = [str(sum(i[kind] for i in ordered if i["arm"] == arm)) for kind in YIELD]
-        rows.add_row(*(Text(cell, style="bold") for cell in (f"all {arm}", "", *totals)))
+        its = [i for i in ordered if i["arm"] == arm]
+        totals = [str(sum(i[kind] for i in its)) for kind in YIELD]
+        time = duration(sum(sum(i["seconds"].values()) for i in its))
+        rows.add_row(*(Text(cell, style="bold") for cell in (f"all {arm}", "", *totals, "", "", time)))
     nothing = [i for i in ordered if i["nothing_learned"]]
     lines = [
         f"After iteration {i['iteration']} nothing was learned: {i['nothing_learned']}." for i in nothing
@@ -197,7 +203,14 @@ def _winner(summary: dict[str, Any]) -> list[RenderableType]:
         f"Nearest trivial or known program on probes: {best['nearest'] or '-'}, distance {distance} of the output. "
         f"On the experts themselves: {'unknown' if real is None else f'{100 * real:.0f} %'} from a linear combination."
     )
-    return [title, Text(visible(near), style="dim"), "", python(unwrap_short(best["source"]))]
+    notes = [Text(visible(near), style="dim")]
+    if (best["change_by_order"] or 0) > _BY_ORDER:
+        changed = percent(min(best["change_by_order"], 1))
+        warning = (
+            f"It goes by the order of the experts: if they change places, {changed} % of its output changes."
+        )
+        notes.append(Text(f"{warning} On other experts it may do something else.", style="yellow"))
+    return [title, *notes, "", python(unwrap_short(best["source"]))]
 
 
 def _where(summary: dict[str, Any], run: "Run") -> Table:
