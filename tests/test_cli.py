@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,9 @@ def candidate(arm: str, number: int, **changes: Any) -> Candidate:
     return replace(Candidate(name, arm, 0, number, 0, "odd(deltas): ...", (1, 2, 3), -4.0), **changes)
 
 
-def make_run(folder: Path, *, new: bool = True, status: str = "done") -> Path:
+def make_run(
+    folder: Path, *, new: bool = True, status: str = "done", facts: Mapping[str, float] | None = None
+) -> Path:
     """A run of four programs an arm and four development questions, two of each group."""
     config = load_config(
         "quickstart", ["iterations=1", "programs=4", "prompt.prompts=1", "factory.warm_start.steps=7"]
@@ -63,7 +65,7 @@ def make_run(folder: Path, *, new: bool = True, status: str = "done") -> Path:
             if arm == "learning" and new:
                 found = replace(written[2], status="new", nearest="example median", distance=0.25)
                 outcomes = (True, True, True, False)
-                score = Evaluation("candidate", found.name, 0, "development", outcomes, 0.75, 4)
+                score = Evaluation("candidate", found.name, 0, "development", outcomes, 0.75, 4, facts or {})
                 archive.set_screened(found, score)
                 archive.add_pairs(arm, 0, [Pair(found.name, written[0].name, "copy")])
             else:
@@ -162,8 +164,8 @@ def test_show_prints_the_verdict_and_the_winner(done: Path, capsys: pytest.Captu
     assert ["seed", "50.0", "-", "-"] in lines
     assert ["ties", "70.0", "80.0", "70.0..90.0", "best"] in lines
     assert ["learning/1/003", "75.0", "80.0", "70.0..90.0", "+5.0", "+1.0..+9.0", "0.012"] in lines
-    assert ["1", "learning", "0.90", "4", "2", "1", "0", "0", "1", "75.0", "1"] in lines
-    assert ["1", "frozen", "0.90", "4", "2", "1", "0", "1", "0", "-", "-"] in lines
+    assert ["1", "learning", "0.90", "4", "2", "1", "0", "0", "1", "75.0", "1", "0:01"] in lines
+    assert ["1", "frozen", "0.90", "4", "2", "1", "0", "1", "0", "-", "-", "0:01"] in lines
     assert "example median, distance 25 %" in out
     assert "def merge_odd(deltas):" in out
     assert "merge_models" not in out
@@ -180,6 +182,19 @@ def test_model_written_text_neither_colours_nor_controls_the_terminal(
         out = capsys.readouterr().out
         assert "[red]no markup[/red] \\x1b[2J" in out or "\\x1b]0;title\\x07" in out
         assert not {"\x1b", "\x07"} & set(out)
+
+
+@pytest.mark.parametrize(("changes", "says"), [(0.3512, "35.1 % of its output changes"), (0.0, None)])
+def test_a_winner_that_goes_by_the_order_of_the_experts_is_marked(
+    changes: float, says: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", facts={"change_by_order": changes})
+    assert main(["show", str(run)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert ("It goes by the order of the experts" in out) == (says is not None)
+    assert says is None or says in out
+    assert main(["show", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["best"]["change_by_order"] == changes
 
 
 def test_a_run_without_a_winner_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ def test_without_an_adapter_the_factory_stays_what_it_was_and_the_page_says_so(
     [why] = {facts.get("skipped"), facts.get("rolled_back")} - {None}
     assert first["nothing_learned"] == why
     assert main(["show", str(ended.folder)]) == 0
-    assert f"After iteration 1 nothing was learned: {why}" in capsys.readouterr().out
+    assert f"After iteration 1 the arm 'learning' learned nothing: {why}" in capsys.readouterr().out
     texts = {arm: [c.text for c in ended.archive.candidates(arm, 1)] for arm in ("learning", "frozen")}
     assert texts["learning"] == texts["frozen"]
     # Pairs of one round: some were rejected for their score, and no two scores are sure.

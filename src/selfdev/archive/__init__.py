@@ -1,6 +1,7 @@
 """The run's database: everything that was written, run, scored, preferred and learned."""
 
-from selfdev.archive.database import Archive, ArchiveError, TestSealed
+from selfdev.archive.database import Archive, TestSealed
+from selfdev.archive.file import ArchiveError
 from selfdev.archive.records import FACTOR, Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
 
 __all__ = [

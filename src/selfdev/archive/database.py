@@ -1,44 +1,22 @@
-"""Reading and writing the archive: SQLite in WAL mode, one writer, any number of readers."""
+"""What a run's archive holds, written and read as records."""
 
 import hashlib
 import json
-import shutil
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from selfdev.archive.file import ArchiveError, connect, create, transaction
 from selfdev.archive.outcomes import pack, pack_positions, unpack, unpack_positions
 from selfdev.archive.records import Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
 
-APPLICATION_ID = 0x5E1FDE0
-VERSION = 3
-ADDED = {
-    2: (
-        "ALTER TABLE evaluation ADD COLUMN graded INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE evaluation ADD COLUMN asked BLOB",
-        "ALTER TABLE evaluation ADD COLUMN first_questions INTEGER",
-        "ALTER TABLE evaluation ADD COLUMN first_score REAL",
-    ),
-    3: (
-        "ALTER TABLE test_opening ADD COLUMN again INTEGER NOT NULL DEFAULT 0",
-        "ALTER TABLE test_opening ADD COLUMN before TEXT",
-    ),
-}
-"""What each version added to the one before it."""
 CLOCKS = {"seconds", "created", "opened"}
 """Columns that tell the time, which no two runs share."""
-SPACE_NEEDED = 200 * 1024**2
-"""Bytes that must be free before a run starts."""
-
-
-class ArchiveError(RuntimeError):
-    """The archive cannot be used: absent, corrupt, from a newer version, or in the way."""
 
 
 class TestSealed(RuntimeError):
@@ -50,7 +28,7 @@ class TestSealed(RuntimeError):
 class Archive:
     """One run's database. Made by `create` or `open`."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path):
+    def __init__(self, path: Path, connection: sqlite3.Connection):
         self.path = path
         self._db = connection
         self._db.row_factory = sqlite3.Row
@@ -62,42 +40,18 @@ class Archive:
         Raises:
             ArchiveError: there is one already, or the disk is full.
         """
-        if path.exists():
-            raise ArchiveError(
-                f"{path} exists: `selfdev resume {path.parent}` goes on with it; or choose another --out"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < SPACE_NEEDED:
-            raise ArchiveError(
-                f"{path.parent}: {free / 1e6:.0f} MB are free and a run needs {SPACE_NEEDED / 1e6:.0f} MB; "
-                "make room or choose another --out"
-            )
-        db = _connect(path)
-        # All or nothing: a kill in here leaves a file without tables, which `open` calls unfinished.
-        db.executescript(
-            "BEGIN;"
-            + resources.files(__package__).joinpath("schema.sql").read_text(encoding="utf-8")
-            + "COMMIT;"
-        )
-        archive = cls(db, path)
-        with archive.transaction():
-            db.execute(
-                "INSERT INTO run VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    run.name,
-                    run.preset,
-                    run.seed,
-                    run.status,
-                    _json(run.config),
-                    _json(run.facts),
-                    run.created,
-                    0.0,
-                ),
-            )
-            db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {VERSION}")
-        return archive
+        first = [
+            1,
+            run.name,
+            run.preset,
+            run.seed,
+            run.status,
+            _json(run.config),
+            _json(run.facts),
+            run.created,
+            0.0,
+        ]
+        return cls(path, create(path, first))
 
     @classmethod
     def open(cls, path: Path, *, read_only: bool = False) -> "Archive":
@@ -106,41 +60,7 @@ class Archive:
         Raises:
             ArchiveError: there is none, it is corrupt, or a newer version wrote it.
         """
-        if not path.is_file():
-            raise ArchiveError(
-                f"{path.parent} holds no run: there is no {path.name}; `selfdev run` starts one"
-            )
-        try:
-            db = _connect(path, read_only=read_only)
-            identity, version = (
-                db.execute(f"PRAGMA {key}").fetchone()[0] for key in ("application_id", "user_version")
-            )
-            if identity == APPLICATION_ID and version > VERSION:
-                raise ArchiveError(
-                    f"{path} has format {version} and this selfdev reads up to {VERSION}; install a newer selfdev"
-                )
-            if identity != APPLICATION_ID:
-                raise ArchiveError(
-                    f"{path} is no archive of a run, or its creation was cut off; remove it and run anew"
-                )
-            if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
-                raise sqlite3.DatabaseError("quick_check failed")
-        except sqlite3.DatabaseError as error:
-            raise ArchiveError(
-                f"{path} is corrupt ({error}); restore it from a copy, or start a new run with another --out"
-            ) from error
-        archive = cls(db, path)
-        if not read_only:
-            archive._bring_up(version)
-        return archive
-
-    def _bring_up(self, version: int) -> None:
-        """Bring an older format up to date; one that is only read stays as it is."""
-        with self.transaction():
-            for step in range(version + 1, VERSION + 1):
-                for statement in ADDED[step]:
-                    self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {VERSION}")
+        return cls(path, connect(path, read_only=read_only))
 
     def close(self) -> None:
         """Close the file."""
@@ -152,16 +72,9 @@ class Archive:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """What is written within it is committed together or not at all."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.rollback()
-            raise
-        self._db.commit()
+        return transaction(self._db)
 
     # --- the run
 
@@ -475,18 +388,6 @@ class Archive:
             for row in self._db.execute(f"SELECT {kept} FROM {table} ORDER BY {kept}"):
                 content.update(repr(tuple(row)).encode())
         return content.hexdigest()
-
-
-def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    mode = "ro" if read_only else "rwc"
-    db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
-    )
-    if not read_only:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-    return db
 
 
 def _json(value: Any) -> str:

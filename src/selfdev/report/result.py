@@ -189,7 +189,8 @@ def _iterations(summary: dict[str, Any]) -> RenderableType:
         rows.add_row(*(Text(cell, style="bold") for cell in (f"all {arm}", "", *totals, "", "", time)))
     nothing = [i for i in ordered if i["nothing_learned"]]
     lines = [
-        f"After iteration {i['iteration']} nothing was learned: {i['nothing_learned']}." for i in nothing
+        f"After iteration {i['iteration']} the arm '{i['arm']}' learned nothing: {i['nothing_learned']}."
+        for i in nothing
     ]
     return Group(rows, *(Text(visible(line), style="yellow") for line in lines))
 

@@ -1,0 +1,41 @@
+"""What is noted of a candidate when it is merged on the experts themselves."""
+
+import pytest
+
+from selfdev.archive import Candidate
+from selfdev.evaluation.evaluator import Evaluator
+from selfdev.evaluation.tasks import load_task
+from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.sandbox import Sandbox
+from selfdev.zoo import zoo_models
+
+PROGRAM = """import torch
+
+def merge_models(model_dict, device):
+    d = torch.stack(list(model_dict.values()))
+    return {}
+"""
+
+
+@pytest.fixture(scope="module")
+def changes() -> dict[str, float]:
+    """By how much the output of each returned value changes where the experts change places."""
+    values = ("d.sum(0).abs() * d.amax(0)", "d[0].abs() * d[1]")
+    zoo = zoo_models("nano")
+    vectors = read_task_vectors(zoo["seed"], zoo["experts"], "mlp")
+    found = {}
+    with Sandbox() as box:
+        scorer = Evaluator(zoo["seed"], vectors, load_task("nano"), 12, box, 1)
+        for value in values:
+            source = PROGRAM.format(value)
+            written = Candidate("learning/1/001", "learning", 0, 0, 0, source, (), None, True, source)
+            found[value] = scorer.candidate(written, "development").parameters["change_by_order"]
+    return found
+
+
+def test_a_program_that_treats_all_experts_alike_does_not_change(changes: dict[str, float]) -> None:
+    assert changes["d.sum(0).abs() * d.amax(0)"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_program_that_picks_experts_by_their_place_changes(changes: dict[str, float]) -> None:
+    assert changes["d[0].abs() * d[1]"] > 0.5
