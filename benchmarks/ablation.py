@@ -67,8 +67,9 @@ def run_once(name: str, seed: int, out: Path) -> Run | None:
 
 
 def last(run: Run) -> dict[str, object]:
-    """The counts of a run's last iteration."""
-    return max(iterations(run), key=lambda row: int(str(row["iteration"])))
+    """The counts of the learning arm's last iteration."""
+    mine = [row for row in iterations(run) if row["arm"] == "learning"]
+    return max(mine, key=lambda row: int(str(row["iteration"])))
 
 
 def table(runs: dict[str, dict[int, Run]]) -> None:

@@ -41,11 +41,26 @@ def test_every_preset_loads(name: str) -> None:
         ("quickstart", "task.weights={add: 0}", "task.weights.add"),
         ("quickstart", "task.floors={rve: 2}", "nearest known one is 'rev'"),
         ("absent.yaml", "seed=1", "No such file"),
+        ("quickstart", "controls=[frosen]", "'frozen', 'feedback' or 'learning_feedback'"),
     ],
 )
 def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says: str) -> None:
     with pytest.raises(UserError, match=says.replace("[", r"\[")):
         load_config(preset, [change])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["preferences.pairs=0", "refinement.imitation.passes=0"], "nothing could be learned"),
+        (["refinement.refit=never", "controls=[frozen]"], "its own frozen control"),
+        (["refinement.refit=never", "controls=[learning_feedback]"], "set 'feedback'"),
+    ],
+)
+def test_what_does_not_go_together_is_named(changes: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        load_config("quickstart", changes)
+    assert load_config("quickstart", changes[:1] + ["controls=[]"]).programs == 56
 
 
 def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
