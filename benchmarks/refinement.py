@@ -83,9 +83,7 @@ def round_of_ours(model: PeftModel, steps: list[Step]) -> None:
     refine(model, steps, consult(model, steps, settings), settings)
 
 
-def trainer_of_trl(
-    model: PeftModel, tokenizer: Any, steps: list[Step], at_once: int, checkpointing: bool
-) -> Any:
+def trainer_of_trl(model: PeftModel, tokenizer: Any, steps: list[Step], checkpointing: bool = True) -> Any:
     """TRL's trainer on these pairs, by TRL's own optimiser and schedule; it computes the reference in each step."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer

@@ -60,7 +60,7 @@ def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says:
 def test_what_does_not_go_together_is_named(changes: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_config("quickstart", changes)
-    assert load_config("quickstart", changes[:1] + ["controls=[]"]).programs == 56
+    assert load_config("quickstart", [*changes[:1], "controls=[]"]).programs == 56
 
 
 def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from selfdev.factory.drawing import draw
 KNOWN = torch.tensor([0.15, 0.5, 0.05, 0.3]).log()  # sorted: tokens 1, 3, 0, 2
 
 
-def drawn(uniform: list[float], logits: Tensor = KNOWN, **settings: float) -> list[int]:
+def drawn(uniform: list[float], logits: Tensor = KNOWN, **settings: object) -> list[int]:
     tokens, _ = draw(logits.expand(len(uniform), -1), torch.tensor(uniform), **settings)  # type: ignore[arg-type]
     return tokens.tolist()
 
@@ -97,3 +97,26 @@ def test_what_is_sorted_in_part_is_drawn_as_if_all_were(
         )
         alone, _ = draw(logits[row : row + 1], uniform[row : row + 1], **cuts)  # type: ignore[arg-type]
         assert alone.item() == tokens[row]
+
+
+def test_what_is_not_allowed_goes_before_the_cuts() -> None:
+    allowed = torch.tensor([True, False, True, True])  # 0.3, 0.15 and 0.05 are left, as if they were all
+    uniform = torch.tensor([0.59, 0.61, 0.89, 0.91, 0.999])
+    tokens, log_probs = draw(KNOWN.expand(5, -1), uniform, allowed=allowed.expand(5, -1))
+    assert tokens.tolist() == [3, 0, 0, 2, 2]
+    assert log_probs.exp().tolist() == pytest.approx([0.3, 0.15, 0.15, 0.05, 0.05], abs=1e-6)
+    assert drawn([0.999], top_k=2, allowed=allowed[None]) == [0]
+    assert drawn([0.999], top_p=0.59, allowed=allowed[None]) == [3]  # 0.3 / 0.5 = 0.6
+    assert drawn([0.999], min_p=0.51, allowed=allowed[None]) == [3]  # 0.15 / 0.3 = 0.5
+
+
+@given(st.integers(0, 2**31), st.floats(0, 0.999), st.integers(1, 90))
+def test_only_what_is_allowed_is_drawn(seed: int, uniform: float, count: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(1, 300, generator=generator)
+    allowed = torch.zeros(1, 300, dtype=torch.bool)
+    allowed[0, torch.randperm(300, generator=generator)[:count]] = True
+    [token], _ = draw(logits, torch.tensor([uniform]), allowed=allowed)
+    assert allowed[0, token]
+    [[place], _] = draw(logits[allowed][None], torch.tensor([uniform]))
+    assert allowed[0].nonzero()[place, 0] == token

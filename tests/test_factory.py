@@ -1,6 +1,8 @@
 """The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from selfdev.algorithms.source import Form
 from selfdev.errors import UserError
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import Prompt, ask
-from selfdev.runs import Run
+from selfdev.models.folder import load_model, weights_hash
+from selfdev.runs import Run, resume, run
+from selfdev.watcher import Silent, Tick
 
 LESSONS = [
     "r(deltas):\n    return torch.roll(sum(deltas), 1, 0)\n",
@@ -239,7 +243,7 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
         factory, pairs = learner(tiny_writer, backend=backend, learning_rate=1e-3, reference="previous")
         facts[backend] = factory.refine(pairs, 0, [], tmp_path / backend, lambda *_: None)
         assert facts[backend]["backend"] == backend
-    assert facts["trl"].keys() == facts["own"].keys() - {"tokens_a_pass"}
+    assert facts["trl"].keys() == facts["own"].keys()
     for ours, theirs in zip(facts["own"]["losses"], facts["trl"]["losses"], strict=True):
         assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-3)
         assert theirs["supervised"] == pytest.approx(ours["supervised"], abs=1e-3)
@@ -254,3 +258,77 @@ def test_without_trl_the_run_ends_before_its_work(tiny_writer: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "trl", None)  # Python then says that there is none
     with pytest.raises(UserError, match=r"pip install 'selfdev\[trl\]'"):
         learner(tiny_writer, backend="trl")
+
+
+@pytest.mark.parametrize("refit", ["continue", "fresh"])
+def test_a_factory_trained_as_a_whole_is_saved_and_loaded_again(
+    refit: str, tiny_writer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on = refit == "continue"
+    more = {"train": "full", "refit": refit, "optimizer": "continue" if on else "fresh"}
+    factory, pairs = learner(tiny_writer, **more, learning_rate=1e-3, epochs=1)
+    learned: list[Path] = []
+    margins, hashes = [], []
+    capfd.readouterr()
+    for round_ in range(2):
+        out = tmp_path / str(round_)
+        facts = factory.refine(pairs, 0, learned, out, lambda *_: None)
+        assert facts["train"] == "full"
+        assert facts["adapter"] == weights_hash(out)
+        assert (out / "optimizer").is_dir() == on
+        margins.append(facts["losses"][0]["margin"])
+        hashes.append(facts["adapter"])
+        learned.append(out)
+    assert capfd.readouterr() == ("", "")
+    assert margins == pytest.approx([0, 0], abs=1e-3)  # one step a round: each begins at its reference
+    assert (hashes[0] == hashes[1]) == (not on)  # afresh, the same pairs give the same weights
+    prompts = factory.prompts(0)
+    written = [factory.write(prompts, 0, 1.0, some, lambda *_: None) for some in ([], learned[:1], learned)]
+    assert written[0] != written[1]
+    again, _ = learner(tiny_writer, **more)
+    assert again.write(prompts, 0, 1.0, learned, lambda *_: None) == written[2]
+    whole = load_model(learned[-1]).state_dict()
+    own = load_model(tiny_writer).state_dict()
+    assert whole.keys() == own.keys()
+    assert not any(torch.equal(whole[name], own[name]) for name in own)
+
+
+def test_a_run_that_trains_all_weights_resumes(tiny_writer: Path, tmp_path: Path) -> None:
+    """Stopped after the round, it goes on with what the round has saved."""
+    config = writer_config(tiny_writer)
+    settings = type(config.refinement)(
+        **{**config.refinement.model_dump(), "train": "full", "learning_rate": 1e-3, "refit": "continue"}
+    )
+    config = config.model_copy(update={"refinement": settings, "controls": ()})
+    with pytest.raises(Stopped):
+        run(config, tmp_path / "run", watch=Stopping("write", 1))
+    resumed = resume(tmp_path / "run")
+    [refinement] = resumed.archive.refinements("learning")
+    assert refinement.adapter is not None
+    learned = resumed.folder / refinement.adapter
+    assert refinement.facts["adapter"] == weights_hash(learned)
+    factory = LocalFactory(config)
+    temperature = config.factory.temperature_at(1)
+    texts = {}
+    for adapters in ([], [learned]):
+        written = factory.write(factory.prompts(1), 1, temperature, adapters, lambda *_: None)
+        texts[len(adapters)] = [sample.tokens for _, sample in written]
+    assert [c.tokens for c in resumed.archive.candidates("learning", 1)] == texts[1] != texts[0]
+
+
+class Stopped(Exception):
+    """Raised in the middle of a run."""
+
+
+class Stopping(Silent):
+    """Ends a run as a phase of some iteration begins."""
+
+    def __init__(self, name: str, iteration: int):
+        self.place = name, iteration
+
+    @contextmanager
+    def phase(self, name: str, arm: str | None = None, iteration: int | None = None) -> Iterator[Tick]:
+        if (name, iteration) == self.place:
+            raise Stopped
+        with super().phase(name, arm, iteration) as tick:
+            yield tick

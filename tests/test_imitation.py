@@ -37,6 +37,15 @@ def test_what_is_imitated_becomes_likely() -> None:
     assert likelihood(model, other) < likelihood(model, good)
 
 
+def test_a_step_that_takes_several_passes_is_the_same_step() -> None:
+    steps = [Lesson(PROMPT, ((6, 7, 8), (9, 10), (11, 12, 13, 14))), Lesson(PROMPT, ((7, 9),))]
+    whole, split = adapted(), adapted()
+    losses = imitate(whole, steps, 1e-2)
+    assert imitate(split, steps, 1e-2, tokens_a_pass=len(PROMPT) + 5) == pytest.approx(losses, rel=1e-5)
+    for (name, one), other in zip(whole.named_parameters(), split.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5), name
+
+
 def test_a_rate_that_is_too_high_is_told() -> None:
     with pytest.raises(Diverged, match="lower its rate"):
         imitate(adapted(), [Lesson(PROMPT, ((6, 7, 8),))] * 40, 1e30)

@@ -5,9 +5,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from selfdev.errors import SelfdevError
-from selfdev.factory.memory import TRANSIENT, Footprint, available, fitting_pass, footprint
-from selfdev.factory.packing import completion_states
+from selfdev.factory.imitation import Lesson
+from selfdev.factory.memory import SHARE, TRANSIENT, Footprint, available, fitting_pass, footprint
+from selfdev.factory.packing import Model, completion_states
 from selfdev.factory.refinement import Step
+from selfdev.factory.vocabulary import CHUNK
 from selfdev.settings import RefinementSettings
 from tiny import tiny_model
 
@@ -20,7 +22,7 @@ def adapted(rank: int = 4) -> PeftModel:
     return get_peft_model(tiny_model(), lora)
 
 
-def kept(model: PeftModel, tokens: int) -> int:
+def kept(model: Model, tokens: int) -> int:
     """Bytes that a pass really keeps, weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages: dict[int, int] = {}
@@ -35,22 +37,26 @@ def kept(model: PeftModel, tokens: int) -> int:
     return sum(storages.values())
 
 
-def test_an_estimate_from_short_passes_holds_for_long_ones() -> None:
-    model = adapted()
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_an_estimate_from_a_short_pass_holds_for_long_ones(train: str) -> None:
+    model = adapted() if train == "lora" else tiny_model()
     needs = footprint(model, kl=False)
     assert needs.of(250) - needs.fixed == pytest.approx(TRANSIENT * kept(model, 250), rel=0.05)
 
 
 def test_what_is_fixed_grows_with_the_rank_and_with_a_kl_term() -> None:
     trained = sum(p.numel() * 4 for p in adapted(8).parameters() if p.requires_grad)
-    assert footprint(adapted(8), kl=False).fixed - footprint(adapted(4), kl=False).fixed == 4 * trained / 2
+    assert footprint(adapted(8), kl=False).fixed - footprint(adapted(4), kl=False).fixed == 3 * trained / 2
     assert footprint(adapted(), kl=True).fixed > footprint(adapted(), kl=False).fixed
+    whole = tiny_model()
+    weights = sum(p.numel() * 4 for p in whole.parameters())
+    logits = CHUNK * 64 * 4 * 2  # of 64 tokens of the vocabulary, and their softmax
+    assert footprint(whole, kl=False).fixed == 3 * weights + logits
 
 
-@pytest.mark.parametrize("a_pair", [0.0, 2.0])
-def test_the_tokens_of_so_many_bytes(a_pair: float) -> None:
-    needs = Footprint(fixed=1000, a_token=50.0, a_pair=a_pair)
-    assert needs.of(100) == 6000 + 10_000 * a_pair
+def test_the_tokens_of_so_many_bytes() -> None:
+    needs = Footprint(fixed=1000, a_token=50.0)
+    assert needs.of(100) == 6000
     for free in (1060, 5000, 123_456):
         tokens = needs.tokens(free)
         assert needs.of(tokens) <= free < needs.of(tokens + 1)
@@ -61,6 +67,16 @@ def test_enough_memory_changes_nothing() -> None:
     assert fitting_pass(adapted(), [STEP], RefinementSettings(), free=10**12) is None
     assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=80), free=10**12) == 80
     assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=10), free=10**12) == 10
+
+
+def test_the_longest_of_preferences_and_imitation_counts() -> None:
+    model, settings = adapted(), RefinementSettings()
+    lesson = Lesson(tuple(range(1, 40)), (tuple(range(1, 60)),) * 9)
+    needs = footprint(model, kl=False).of(len(STEP.prompt) + sum(STEP.lengths))
+    assert fitting_pass(model, [STEP], settings, free=int(needs / SHARE) + 1) is None
+    alone = fitting_pass(model, [STEP, lesson], settings, free=int(needs / SHARE) + 1)
+    assert alone is not None
+    assert alone < len(lesson.prompt) + sum(lesson.lengths)
 
 
 def test_little_memory_makes_smaller_passes_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -78,6 +94,8 @@ def test_too_little_for_one_program_ends_before_the_work() -> None:
         SelfdevError, match=r"one program of 70 tokens.*free some, or take a lower refinement\.rank"
     ):
         fitting_pass(model, [STEP], RefinementSettings(), free)
+    with pytest.raises(SelfdevError, match=r"set refinement\.train: lora"):
+        fitting_pass(tiny_model(), [STEP], RefinementSettings(train="full"), free=1000)
 
 
 def test_what_is_available_is_bounded_by_the_machine() -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from selfdev.factory.adapter import save_adapter
-from selfdev.factory.packing import completion_log_probs, passes
+from selfdev.factory.adapter import load_moments, save_learned
+from selfdev.factory.packing import completion_log_probs, completion_states, passes
 from selfdev.factory.refinement import (
     Diverged,
     Outcome,
@@ -215,12 +216,137 @@ def test_a_reference_of_its_own_is_what_the_gain_is_measured_from() -> None:
 
 def test_an_adapter_that_is_saved_is_loaded_by_peft(tmp_path: Path) -> None:
     model, _ = trained()
-    save_adapter(model, tmp_path / "adapter")
+    save_learned(model, tmp_path / "adapter")
     assert {file.suffix for file in (tmp_path / "adapter").iterdir()} <= {".json", ".safetensors", ".md"}
     loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
     ids = torch.tensor([[*PROMPT, *COMPLETIONS[0]]])
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert not torch.equal(loaded(ids).logits, tiny_model()(ids).logits)
+
+
+def test_the_reference_of_a_step_is_that_of_its_own_programs() -> None:
+    """Whatever passes they were computed in, and wherever else they stand."""
+    model, settings = tiny_model(), RefinementSettings(kl=0.1)
+    others = (2, 9)
+    steps = [*ONE, Step(others, COMPLETIONS[:1], ()), Step(PROMPT, COMPLETIONS[1::-1], ((0, 1),))]
+    ticks: list[int] = []
+    for tokens_a_pass in (None, 2):
+        found = consult(model, steps, settings, tokens_a_pass, ticks.append)
+        for step, reference in zip(steps, found, strict=True):
+            alone = [completion_states(model, step.prompt, [each]) for each in step.completions]
+            expected = [
+                completion_log_probs(model, step.prompt, [each])[0].sum() for each in step.completions
+            ]
+            assert reference.hidden is not None
+            torch.testing.assert_close(reference.hidden, torch.cat(alone), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(reference.log_probs, torch.stack(expected), atol=1e-5, rtol=1e-5)
+    # Five programs under two prompts, in two passes and, of at most eight tokens, in five.
+    assert ticks == [2, 3, 0, 1, 1, 2, 3]
+
+
+def whole_model() -> LlamaForCausalLM:
+    """Its output layer is its embedding."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            tie_word_embeddings=True,
+            eos_token_id=None,
+            bos_token_id=None,
+            initializer_range=0.3,
+        )
+    ).eval()
+
+
+FULL = RefinementSettings(
+    train="full", optimizer="continue", beta=0.5, learning_rate=1e-2, supervised=0.3, epochs=2
+)
+
+
+def test_the_gradient_of_all_weights_is_that_of_plain_logits() -> None:
+    model = whole_model()
+    found = torch.cat(completion_log_probs(model, PROMPT, COMPLETIONS)).pow(2).sum()
+    plain = []
+    for completion in COMPLETIONS:
+        log_probs = (
+            model(torch.tensor([[*PROMPT, *completion]])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        )
+        plain.append(log_probs.gather(-1, torch.tensor(completion)[:, None])[:, 0])
+    names, weights = zip(*model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(torch.cat(plain).pow(2).sum(), weights)
+    for name, its, theirs in zip(names, torch.autograd.grad(found, weights), expected, strict=True):
+        torch.testing.assert_close(its, theirs, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_all_weights_learn_and_a_round_repeats_itself() -> None:
+    weights = []
+    for _ in range(2):
+        model = whole_model()
+        references = consult(model, STEPS, FULL)
+        losses = refine(model, STEPS, references, FULL).losses
+        assert losses[-1].dpo < losses[0].dpo
+        [after, *_] = consult(model, STEPS, FULL)
+        gain = after.log_probs - references[0].log_probs
+        assert gain[0] > gain[1]
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not any(torch.equal(weights[0][n], weight) for n, weight in whole_model().named_parameters())
+
+
+def test_an_optimiser_that_goes_on_makes_two_rounds_one(tmp_path: Path) -> None:
+    """Saved and read again in between; the rate follows each round's own schedule."""
+    model = whole_model()
+    moments = None
+    for round_ in range(2):
+        done = refine(model, STEPS, consult(model, STEPS, FULL), FULL, moments=moments)
+        assert done.moments is not None
+        save_learned(model, tmp_path / str(round_), done.moments)
+        moments = load_moments(tmp_path / str(round_))
+    unbroken, optimizer = whole_model(), None
+    # A warm-up of one step, then down by a quarter of the peak: 4 steps a round.
+    for _ in range(2):
+        references = consult(unbroken, STEPS, FULL)
+        optimizer = optimizer or torch.optim.AdamW(unbroken.parameters(), weight_decay=0.0)
+        for place, share in enumerate((1.0, 0.75, 0.5, 0.25)):
+            optimizer.param_groups[0]["lr"] = 1e-2 * share
+            optimizer.zero_grad()
+            backward(unbroken, STEPS[place % 2], references[place % 2], FULL, 0.0, None)
+            torch.nn.utils.clip_grad_norm_(unbroken.parameters(), 1.0)
+            optimizer.step()
+    anew = whole_model()
+    for _ in range(2):
+        refine(anew, STEPS, consult(anew, STEPS, FULL), FULL)
+    expected = dict(unbroken.named_parameters())
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight, expected[name], atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(weight, anew.get_parameter(name), atol=1e-4)
+
+
+def test_no_moments_are_kept_that_nobody_would_read(tmp_path: Path) -> None:
+    model, settings = whole_model(), FULL.model_copy(update={"optimizer": "fresh"})
+    done = refine(model, STEPS, consult(model, STEPS, settings), settings)
+    save_learned(model, tmp_path / "model", done.moments)
+    assert done.moments is None
+    assert load_moments(tmp_path / "model") is None
+    assert not any(path.is_dir() for path in (tmp_path / "model").iterdir())
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"train": "full", "refit": "fresh"}, {"refit": "continue"}, {"train": "lora"}]
+)
+def test_moments_of_other_weights_are_refused(settings: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match=r"refinement\.optimizer.*or optimizer: fresh"):
+        RefinementSettings(**{"optimizer": "continue", **settings})
+
+
+def test_a_kl_term_needs_an_output_layer_that_stays() -> None:
+    with pytest.raises(ValidationError, match=r"set refinement\.train: lora or refinement\.kl: 0"):
+        RefinementSettings(train="full", kl=0.1)
 
 
 def test_a_loss_that_is_not_finite_ends_the_round() -> None:
@@ -237,7 +363,7 @@ def test_weights_that_are_not_finite_are_no_adapter() -> None:
     model, settings = adapted(), RefinementSettings(beta=0.1, learning_rate=1e-3)
     references = consult(model, STEPS[:1], settings)
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda slope: slope * float("nan"))
-    with pytest.raises(Diverged, match="a weight of the adapter"):
+    with pytest.raises(Diverged, match="a trained weight"):
         refine(model, STEPS[:1], references, settings)
 
 

@@ -1,5 +1,6 @@
 """TRL's DPOTrainer as a backend, and as the oracle of ours: where a step is one batch of both, they must agree."""
 
+import copy
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,26 @@ def test_the_same_losses_and_the_same_adapter_as_ours(loss: str) -> None:
 def test_the_same_with_a_supervised_share_and_another_reference() -> None:
     settings = RefinementSettings(beta=0.3, learning_rate=1e-3, epochs=2, pairs_a_step=2, supervised=0.5)
     assert_like_ours(settings, reference=tiny_model(seed=1))
+
+
+def test_all_weights_learn_as_ours_and_the_optimiser_goes_on() -> None:
+    """Two rounds, the second with the moments of the first."""
+    settings = RefinementSettings(
+        train="full", optimizer="continue", beta=0.3, learning_rate=1e-3, epochs=2, pairs_a_step=2
+    )
+    ours, theirs = tiny_model(), tiny_model()
+    moments, their_moments = None, None
+    for _ in range(2):
+        moments = refine(ours, STEPS, consult(ours, STEPS, settings), settings, moments=moments).moments
+        before = copy.deepcopy(theirs)
+        found = refine_with_trl(theirs, before, tiny_tokenizer(), STEPS, settings, moments=their_moments)
+        their_moments = found.moments
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(theirs.get_parameter(name), weight, atol=2e-4, rtol=1e-2)
+    assert moments is not None
+    assert their_moments is not None
+    for name, moment in moments.items():
+        torch.testing.assert_close(their_moments[name], moment, atol=1e-4, rtol=2e-2)
 
 
 def test_a_round_that_has_saturated_ends() -> None:

@@ -62,3 +62,16 @@ def test_log_probs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, target = torch.randn(8, 5), torch.randn(11, 5), torch.arange(8)
     expected = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     torch.testing.assert_close(token_log_probs(hidden, weight, target), expected)
+
+
+def test_the_gradient_of_an_output_layer_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "CHUNK", 3)
+    torch.manual_seed(0)
+    hidden, weight, scale = torch.randn(8, 5), torch.randn(11, 5), torch.randn(8)
+    target = torch.tensor([3, 3, 0, 10, 1, 3, 7, 2])
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    expected = torch.autograd.grad((plain * scale).sum(), inputs)
+    found = torch.autograd.grad((token_log_probs(hidden, weight, target) * scale).sum(), inputs)
+    for its, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(its, theirs)

@@ -147,6 +147,11 @@ class Factory(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="Type of its weights. On most CPUs only float32 is fast."
     )
+    grammar: Literal["none", "python"] = Field(
+        "none",
+        description="`python`: only what continues a valid program with names in scope is sampled. For the short form, "
+        "in process; needs the extra `grammar`.",
+    )
     warm_start: WarmStart = WarmStart()
 
     def temperature_at(self, iteration: int) -> float:
@@ -177,6 +182,11 @@ class Factory(Section):
             raise ValueError(
                 "factory.warm_start.steps: the server would not have the warm start; with vLLM set "
                 "factory.endpoint.adapters: vllm, with others factory.warm_start.steps: 0"
+            )
+        if self.grammar != "none":
+            raise ValueError(
+                "factory.grammar: a server samples by itself; set factory.grammar: none, and give its own field for "
+                "grammars under factory.endpoint.request"
             )
         if server.tokens_budget is not None and server.tokens_budget <= self.max_new_tokens:
             raise ValueError(
@@ -278,7 +288,7 @@ class Preferences(Section):
         description="Small edits that are tried on each failing program; the first one that works and is new is "
         "imitated or, where nothing is, preferred to it, beside `pairs`. 0: none.",
     )
-    pairs: int = Field(64, ge=1, description="Pairs of one round.")
+    pairs: int = Field(64, ge=0, description="Pairs of one round; 0: programs are imitated alone.")
     pairs_each: int = Field(64, ge=1, description="Pairs of a round that one chosen program may stand in.")
 
 
@@ -316,6 +326,9 @@ class RefinementSettings(Section):
         "reverse", description="`reverse`: KL(model || reference); `forward`: KL(reference || model)."
     )
     learning_rate: float = Field(1e-6, gt=0, description="Peak rate of AdamW.")
+    train: Literal["lora", "full"] = Field(
+        "lora", description="`lora`: an adapter on the frozen weights (the paper). `full`: all weights."
+    )
     rank: int = Field(256, ge=1, description="LoRA rank; alpha is the same.")
     epochs: int = Field(1, ge=1, description="Passes over the pairs.")
     supervised: float = Field(0.0, ge=0, description="Factor on the chosen side's loss in nats a token.")
@@ -333,6 +346,11 @@ class RefinementSettings(Section):
     )
     pairs_a_step: int = Field(
         4, ge=1, description="Pairs that share one packed prompt and one optimiser step."
+    )
+    optimizer: Literal["fresh", "continue"] = Field(
+        "fresh",
+        description="`continue`: AdamW begins with the moments that the round before has left; with `train: full` and "
+        "`refit: continue` alone, since a new adapter's matrices are not those that earlier moments belong to.",
     )
     tokens_a_pass: int | None = Field(
         None,
@@ -361,6 +379,21 @@ class RefinementSettings(Section):
     def held_to(self) -> Literal["first", "previous"]:
         """The reference, whether it is named or follows from `refit`."""
         return self.reference or ("first" if self.refit == "fresh" else "previous")
+
+    @model_validator(mode="after")
+    def _trained_as_a_whole(self) -> "RefinementSettings":
+        """What goes only with, or only without, training all weights."""
+        if self.train == "full" and self.kl:
+            raise ValueError(
+                "refinement.kl: the reference's distributions are made with the model's own output layer, which "
+                "refinement.train: full trains; set refinement.train: lora or refinement.kl: 0"
+            )
+        if self.optimizer == "continue" and (self.train, self.refit) != ("full", "continue"):
+            raise ValueError(
+                "refinement.optimizer: every round trains new weights, which the moments of earlier ones do not belong "
+                "to, unless refinement.train is full and refinement.refit is continue; set both, or optimizer: fresh"
+            )
+        return self
 
     @model_validator(mode="after")
     def _done_by_trl(self) -> "RefinementSettings":

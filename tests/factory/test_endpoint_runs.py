@@ -137,6 +137,13 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
         ),
         ({"refinement": {}}, "only the server has the model's weights"),
         ({"refinement": {}, "factory": {"model": "m", "endpoint": URL}}, "factory.endpoint.adapters: vllm"),
+        (
+            {
+                "refinement": {"train": "full"},
+                "factory": {"model": "m", "endpoint": {**URL, "adapters": "vllm"}},
+            },
+            "LoRA adapters and no whole model; set it to lora",
+        ),
         ({"controls": ["frozen"]}, "the run is its own frozen control"),
     ],
 )

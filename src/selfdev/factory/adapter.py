@@ -1,4 +1,4 @@
-"""LoRA adapters: made, and saved so that a folder is whole or not there."""
+"""What a factory has learned, an adapter or all of its weights: saved so that a folder is whole or not there."""
 
 import os
 import shutil
@@ -7,9 +7,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from selfdev.errors import SelfdevError
+from selfdev.factory.optimiser import Moments
+from selfdev.factory.packing import Model
+from selfdev.models.folder import quiet
+
+_MOMENTS = Path("optimizer") / "moments.safetensors"
+"""In a folder of its own, since the safetensors files beside each other are the model's weights."""
 
 
 def with_new_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
@@ -21,14 +28,33 @@ def with_new_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     return adapted
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Save an adapter aside and rename it, so that a folder of that name is always whole."""
+def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> None:
+    """Save what was trained aside and rename it, so that a folder of that name is always whole.
+
+    Args:
+        model: one with an adapter, which alone is saved, or one that was trained as a whole.
+        folder: to be written.
+        moments: of the optimiser, where a later round goes on with them.
+
+    Raises:
+        SelfdevError: it cannot be written.
+    """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        model.save_pretrained(aside)
+        with quiet():
+            model.save_pretrained(aside)
+        if moments is not None:
+            (aside / _MOMENTS).parent.mkdir()
+            save_file(dict(moments), aside / _MOMENTS)
     except SafetensorError as error:
         raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def load_moments(folder: Path) -> Moments | None:
+    """The optimiser's moments that were saved with what was learned; None if there are none."""
+    file = folder / _MOMENTS
+    return load_file(file) if file.is_file() else None

@@ -19,6 +19,7 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverse transform, the most likely token first.
 
@@ -26,7 +27,8 @@ def draw(
     tokens, top-p the smallest set of these whose share of what top-k kept reaches p (Holtzman et al. 2020, arXiv
     1904.09751), and min-p those with at least `min_p` times the probability of the most likely one (Nguyen et al.
     2024, arXiv 2407.01082). Each keeps the beginning of the sorted distribution, so only that is sorted. What is drawn
-    in a row depends on that row alone.
+    in a row depends on that row alone. Tokens that are not allowed are as if the model did not know them: they go
+    before the temperature and the cuts.
 
     Args:
         logits: shape (rows, vocabulary).
@@ -35,23 +37,31 @@ def draw(
         top_k: 0 for no such cut.
         top_p: in (0, 1]; 1 for no such cut.
         min_p: in [0, 1]; 0 for no such cut.
+        allowed: bool, shape (rows, vocabulary), at least one token in every row; None for all tokens.
 
     Returns:
-        The tokens, and their log-probabilities at temperature 1 before any cut, in nats; both of shape (rows,).
+        The tokens, and their log-probabilities at temperature 1 before any cut, in nats, among all tokens; both of
+        shape (rows,).
     """
     logits = logits.float()
     vocabulary = logits.shape[-1]
     tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     widest = min(top_k or vocabulary, vocabulary)
     width = widest if top_k else min(FIRST, widest)  # what top-p counts is shares of all that top-k kept
-    rest, left = torch.arange(len(logits), device=logits.device), logits
+    rest = torch.arange(len(logits), device=logits.device)
+    left = logits if allowed is None else logits.masked_fill(~allowed, float("-inf"))
     top, ids = _largest(left, width)
-    log_z, scaled_log_z = _log_z(logits, top[:, :1], temperature)
+    log_z, scaled_log_z = _log_z(left, top[:, :1], temperature)
+    if allowed is not None:
+        log_z, _ = _log_z(logits, logits.amax(-1, keepdim=True), temperature)
     while True:
         scaled = top / temperature
         share = torch.softmax(scaled, -1) if width == top_k else (scaled - scaled_log_z[rest]).exp()
         cumulative = share.cumsum(-1)
-        kept = ((cumulative - share < top_p) & (share >= min_p * share[:, :1])).sum(-1, keepdim=True)
+        drawable = (cumulative - share < top_p) & (share >= min_p * share[:, :1])
+        if allowed is not None:
+            drawable &= share > 0
+        kept = drawable.sum(-1, keepdim=True)
         last = (kept - 1).clamp(min=0)
         # Where the cut lies within the width, all that can be drawn is known; where there is none, its share is 1.
         whole = (kept < width) | (width == widest)

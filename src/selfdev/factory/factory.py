@@ -17,10 +17,12 @@ from transformers import AutoConfig, PreTrainedModel
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
 from selfdev.errors import UserError
-from selfdev.factory.adapter import save_adapter, with_new_adapter
+from selfdev.factory.adapter import load_moments, save_learned, with_new_adapter
+from selfdev.factory.grammar import Grammar
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
 from selfdev.factory.memory import fitting_pass
+from selfdev.factory.packing import Model
 from selfdev.factory.prompt import STOP, Prompt, prompts_of
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
@@ -40,7 +42,8 @@ class LocalFactory:
     """Writes programs and learns from pairs.
 
     The model in memory is always made from the weights on disk and a list of adapters, merged in their order, so
-    that a resumed run has the numbers of an unbroken one.
+    that a resumed run has the numbers of an unbroken one. With `refinement.train: full` what an arm has learned is a
+    whole model in the place of an adapter; the last one is it.
     """
 
     def __init__(self, config: Config):
@@ -54,17 +57,21 @@ class LocalFactory:
         self._sources = examples()
         self._loaded: tuple[PreTrainedModel, tuple[Path, ...]] | None = None
         longest = max(len(prompt.tokens(self.tokenizer)) for prompt in self.prompts(0))
-        check_context(AutoConfig.from_pretrained(self.folder), longest + config.factory.max_new_tokens)
+        model = AutoConfig.from_pretrained(self.folder)
+        check_context(model, longest + config.factory.max_new_tokens)
+        vocabulary = model.get_text_config().vocab_size
+        self._grammar = Grammar(self.tokenizer, vocabulary) if config.factory.grammar == "python" else None
 
     @property
     def facts(self) -> dict[str, Any]:
         """What the archive keeps of it, once it is prepared."""
         warm = self._warm_folder()
-        return {
+        facts = {
             "model": self.config.factory.model,
             "weights": self.weights,
             "warm_start": None if warm is None else weights_hash(warm),
         }
+        return facts if self._grammar is None else facts | {"grammar": self._grammar.version}
 
     def prepare(self, tick: Tick) -> None:
         """Make the warm start's adapter, if there is to be one and it is not in the cache."""
@@ -84,7 +91,7 @@ class LocalFactory:
             seed=settings.seed,
             tick=lambda step, loss: tick(step + 1, settings.steps, f"{loss:.2f} nats a token"),
         )
-        save_adapter(model, folder)
+        save_learned(model, folder)
 
     def prompts(self, iteration: int) -> list[Prompt]:
         """The prompts of one iteration: one and always the same, or dealt out anew."""
@@ -119,6 +126,7 @@ class LocalFactory:
             settings.top_k,
             settings.min_p,
             settings.batch,
+            self._grammar,
         )
         count = self.config.programs
         owner = [number * len(prompts) // count for number in range(count)]
@@ -147,22 +155,22 @@ class LocalFactory:
         flip_rate: float = 0.0,
         imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
     ) -> dict[str, Any]:
-        """Train a new adapter, on programs that are imitated and then on pairs, and save it.
+        """Train a new adapter or all weights, on programs that are imitated and then on pairs, and save them.
 
         Args:
             pairs: the prompt, token ids of the chosen program, those of the rejected one.
             iteration: names the random stream.
             adapters: what the arm has learned so far, in order; `refinement.refit` and `reference` say whether the new
                 one stands on it and is held to it.
-            out: the adapter's folder, written aside and renamed.
+            out: the folder of what is learned, written aside and renamed.
             tick: progress.
             flip_rate: share of the pairs that are probably the wrong way round, in 0..1; `refinement.flip_rate` may
                 name another.
             imitated: prompts, and token ids of the programs that `refinement.imitation` imitates.
 
         Returns:
-            What the archive keeps: settings, losses, hash of the adapter. With `skipped` or `rolled_back` among it,
-            whose value says why, there is no adapter, and the factory stays what it was.
+            What the archive keeps: settings, losses, hash of what is saved. With `skipped` or `rolled_back` among it,
+            whose value says why, nothing is saved, and the factory stays what it was.
 
         Raises:
             SelfdevError: there is too little memory even for one program a pass.
@@ -185,6 +193,7 @@ class LocalFactory:
             "steps": len(steps),
             "imitation_steps": len(taught),
             "backend": settings.backend,
+            "train": settings.train,
             "loss": settings.loss,
             "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
             "refit": settings.refit,
@@ -197,7 +206,7 @@ class LocalFactory:
             model, done = self._train(ground, reference, taught, steps, seed, facts, tick)
         except Diverged as error:
             return facts | {"rolled_back": str(error)}
-        save_adapter(model, out)
+        save_learned(model, out, done.moments)
         return facts | {
             "losses": [asdict(each) for each in done.losses],
             "stopped": done.stopped,
@@ -213,19 +222,26 @@ class LocalFactory:
         seed: int,
         facts: dict[str, Any],
         tick: Tick,
-    ) -> tuple[PeftModel, Outcome]:
-        """Train a new adapter on top of `ground`, held to `reference`; notes how its passes were split."""
+    ) -> tuple[Model, Outcome]:
+        """Train a new adapter on top of `ground`, or `ground` itself, held to `reference`.
+
+        Notes how the passes were split.
+        """
         settings = self.config.refinement
-        model = with_new_adapter(self._build(ground), settings.rank, seed)
+        moments = load_moments(ground[-1]) if ground and settings.optimizer == "continue" else None
+        model = self._trainee(ground, seed)
         note = f"{facts['pairs']} pairs"
+        facts["tokens_a_pass"] = tokens_a_pass = fitting_pass(model, [*steps, *taught], settings)
         if not steps:
             self._imitate(model, taught, facts, tick)
-            return model, Outcome([])
+            return model, Outcome([], moments=moments)
         if settings.backend == "trl":
             from selfdev.factory.trl_backend import refine_with_trl
 
             self._imitate(model, taught, facts, tick)
-            other = None if reference == ground else self._build(reference)
+            # Without an adapter to be taken off, the reference is a second model.
+            alone = settings.train == "lora" and reference == ground
+            other = None if alone else self._build(reference)
             total = settings.epochs * math.ceil(sum(len(s.pairs) for s in steps) / settings.pairs_a_step)
             return model, refine_with_trl(
                 model,
@@ -234,16 +250,16 @@ class LocalFactory:
                 steps,
                 settings,
                 flip_rate=facts["flip_rate"],
+                moments=moments,
                 tick=lambda done: tick(done, total, note),
             )
-        facts["tokens_a_pass"] = tokens_a_pass = fitting_pass(model, steps, settings)
         total = len(steps) * (1 + settings.epochs)
         if reference != ground:
             del model
             references = consult(
                 self._build(reference), steps, settings, tokens_a_pass, lambda done: tick(done, total, note)
             )
-            model = with_new_adapter(self._build(ground), settings.rank, seed)
+            model = self._trainee(ground, seed)
         else:
             references = consult(model, steps, settings, tokens_a_pass, lambda done: tick(done, total, note))
         self._imitate(model, taught, facts, tick)
@@ -254,8 +270,17 @@ class LocalFactory:
             settings,
             flip_rate=facts["flip_rate"],
             tokens_a_pass=tokens_a_pass,
+            moments=moments,
             tick=lambda done: tick(len(steps) + done, total, note),
         )
+
+    def _trainee(self, ground: Sequence[Path], seed: int) -> Model:
+        """What a round trains: `ground` with a new adapter, or as a whole."""
+        settings, model = self.config.refinement, self._build(ground)
+        if settings.train == "lora":
+            return with_new_adapter(model, settings.rank, seed)
+        whole: PreTrainedModel = model.requires_grad_(True)
+        return whole
 
     def _lessons(self, imitated: Sequence[tuple[Prompt, tuple[int, ...]]], seed: int) -> list[Lesson]:
         settings = self.config.refinement
@@ -265,7 +290,7 @@ class LocalFactory:
         passes, together = settings.imitation.passes, settings.imitation.programs_a_step
         return lessons(programs, passes, together, seed, settings.rehearsal, known)
 
-    def _imitate(self, model: PeftModel, taught: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
+    def _imitate(self, model: Model, taught: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
         """Imitate programs, if there are any; notes the mean loss of each pass."""
         if not taught:
             return
@@ -276,6 +301,7 @@ class LocalFactory:
             taught,
             settings.learning_rate,
             lambda step, loss: tick(step + 1, total, f"imitation, {loss:.2f} nats a token"),
+            facts["tokens_a_pass"],
         )
         once = total // settings.passes
         facts["imitation_losses"] = [
@@ -303,6 +329,7 @@ class LocalFactory:
             )
             for prompt, answers in chosen.items()
             for place, name in enumerate(prompt.examples[: self.config.refinement.shun_examples])
+            if name in self._sources  # a prompt of `showing` has a program among its examples
         ]
 
     def model(self, adapters: Sequence[Path]) -> PreTrainedModel:
@@ -313,13 +340,14 @@ class LocalFactory:
             self._loaded = self._build(wanted), wanted
         return self._loaded[0]
 
-    def _load(self) -> Any:
-        """The factory's own weights, on its device and of its type."""
-        return load_model(self.folder, getattr(torch, self.config.factory.dtype)).to(self.device)
+    def _load(self, folder: Path | None = None) -> Any:
+        """Weights, by default the factory's own, on its device and of its type."""
+        return load_model(folder or self.folder, getattr(torch, self.config.factory.dtype)).to(self.device)
 
     def _build(self, adapters: Sequence[Path]) -> PreTrainedModel:
-        model: Any = self._load()
-        for folder in self.layers(adapters):
+        whole = bool(adapters) and self.config.refinement.train == "full"
+        model: Any = self._load(adapters[-1] if whole else None)
+        for folder in [] if whole else self.layers(adapters):
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         built: PreTrainedModel = model.eval()
         return built

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 
-from selfdev.factory.packing import completion_log_probs
+from selfdev.factory.packing import Model, completion_log_probs, passes
 from selfdev.factory.refinement import Diverged
 
 Tokens = tuple[int, ...]
@@ -25,6 +24,11 @@ class Lesson:
 
     prompt: Tokens
     completions: tuple[Tokens, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        return [len(completion) for completion in self.completions]
 
 
 def lessons(
@@ -63,18 +67,20 @@ def lessons(
 
 
 def imitate(
-    model: PeftModel,
+    model: Model,
     steps: Sequence[Lesson],
     learning_rate: float,
     tick: Callable[[int, float], None] = lambda step, loss: None,
+    tokens_a_pass: int | None = None,
 ) -> list[float]:
-    """Train the adapter in place.
+    """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
     Args:
-        model: the factory with its adapter.
+        model: the factory.
         steps: what is imitated, in order.
         learning_rate: peak rate of AdamW; it falls linearly to a tenth.
         tick: called after each step with its number from 0 and its loss.
+        tokens_a_pass: see `packing.passes`; the gradient does not depend on it, up to rounding.
 
     Returns:
         The loss of each step, in nats a token.
@@ -83,19 +89,23 @@ def imitate(
         Diverged: a loss is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=len(steps))
     model.train()
     losses = []
     for number, step in enumerate(steps):
-        loss = -torch.cat(completion_log_probs(model, step.prompt, step.completions)).mean()
-        losses.append(loss.item())
+        optimizer.zero_grad()
+        losses.append(0.0)
+        for part in passes(len(step.prompt), step.lengths, tokens_a_pass):
+            completions = [step.completions[i] for i in part]
+            found = torch.cat(completion_log_probs(model, step.prompt, completions))
+            loss = -found.sum() / sum(step.lengths)
+            loss.backward()
+            losses[-1] += loss.item()
         if not math.isfinite(losses[-1]):
             raise Diverged(
                 f"the loss of an imitation is not a finite number; lower its rate ({learning_rate:g})"
             )
-        optimizer.zero_grad()
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()

@@ -1,8 +1,8 @@
 """How much memory a round of training takes, reckoned before it starts.
 
-What a pass keeps for its backward pass is not guessed from the architecture: two short passes of the model itself tell
-it. It grows with the tokens and, where attention keeps a matrix, with their square. Beside it stand the gradients and
-the optimiser's state, and one chunk of vocabulary logits. It is an estimate: what the system frees late and what other
+What a pass keeps for its backward pass is not guessed from the architecture: a short pass of the model itself tells it.
+It grows with the tokens, since attention keeps no matrix (`packed_attention.py`). Beside it stand the gradients and the
+optimiser's state, and one chunk of vocabulary logits. It is an estimate: what the system frees late and what other
 programs take meanwhile is not in it.
 """
 
@@ -13,14 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from selfdev.errors import SelfdevError
-from selfdev.factory.packing import completion_states, output_weight
-from selfdev.factory.refinement import Step
+from selfdev.factory.packing import Model, completion_states, output_weight
 from selfdev.factory.vocabulary import CHUNK
 from selfdev.settings import RefinementSettings
 
@@ -29,14 +28,28 @@ log = logging.getLogger(__name__)
 SHARE = 0.9
 """Of the free memory that a round may plan with."""
 
-TRANSIENT = 2.2
+TRANSIENT = 1.6
 """What a pass takes at its peak, times what it keeps for its backward pass.
 
-The rest is gradients on their way and holes in the heap; measured with SmolLM2-135M and 965 tokens: 2.15.
+The rest is gradients on their way and holes in the heap; measured with SmolLM2-135M, three steps of 965 tokens: 1.4.
 """
 
-_SHORT, _LONG = 64, 192
-"""Tokens of the two passes that are measured."""
+_MEASURED = 128
+"""Tokens of the pass that is measured."""
+
+
+class Packed(Protocol):
+    """Completions that stand behind one prompt in a step."""
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        """Token ids."""
+        ...
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each completion."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -44,53 +57,42 @@ class Footprint:
     """Bytes that a round takes beside the model's weights, which are loaded already.
 
     Attributes:
-        fixed: gradients, AdamW's two moments and its scratch, one chunk of logits.
+        fixed: gradients, AdamW's two moments, one chunk of logits.
         a_token: of a pass, for each of its tokens.
-        a_pair: of a pass, for each pair of its tokens.
     """
 
     fixed: int
     a_token: float
-    a_pair: float
 
     def of(self, tokens: int) -> int:
         """Bytes with passes of so many tokens."""
-        return self.fixed + math.ceil(self.a_token * tokens + self.a_pair * tokens**2)
+        return self.fixed + math.ceil(self.a_token * tokens)
 
     def tokens(self, free: int) -> int:
         """The most tokens of a pass with which a round takes no more than `free` bytes; 0 where none does."""
-        left = free - self.fixed
-        if left <= 0:
-            return 0
-        # The positive root of a_pair t^2 + a_token t = left, in the form that stays exact as a_pair goes to 0.
-        root = math.sqrt(self.a_token**2 + 4 * self.a_pair * left)
-        return int(2 * left / (self.a_token + root))
+        return max(0, int((free - self.fixed) / self.a_token))
 
 
-def footprint(model: PeftModel, kl: bool) -> Footprint:
+def footprint(model: Model, kl: bool) -> Footprint:
     """Measure a model that is to be trained.
 
     Args:
-        model: with its new adapter.
+        model: with its new adapter, or all of whose weights ask for a gradient.
         kl: whether the loss has a KL term, which needs the logits of model and reference at once.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     logits = CHUNK * len(output_weight(model)) * 4 * (5 if kl else 2)
-    short, long = _kept(model, _SHORT), _kept(model, _LONG)
-    # kept(t) = b t + c t^2 through both points
-    c = max(0.0, (long / _LONG - short / _SHORT) / (_LONG - _SHORT))
-    b = long / _LONG - c * _LONG
-    return Footprint(4 * trained + logits, TRANSIENT * b, TRANSIENT * c)
+    return Footprint(3 * trained + logits, TRANSIENT * _kept(model, _MEASURED) / _MEASURED)
 
 
 def fitting_pass(
-    model: PeftModel, steps: Sequence[Step], settings: RefinementSettings, free: int | None = None
+    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None = None
 ) -> int | None:
     """How many tokens a pass of this round may hold.
 
     Args:
-        model: with its new adapter.
-        steps: of the round.
+        model: see `footprint`.
+        steps: of the round, of preferences and of imitation.
         settings: `tokens_a_pass` is never exceeded.
         free: bytes; by default what the system says, as far as it does.
 
@@ -112,8 +114,8 @@ def fitting_pass(
     if fits < least:
         raise SelfdevError(
             f"refinement: training on one program of {least} tokens, prompt included, takes about "
-            f"{needs.of(least) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or take a lower "
-            "refinement.rank"
+            f"{needs.of(least) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or "
+            + ("take a lower refinement.rank" if settings.train == "lora" else "set refinement.train: lora")
         )
     if fits >= wanted:
         return settings.tokens_a_pass
@@ -174,7 +176,7 @@ def _lines(file: Path) -> list[str]:
         return []
 
 
-def _kept(model: PeftModel, tokens: int) -> int:
+def _kept(model: Model, tokens: int) -> int:
     """Bytes that a pass of so many tokens keeps for its backward pass, the weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -183,7 +185,7 @@ def _kept(model: PeftModel, tokens: int) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would keep the graph alive for ever
 
     ids = [0] * (tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

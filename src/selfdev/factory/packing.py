@@ -6,18 +6,23 @@ fraction of the cost when the prompt is longer than the completions.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfdev.factory.lora_linear import lean_lora
+from selfdev.factory.packed_attention import IMPLEMENTATION, stretches
 from selfdev.factory.vocabulary import token_log_probs
+from selfdev.models.shared_prefix import attending
+
+Model: TypeAlias = PreTrainedModel | PeftModel
 
 
 def completion_log_probs(
-    model: PreTrainedModel | PeftModel, prompt: Sequence[int], completions: Sequence[Sequence[int]]
+    model: Model, prompt: Sequence[int], completions: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Log-probabilities of every token of every completion, given the prompt and what precedes it.
 
@@ -27,7 +32,7 @@ def completion_log_probs(
         completions: token ids of each completion, none empty.
 
     Returns:
-        For each completion a tensor of shape (tokens,), in nats, differentiable with respect to the adapter.
+        For each completion a tensor of shape (tokens,), in nats, differentiable with respect to what is trained.
     """
     hidden = completion_states(model, prompt, completions)
     target = torch.tensor([token for each in completions for token in each], device=hidden.device)
@@ -35,40 +40,38 @@ def completion_log_probs(
     return list(flat.split([len(completion) for completion in completions]))
 
 
-def completion_states(
-    model: PreTrainedModel | PeftModel, prompt: Sequence[int], completions: Sequence[Sequence[int]]
-) -> Tensor:
+def completion_states(model: Model, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
     """The last hidden state from which each token of each completion is predicted.
 
     Args:
         model: a causal language model whose logits are a linear function of its last hidden state, without bias,
-            scale or cap (Llama, Mistral, Qwen, SmolLM, ...), adapted by LoRA or not; its output layer is frozen.
+            scale or cap (Llama, Mistral, Qwen, SmolLM, ...), adapted by LoRA or not.
         prompt: token ids, at least one.
         completions: token ids of each completion, none empty.
 
     Returns:
-        Shape (tokens of all completions, width), differentiable with respect to the adapter.
+        Shape (tokens of all completions, width), differentiable with respect to what is trained.
     """
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal.device
-    ids, positions, segments = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+    ids, positions = list(prompt), list(range(len(prompt)))
     before = list[int]()  # where each completion token is predicted
-    for number, completion in enumerate(completions, start=1):
+    for completion in completions:
         before += [len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
         ids += completion
         positions += range(len(prompt), len(prompt) + len(completion))
-        segments += [number] * len(completion)
-    hidden: Tensor = causal.base_model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
-        attention_mask=_mask(torch.tensor(segments, device=device), causal.dtype),
-        use_cache=False,
-    ).last_hidden_state[0]
+    with attending(causal, IMPLEMENTATION), lean_lora(causal):
+        hidden: Tensor = causal.base_model(
+            input_ids=torch.tensor([ids], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            use_cache=False,
+            pack=stretches(len(prompt), [len(completion) for completion in completions]),
+        ).last_hidden_state[0]
     # Not hidden[before]: its gradient adds up in an order that varies from run to run, this one's does not.
     return hidden.index_select(0, torch.tensor(before, device=device))
 
 
-def output_weight(model: PreTrainedModel | PeftModel) -> Tensor:
+def output_weight(model: Model) -> Tensor:
     """The output layer's matrix, shape (vocabulary, width)."""
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     weight: Tensor = causal.get_output_embeddings().weight
@@ -96,12 +99,3 @@ def passes(prompt: int, completions: Sequence[int], tokens_a_pass: int | None) -
             held = prompt
         held += length
     return [range(start, end) for start, end in zip(starts, [*starts[1:], len(completions)], strict=True)]
-
-
-def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a token may look and the lowest number elsewhere, shape (1, 1, tokens, tokens)."""
-    same = segments[:, None] == segments[None, :]
-    sees = (same | (segments[None, :] == 0)).tril()
-    return torch.zeros(sees.shape, dtype=dtype, device=segments.device).masked_fill_(
-        ~sees, torch.finfo(dtype).min
-    )[None, None]

@@ -1,8 +1,8 @@
 """One round of preference training: the factory learns from pairs of programs.
 
 Training is on the sampled token ids, never on text that is tokenised again. The programs of one step share one
-packed prompt (`packing.py`), and a program that stands in several pairs of a step is computed once. The reference is
-computed in the same packs, so that rounding cancels out. What is minimised is in `losses.py`.
+packed prompt (`packing.py`), and a program that stands in several pairs of a step is computed once. The reference does
+not change, so it computes a program once for all steps. What is minimised is in `losses.py`.
 
 A step that does not fit into memory is split into passes. Its loss couples all its programs, so their
 log-probabilities are computed first, without a graph; the loss's gradient with respect to them is then carried into one
@@ -21,17 +21,19 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel
 
 from selfdev.errors import SelfdevError
 from selfdev.factory.losses import preference_loss
-from selfdev.factory.packing import completion_states, output_weight, passes
+from selfdev.factory.optimiser import Moments, kept_moments, optimiser
+from selfdev.factory.packing import Model, completion_states, output_weight, passes
 from selfdev.factory.vocabulary import divergence, token_log_probs
 from selfdev.settings import RefinementSettings
 
 Tokens = tuple[int, ...]
 Report = Callable[[int], None]
+
+UNTRAINED = 4
+"""How much larger a pass of the reference may be than one that trains, which keeps some ten tensors a layer."""
 
 STOP_WINDOW = 4
 """Steps whose mean margin must pass `refinement.stop_margin`: a single step has a handful of pairs."""
@@ -109,10 +111,17 @@ class Losses:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round came to: the losses of each epoch, and the step (from 1) after which its margin ended it early."""
+    """What a round came to.
+
+    Attributes:
+        losses: of each epoch.
+        stopped: the step (from 1) after which its margin ended it early.
+        moments: see `optimiser.kept_moments`.
+    """
 
     losses: list[Losses]
     stopped: int | None = None
+    moments: Moments | None = None
 
 
 def plan(
@@ -153,58 +162,82 @@ def plan(
 
 
 def consult(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     steps: Sequence[Step],
     settings: RefinementSettings,
     tokens_a_pass: int | None = None,
     tick: Report = lambda step: None,
 ) -> list[Reference]:
-    """What the reference makes of every step.
+    """What the reference makes of every step; each program is computed once, and few passes repeat its prompt.
 
     Args:
         model: the reference; of one that carries an adapter, the model without it.
         steps: what `plan` made.
         settings: whether there is a KL term.
-        tokens_a_pass: see `packing.passes`.
-        tick: called after each step with how many are done.
+        tokens_a_pass: of the passes that train, see `packing.passes`; those of the reference hold `UNTRAINED` times as
+            many, or as the longest step has.
+        tick: called after each pass with how many steps it amounts to.
     """
-    references: list[Reference] = []
+    asked: dict[Tokens, dict[Tokens, None]] = {}
+    for step in steps:
+        asked.setdefault(step.prompt, {}).update(dict.fromkeys(step.completions))
+    longest = max((len(step.prompt) + sum(step.lengths) for step in steps), default=0)
+    total, done = sum(map(len, asked.values())), 0
+    hidden: dict[tuple[Tokens, Tokens], Tensor] = {}
+    log_probs: dict[tuple[Tokens, Tokens], Tensor] = {}
     with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-        for step in steps:
-            parts = passes(len(step.prompt), step.lengths, tokens_a_pass)
-            hidden, log_probs = zip(*(_forward(model, step, part) for part in parts), strict=True)
-            kept = torch.cat(hidden) if settings.kl else None
-            references.append(Reference(_summed(torch.cat(log_probs), step), kept))
-            tick(len(references))
-    return references
+        for prompt, distinct in asked.items():
+            completions = list(distinct)
+            lengths = [len(completion) for completion in completions]
+            for part in passes(len(prompt), lengths, UNTRAINED * (tokens_a_pass or longest)):
+                some = [completions[i] for i in part]
+                states, found = _forward(model, prompt, some)
+                sizes = [len(completion) for completion in some]
+                for completion, state, each in zip(
+                    some, states.split(sizes), found.split(sizes), strict=True
+                ):
+                    log_probs[prompt, completion] = each.sum()
+                    if settings.kl:
+                        hidden[prompt, completion] = state
+                done += len(some)
+                tick(len(steps) * done // total)
+    return [
+        Reference(
+            torch.stack([log_probs[step.prompt, each] for each in step.completions]),
+            torch.cat([hidden[step.prompt, each] for each in step.completions]) if settings.kl else None,
+        )
+        for step in steps
+    ]
 
 
 def refine(
-    model: PeftModel,
+    model: Model,
     steps: Sequence[Step],
     references: Sequence[Reference],
     settings: RefinementSettings,
     *,
     flip_rate: float = 0.0,
     tokens_a_pass: int | None = None,
+    moments: Moments | None = None,
     tick: Report = lambda step: None,
 ) -> Outcome:
-    """Train the adapter in place.
+    """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
     Args:
-        model: the factory with a new adapter that changes nothing yet.
+        model: the factory, with a new adapter that changes nothing yet or to be trained as a whole.
         steps: what `plan` made.
         references: what `consult` made of them.
         settings: losses, learning rate, epochs.
         flip_rate: see `losses.robust`.
         tokens_a_pass: see `packing.passes`.
+        moments: with which an earlier round has ended, where the optimiser goes on; it changes them in place.
         tick: called after each step with how many are done.
 
     Raises:
         Diverged: a loss or a weight is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer, schedule = optimiser(trained, settings, settings.epochs * len(steps))
+    optimizer, schedule = optimiser(model, settings, settings.epochs * len(steps), moments)
     model.train()
     history: list[Losses] = []
     margins: list[float] = []
@@ -229,21 +262,9 @@ def refine(
         if stopped is not None:
             break
     if not all(torch.isfinite(each).all() for each in trained):
-        raise Diverged(diverged("a weight of the adapter", settings))
+        raise Diverged(diverged("a trained weight", settings))
     model.eval()
-    return Outcome(history, stopped)
-
-
-def optimiser(
-    trained: Sequence[torch.nn.Parameter], settings: RefinementSettings, steps: int
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW; its rate warms up over the first tenth of the steps and falls linearly to zero."""
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
-    warm_up = max(1, steps // 10)
-    schedule = LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm_up, (steps - i) / max(1, steps - warm_up + 1))
-    )
-    return optimizer, schedule
+    return Outcome(history, stopped, kept_moments(model, optimizer, settings))
 
 
 def saturated(margins: Sequence[float], stop_margin: float | None) -> bool:
@@ -259,16 +280,15 @@ def diverged(what: str, settings: RefinementSettings) -> str:
     return f"{what} of a refinement is not a finite number; lower refinement.learning_rate ({rate})"
 
 
-def _forward(model: PreTrainedModel | PeftModel, step: Step, part: range) -> tuple[Tensor, Tensor]:
+def _forward(model: Model, prompt: Tokens, completions: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
     """Hidden states and log-probabilities of some completions, shapes (tokens, width) and (tokens,)."""
-    completions = [step.completions[i] for i in part]
-    hidden = completion_states(model, step.prompt, completions)
+    hidden = completion_states(model, prompt, completions)
     target = torch.tensor([token for each in completions for token in each], device=hidden.device)
     return hidden, token_log_probs(hidden, output_weight(model), target)
 
 
 def backward(
-    model: PeftModel,
+    model: Model,
     step: Step,
     reference: Reference,
     settings: RefinementSettings,
@@ -278,7 +298,7 @@ def backward(
     """Add the gradient of one step's loss to the parameters'.
 
     Args:
-        model: the factory with its adapter.
+        model: the factory.
         step: whose programs.
         reference: what `consult` made of it.
         settings: the losses and their factors.
@@ -291,10 +311,11 @@ def backward(
     Raises:
         Diverged: the loss is not finite.
     """
-    parts = passes(len(step.prompt), step.lengths, tokens_a_pass)
+    shares = passes(len(step.prompt), step.lengths, tokens_a_pass)
+    parts = [[step.completions[i] for i in share] for share in shares]
     whole = len(parts) == 1
     with torch.set_grad_enabled(whole):
-        computed = [_forward(model, step, part) for part in parts]
+        computed = [_forward(model, step.prompt, part) for part in parts]
     # The loss is differentiated with respect to the log-probabilities alone, and they with respect to the weights.
     log_probs = torch.cat([found for _, found in computed]).detach().requires_grad_()
     gain = _summed(log_probs, step) - reference.log_probs
@@ -312,7 +333,7 @@ def backward(
     assert log_probs.grad is not None
     kl, weight, start = torch.zeros(()), output_weight(model), 0
     for part, before in zip(parts, computed, strict=True):
-        hidden, found = before if whole else _forward(model, step, part)
+        hidden, found = before if whole else _forward(model, step.prompt, part)
         rows = slice(start, start := start + len(found))
         roots, slopes = [found], [log_probs.grad[rows]]
         if reference.hidden is not None:

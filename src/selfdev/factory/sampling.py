@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.decoder import decoding
 from selfdev.factory.drawing import draw
+from selfdev.factory.grammar import Grammar
 from selfdev.models.limits import context_limit, end_tokens
 from selfdev.models.shared_prefix import closed_up
 
@@ -31,7 +32,8 @@ class Sample:
     Attributes:
         tokens: the sampled ids, the stopping token included.
         text: the tokens decoded, without special tokens.
-        log_prob: log-probability of the tokens at temperature 1, in nats; None where a server does not tell it.
+        log_prob: log-probability of the tokens at temperature 1, before any cut and any grammar, in nats; None where a
+            server does not tell it.
         finished: False if the limit on new tokens ended it.
     """
 
@@ -61,8 +63,9 @@ class _Ending:
 class _Row:
     """One program: its prompt, its random stream, and what has been written."""
 
-    def __init__(self, prompt: int, seed: int, limit: int, ending: _Ending):
+    def __init__(self, prompt: int, seed: int, limit: int, ending: _Ending, grammar: Grammar | None):
         self.prompt = prompt
+        self.writing = grammar.begin() if grammar else None
         self.uniform = torch.rand(limit, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tokens: list[int] = []
         self.log_prob = 0.0
@@ -79,8 +82,11 @@ class _Row:
         """Write one token."""
         self.tokens.append(token)
         self.log_prob += log_prob
-        self.text += self._ending.piece(token)
+        piece = self._ending.piece(token)
+        self.text += piece
         self.finished = token in self._ending.ends or self._ending.stop.search(self.text) is not None
+        if self.writing and not self.ended:
+            self.writing.add(token, piece)
 
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
         """What has been written."""
@@ -100,6 +106,7 @@ class Sampler:
         top_k: only so many of the most likely tokens are drawn from; 0 for all.
         min_p: in [0, 1]: what is drawn has at least this share of the most likely token's probability; 0 for all.
         batch: rows written at once; 0 for all.
+        grammar: what may be written; None for anything.
     """
 
     temperature: float
@@ -109,6 +116,7 @@ class Sampler:
     top_k: int = 0
     min_p: float = 0.0
     batch: int = 0
+    grammar: Grammar | None = None
 
     @torch.inference_mode()
     def __call__(
@@ -138,7 +146,7 @@ class Sampler:
         check_context(model.config, max(map(len, prompts)) + self.max_new_tokens)
         ending = _Ending(tokenizer, end_tokens(model, tokenizer), self.stop)
         written = [
-            [_Row(number, seed, self.max_new_tokens, ending) for seed in seeds]
+            [_Row(number, seed, self.max_new_tokens, ending, self.grammar) for seed in seeds]
             for number, seeds in enumerate(rows)
         ]
         every = [row for group in written for row in group]
@@ -169,6 +177,8 @@ class Sampler:
 
     def _write(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Draw a token for every row from logits of shape (rows, vocabulary)."""
+        writings = [row.writing for row in rows if row.writing]
+        allowed = torch.stack([writing.allowed() for writing in writings]) if writings else None
         tokens, log_probs = draw(
             logits,
             torch.tensor([row.uniform[len(row.tokens)] for row in rows], device=logits.device),
@@ -176,6 +186,7 @@ class Sampler:
             top_k=self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
+            allowed=None if allowed is None else allowed.to(logits.device),
         )
         if not log_probs.isfinite().all():
             raise SelfdevError("the factory's logits are not finite: its weights or its adapters are broken")

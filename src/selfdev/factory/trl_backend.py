@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from selfdev.factory.optimiser import Moments, kept_moments, optimiser
+from selfdev.factory.packing import Model
 from selfdev.factory.refinement import (
     Diverged,
     Losses,
@@ -27,7 +30,6 @@ from selfdev.factory.refinement import (
     Report,
     Step,
     diverged,
-    optimiser,
     saturated,
 )
 from selfdev.settings import RefinementSettings
@@ -70,24 +72,26 @@ class _Diary(TrainerCallback):  # type: ignore[misc]
 
 
 def refine_with_trl(
-    model: PeftModel,
+    model: Model,
     reference: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     steps: Sequence[Step],
     settings: RefinementSettings,
     *,
     flip_rate: float = 0.0,
+    moments: Moments | None = None,
     tick: Report = lambda step: None,
 ) -> Outcome:
-    """Train the adapter in place.
+    """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
     Args:
-        model: the factory with a new adapter that changes nothing yet.
+        model: the factory, with a new adapter that changes nothing yet or to be trained as a whole.
         reference: what it is held to; None: the factory without the adapter.
         tokenizer: the factory's.
         steps: their pairs are taken in this order, `settings.pairs_a_step` at a time.
         settings: losses, learning rate, epochs.
         flip_rate: TRL's `label_smoothing`; see `losses.robust`.
+        moments: with which an earlier round has ended, where the optimiser goes on.
         tick: called after each optimiser step with how many are done.
 
     Raises:
@@ -107,6 +111,7 @@ def refine_with_trl(
     trained = [p for p in model.parameters() if p.requires_grad]
     diary = _Diary(batches, settings, tick)
     imitating = settings.supervised > 0
+    optimizer, schedule = optimiser(model, settings, settings.epochs * len(batches), moments)
     with tempfile.TemporaryDirectory() as scratch, _streams_left_alone():
         trainer = _OnTokens(
             model=model,
@@ -132,16 +137,16 @@ def refine_with_trl(
             train_dataset=Dataset.from_dict(rows),
             processing_class=tokenizer,
             callbacks=[diary],
-            optimizers=optimiser(trained, settings, settings.epochs * len(batches)),
+            optimizers=(optimizer, schedule),
         )
-        if "ref" in model.peft_config:
+        if isinstance(model, PeftModel) and "ref" in model.peft_config:
             model.delete_adapter("ref")  # TRL's copy of the new adapter, which changes nothing
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     if not all(torch.isfinite(each).all() for each in trained):
-        raise Diverged(diverged("a weight of the adapter", settings))
+        raise Diverged(diverged("a trained weight", settings))
     model.eval()
-    return diary.outcome()
+    return replace(diary.outcome(), moments=kept_moments(model, optimizer, settings))
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """Functions of the vocabulary's logits that never hold all of them.
 
 Logits are the largest tensors of a training pass: positions times the vocabulary. Here they exist for `CHUNK` positions
-at a time, in the forward pass only: the output layer is frozen, so the gradient with respect to the hidden states is
-known there already, and the backward pass is one multiplication.
+at a time. The gradient with respect to the hidden states is known in the forward pass already, and the backward pass is
+one multiplication, unless the output layer is trained as well: that needs the logits once more.
 """
 
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from selfdev.models.output_head import logits_in_blocks
 
 CHUNK = 256
 """Positions whose vocabulary logits exist at once."""
@@ -24,20 +26,32 @@ class _TokenLogProbs(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = (hidden[rows] @ weight.T).float()
+            logits = logits_in_blocks(hidden[rows], weight).float()
             lse = logits.logsumexp(-1, keepdim=True)
             log_probs[rows] = (logits.gather(-1, target[rows, None]) - lse)[:, 0]
             if slope is not None:
                 expected = logits.sub_(lse).exp_().to(weight.dtype) @ weight
                 slope[rows] = weight[target[rows]] - expected
         if slope is not None:
-            ctx.save_for_backward(slope)
+            of_weight = (hidden, weight, target) if ctx.needs_input_grad[1] else ()
+            ctx.save_for_backward(slope, *of_weight)
         return log_probs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * grads[0][:, None].to(slope.dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        slope, *of_weight = ctx.saved_tensors
+        factor = grads[0][:, None].to(slope.dtype)
+        return slope * factor, _to_weight(factor, *of_weight) if of_weight else None, None
+
+
+def _to_weight(factor: Tensor, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The gradient of sum(factor log p[target]) with respect to W: of each position, (onehot - p) hidden^T."""
+    found = torch.zeros_like(weight)
+    for start in range(0, len(hidden), CHUNK):
+        rows = slice(start, start + CHUNK)
+        p = logits_in_blocks(hidden[rows], weight).float().softmax(-1).to(weight.dtype)
+        found.addmm_(p.mul_(factor[rows]).T, hidden[rows], alpha=-1)
+    return found.index_add_(0, target, factor * hidden)
 
 
 class _Divergence(torch.autograd.Function):
@@ -47,8 +61,8 @@ class _Divergence(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            log_p = (hidden[rows] @ weight.T).float().log_softmax(-1)
-            log_q = (reference[rows] @ weight.T).float().log_softmax(-1)
+            log_p = logits_in_blocks(hidden[rows], weight).float().log_softmax(-1)
+            log_q = logits_in_blocks(reference[rows], weight).float().log_softmax(-1)
             if direction == "reverse":
                 p, ratio = log_p.exp(), log_p.sub_(log_q)
                 found[rows] = (p * ratio).sum(-1)
@@ -75,7 +89,7 @@ def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
     Args:
         hidden: last hidden states, shape (positions, width); differentiable.
-        weight: W of a frozen output layer without bias, shape (vocabulary, width).
+        weight: W of an output layer without bias, shape (vocabulary, width); differentiable.
         target: token ids, shape (positions,).
 
     Returns:

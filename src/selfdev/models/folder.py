@@ -52,7 +52,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         UserError: the folder is incomplete, damaged, or of an architecture that transformers does not know.
     """
-    with _quiet():
+    with quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
@@ -76,7 +76,7 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # The tokenizers library raises bare Exception on a damaged file.
@@ -93,7 +93,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and warnings off the user's screen."""
     bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

@@ -22,15 +22,26 @@ class _Blocks(nn.Module):
     def __init__(self, head: nn.Linear):
         super().__init__()
         self.weight = head.weight
-        self._blocks = head.weight.split(BLOCK)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits, shape (..., vocabulary), of hidden states of shape (..., width)."""
-        flat = hidden.flatten(0, -2)
-        logits = flat.new_empty(len(flat), len(self.weight))
-        for block, part in zip(self._blocks, logits.split(BLOCK, -1), strict=True):
-            torch.mm(flat, block.T, out=part)
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits_in_blocks(hidden.flatten(0, -2), self.weight).view(*hidden.shape[:-1], -1)
+
+
+def logits_in_blocks(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden W^T, outside of any graph.
+
+    Args:
+        hidden: shape (positions, width).
+        weight: W, shape (vocabulary, width).
+
+    Returns:
+        Shape (positions, vocabulary).
+    """
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for block, part in zip(weight.split(BLOCK), logits.split(BLOCK, -1), strict=True):
+        torch.mm(hidden, block.T, out=part)
+    return logits
 
 
 @contextmanager
