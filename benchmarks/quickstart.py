@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, quantiles, stdev
 
 from scipy.stats import t as student
 
+from selfdev.evaluation.standing import scores_on_first
 from selfdev.runs import Run, open_run
 
 COLUMNS = ("written", "working", "trivial", "known", "repeated", "new", "better")
@@ -28,6 +29,9 @@ SHARES = {
     "better": "are new and surely better than the seed",
 }
 """What is counted in percent of the programs written."""
+SCORE = "mean development score of the new ones"
+MEASURES = {**{column: f"% that {what}" for column, what in SHARES.items()}, "mean_dev": SCORE}
+"""What is compared between the arms: the shares, and the mean of the new programs' scores, each at its better scale."""
 
 Row = dict[str, object]
 
@@ -57,8 +61,10 @@ def iterations(run: Run) -> list[Row]:
 
 
 def number(row: Row, column: str) -> float:
-    """A column as a number; the counts of `SHARES` as percent of the programs written."""
-    value = float(str(row[column]))
+    """A column as a number; the counts of `SHARES` as percent of the programs written, a score in percent."""
+    value = float("nan") if row[column] is None else float(str(row[column]))
+    if column == "mean_dev":
+        return 100 * value
     return 100 * value / float(str(row["written"])) if column in SHARES else value
 
 
@@ -107,15 +113,15 @@ def print_arms(runs: dict[int, Run]) -> None:
             print(
                 f"| {seed} | {row['iteration']} | {row['arm']} | {row['temperature']:.2f} | {counts} | {best} |"
             )
-    arms = [arm for arm in dict.fromkeys(str(row["arm"]) for row in rows_of(runs)) if arm != "learning"]
+    arms = list(next(iter(runs.values())).config.controls)
     print(
-        "\nPercent of the programs written, mean over the seeds, and the difference between the arms, seed by seed,"
+        "\nPercent of the programs written, and the new programs' mean score; mean over the seeds, and the difference"
     )
-    print("with its 95 % interval:\n")
-    print("| iteration | share that | learning | " + " | ".join(f"{a} | learning - {a}" for a in arms) + " |")
+    print("between the arms, seed by seed, with its 95 % interval:\n")
+    print("| iteration | what | learning | " + " | ".join(f"{a} | learning - {a}" for a in arms) + " |")
     print("| --- | --- | --- " + "| --- | --- " * len(arms) + "|")
     for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
-        for column, what in SHARES.items():
+        for column, what in MEASURES.items():
             learning = by_seed(runs, "learning", iteration, column)
             cells = [str(iteration), what, f"{mean(learning):.1f}"]
             for arm in arms:
@@ -137,6 +143,32 @@ def print_arms(runs: dict[int, Run]) -> None:
             far = f"{mean(distances):.2f}" if distances else ""
             entropy, copies = (mean(number(r, column) for r in rows) for column in ("entropy", "copies"))
             print(f"| {iteration} | {arm} | {entropy:.2f} | {100 * copies:.1f} | {far} |")
+
+    print_scores(runs, ["learning", *arms])
+
+
+def print_scores(runs: dict[int, Run], arms: Sequence[str]) -> None:
+    """The development scores of all new programs, each at its better scale, and what the arms took."""
+    print(
+        "\n| iteration | arm | new programs | their development score: quartiles | best | seconds an iteration |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
+    first = {seed: scores_on_first(run.archive) for seed, run in runs.items()}
+    for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
+        for arm in arms:
+            scores = [
+                100 * first[seed][c.name]
+                for seed, run in runs.items()
+                for c in run.candidates(arm)
+                if c.iteration + 1 == iteration and c.status == "new" and c.name in first[seed]
+            ]
+            rows = [r for r in rows_of(runs) if (r["arm"], r["iteration"]) == (arm, iteration)]
+            seconds: list[dict[str, float]] = [row["seconds"] for row in rows]  # type: ignore[misc]
+            taken = ", ".join(f"{kind} {mean(each[kind] for each in seconds):.0f}" for kind in seconds[0])
+            middle = " / ".join(f"{q:.1f}" for q in quantiles(scores)) if len(scores) > 1 else ""
+            print(
+                f"| {iteration} | {arm} | {len(scores)} | {middle} | {max(scores, default=0):.1f} | {taken} |"
+            )
 
 
 def rows_of(runs: dict[int, Run]) -> list[Row]:
@@ -163,8 +195,9 @@ def draw(runs: dict[int, Run], path: Path) -> None:
         for column, what in SHARES.items()
     }
     panels["entropy"] = ("entropy of the behaviours, nats", lambda row: number(row, "entropy"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.6), constrained_layout=True)
-    arms = list(dict.fromkeys(str(row["arm"]) for row in rows_of(runs)))
+    panels["mean_dev"] = (f"{SCORE}, %", lambda row: number(row, "mean_dev"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6), constrained_layout=True)
+    arms = ["learning", *next(iter(runs.values())).config.controls]
     for axis, (title, value) in zip(axes, panels.values(), strict=True):
         for place, arm in enumerate(arms):
             rows = [row for row in rows_of(runs) if row["arm"] == arm]
@@ -177,9 +210,10 @@ def draw(runs: dict[int, Run], path: Path) -> None:
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("iteration")
         axis.set_xticks(found)
-        axis.set_ylim(bottom=0)
+        if title != panels["mean_dev"][0]:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[-1].legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
