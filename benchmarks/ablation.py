@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from quickstart import SHARES, interval, iterations, number
+from quickstart import MEASURES, interval, iterations, number
 from selfdev.lock import held
 from selfdev.runs import Run, open_run
 
@@ -36,6 +36,7 @@ VARIANTS = {
     "no_novelty_pressure": ["preferences.copies_as_rejected=false", "refinement.shun_examples=0"],
     "no_gate": ["preferences.evidence=0"],
     "no_repairs": ["preferences.repairs=0"],
+    "score_repairs": ["preferences.score_repairs=true"],
     "kl": ["refinement.kl=0.05"],
     "beta_0.5": ["refinement.beta=0.5"],
     "refit_continue": ["refinement.refit=continue"],
@@ -74,12 +75,12 @@ def last(run: Run) -> dict[str, object]:
 
 def table(runs: dict[str, dict[int, Run]]) -> None:
     """Print what each variant came to in its last iteration, and its difference from the preset."""
-    columns = [f"{what} | difference" for what in SHARES.values()]
+    columns = [f"{what} | difference" for what in MEASURES.values()]
     print(f"| variant | seeds | {' | '.join(columns)} | entropy, nats | copies, % | minutes |")
     print("| --- " * (5 + 2 * len(columns)) + "|")
     for name, its in runs.items():
         cells = [name, str(len(its))]
-        for column in SHARES:
+        for column in MEASURES:
             values = {seed: number(last(run), column) for seed, run in its.items()}
             base = {seed: number(last(run), column) for seed, run in runs.get("preset", {}).items()}
             apart = [value - base[seed] for seed, value in values.items() if seed in base]
@@ -105,14 +106,14 @@ def draw(runs: dict[str, dict[int, Run]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(runs)
-    size = (14, 1.2 + 0.32 * len(names))
-    figure, axes = plt.subplots(1, len(SHARES), figsize=size, sharey=True, constrained_layout=True)
-    for axis, (column, what) in zip(axes, SHARES.items(), strict=True):
+    size = (17, 1.2 + 0.32 * len(names))
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=size, sharey=True, constrained_layout=True)
+    for axis, (column, what) in zip(axes, MEASURES.items(), strict=True):
         for place, its in enumerate(runs.values()):
             values = [number(last(run), column) for run in its.values()]
             axis.barh(place, mean(values), color="tab:blue" if place else "tab:gray", alpha=0.5)
             axis.plot(values, [place] * len(values), "o", color="black", markersize=4, alpha=0.6)
-        axis.set_title(f"% of programs that {what}", fontsize=9)
+        axis.set_title(what, fontsize=9)
         axis.set_yticks(range(len(names)), names)
         axis.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()

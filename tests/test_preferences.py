@@ -1,8 +1,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from selfdev.archive import Candidate
-from selfdev.preferences import prefer
+from selfdev.archive import Candidate, Pair
+from selfdev.preferences import prefer, within_cap
 from selfdev.settings import Preferences
 
 STATUSES = ["new", "trivial", "known", "repeated", "failed"]
@@ -79,7 +79,8 @@ def test_chosen_are_only_those_surely_better_than_the_seed() -> None:
     settings = Preferences(chosen_floor=4, rejected_floor=4, failures_as_rejected=True)
     pairs = prefer(written, scores, 0, settings, seed=0, better=lambda *pair: pair in sure)
     # 0/2 beats the seed and nobody else for sure; a failure needs no evidence.
-    assert {(p.chosen, p.rejected) for p in pairs} == {("0/3", "0/0"), ("0/3", "0/9"), ("0/2", "0/9")}
+    # Of the two against a failure only one is kept: half of the pairs, and no more.
+    assert {(p.chosen, p.rejected) for p in pairs} == {("0/3", "0/0"), ("0/2", "0/9")}
 
 
 def test_an_elite_too_must_be_better_than_the_seed() -> None:
@@ -136,4 +137,22 @@ def test_only_new_programs_are_chosen_and_no_pair_comes_twice(
     assert len(pairs) <= count
     assert len({(p.chosen, p.rejected) for p in pairs}) == len(pairs)
     assert all(p.chosen in scores and p.chosen != p.rejected for p in pairs)
-    assert sum(p.reason == "failure" for p in pairs) <= cap * count
+    assert sum(p.reason == "failure" for p in pairs) <= cap * len(pairs)
+
+
+def test_the_cap_holds_for_the_pairs_that_are_made() -> None:
+    pairs = [Pair("a", f"f{i}", "failure") for i in range(4)] + [
+        Pair("a", "s", "score"),
+        Pair("m", "f9", "repair"),
+    ]
+    assert [p.rejected for p in within_cap(pairs, 0.5)] == ["f0", "s"]
+    # Of five pairs with two others three may fail at 60 %.
+    assert [p.rejected for p in within_cap([*pairs, Pair("b", "c", "copy")], 0.6)] == [
+        "f0",
+        "f1",
+        "f2",
+        "s",
+        "c",
+    ]
+    assert within_cap(pairs, 1.0) == pairs
+    assert within_cap(pairs[:4], 0.5) == []

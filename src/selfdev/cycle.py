@@ -3,7 +3,7 @@
 Every step asks the archive first whether it is done, so the same code begins a run and resumes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from selfdev.algorithms.screening import History, Novelty
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.candidates import candidate_name, history_of, read_candidate, remember, screened, unscreened
 from selfdev.config import Config
-from selfdev.evaluation.course import Course
+from selfdev.evaluation.course import DEVELOPMENT, Course
 from selfdev.evaluation.evaluator import Refused, Scorer, score_again
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
-from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new
+from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new, repairs_of
 from selfdev.evaluation.verdict import reach_verdict
 from selfdev.learning import Learning
 from selfdev.roles import Factory, Screener
@@ -49,6 +49,8 @@ class Cycle:
                 if t + 1 < self.config.iterations:
                     for learning in map(self.learning, (LEARNING, *self.config.controls)):
                         if learning.learns:
+                            learning.repair(t)
+                            self._judge_repairs(learning.arm, t)
                             learning.learn(t)
             for arm in (LEARNING, *self.config.controls):
                 self._tune_scales(arm)
@@ -122,30 +124,54 @@ class Cycle:
             for evaluation in finished:
                 self.watch.scored(evaluation)
             tick(len(candidates), len(candidates), "")
-        norm = self.config.scaling.norm
-        if norm is not None:
-            finishers = {evaluation.subject for evaluation in finished}
-            scales = [(c, NORMED, 1.0, norm) for c in self.archive.candidates(arm, t) if c.name in finishers]
-            self._try_scales("scale", scales, arm, t)
+        self._try_norm(arm, t, {evaluation.subject for evaluation in finished})
 
     def _judged(
         self, candidate: Candidate, history: History, course: Course
     ) -> tuple[Candidate, Evaluation | None]:
         found = self.screen(candidate.source or "", history)
-        candidate = screened(candidate, found)
-        evaluation = None
+        candidate, evaluation = screened(candidate, found), None
         if found.novelty is Novelty.NEW:
-            try:
-                evaluation = course.start(self.scorer, candidate)
-            except Refused as refused:
-                candidate = replace(
-                    candidate, status=refused.status, failure=refused.failure or None, error=refused.error
-                )
-        if evaluation is not None and evaluation.failure is not None:
-            candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
+            candidate, evaluation = self._scored(candidate, course.start)
         self.archive.set_screened(candidate, evaluation)
         remember(history, candidate)
         return candidate, evaluation
+
+    def _scored(
+        self, candidate: Candidate, ask: Callable[[Scorer, Candidate], Evaluation]
+    ) -> tuple[Candidate, Evaluation | None]:
+        """Score a program that is new; it is not, if that fails or the real tensors show otherwise."""
+        try:
+            evaluation = ask(self.scorer, candidate)
+        except Refused as refused:
+            status, failure = refused.status, refused.failure or None
+            return replace(candidate, status=status, failure=failure, error=refused.error), None
+        if evaluation.failure is not None:
+            candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
+        return candidate, evaluation
+
+    def _judge_repairs(self, arm: str, t: int) -> None:
+        """Score what the arm's failing programs were repaired to, on every question, if repairs are to be scored."""
+        if not self.config.preferences.score_repairs:
+            return
+        arm = repairs_of(arm)
+        with self.watch.phase("judge", arm, t) as tick:
+            repaired = [c for c in self.archive.candidates(arm, t) if c.status == "new"]
+            known = {e.subject for e in self.archive.evaluations("candidate")}
+            for done, candidate in enumerate(repaired):
+                tick(done, len(repaired), "")
+                if candidate.name not in known:
+                    asked = self._scored(candidate, lambda scorer, it: scorer.candidate(it, DEVELOPMENT))
+                    self.archive.set_screened(*asked)
+            tick(len(repaired), len(repaired), "")
+        self._try_norm(arm, t, {c.name for c in self.archive.candidates(arm, t) if c.status == "new"})
+
+    def _try_norm(self, arm: str, t: int, names: Collection[str]) -> None:
+        """Score an iteration's programs at `scaling.norm` too, if there is one."""
+        norm = self.config.scaling.norm
+        if norm is not None:
+            scales = [(c, NORMED, 1.0, norm) for c in self.archive.candidates(arm, t) if c.name in names]
+            self._try_scales("scale", scales, arm, t)
 
     def _tune_scales(self, arm: str) -> None:
         """Try the best programs of an arm at other scales: a constant is the least of what they invent."""

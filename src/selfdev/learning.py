@@ -16,7 +16,7 @@ from selfdev.config import Config
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import COMBINED, FEEDBACK, LEARNING, ranked_new, repairs_of, scores_on_first
 from selfdev.factory.prompt import Prompt, showing
-from selfdev.preferences import asked, prefer
+from selfdev.preferences import asked, prefer, within_cap
 from selfdev.roles import Factory, Screener
 from selfdev.streams import stream_seed
 from selfdev.watcher import Watcher
@@ -52,10 +52,11 @@ class Learning:
         """Make the pairs of iteration t and refine the arm's factory with them."""
         if any(done.iteration == t for done in self.archive.refinements(self.arm)):
             return
-        self._repair(t)
         candidates = [c for c in self.archive.candidates(self.arm) if c.iteration <= t]
         repaired = self.archive.candidates(repairs_of(self.arm))
         evidence = Evidence(self.archive, self.config.preferences.evidence)
+        if self.config.preferences.score_repairs:
+            repaired = [c for c in repaired if c.status == "new" and evidence.better(c.name)]
         if not self.archive.pairs(self.arm, t):
             self.archive.add_pairs(self.arm, t, self._pairs(t, candidates, repaired, evidence))
         fresh = self.config.refinement.refit == "fresh"
@@ -99,9 +100,10 @@ class Learning:
         if self.config.refinement.imitation.passes:
             return pairs
         mended = [c for c in repaired if c.iteration == t]
-        return pairs + [Pair(c.name, candidate_name(self.arm, t, c.number), "repair") for c in mended]
+        repairs = [Pair(c.name, candidate_name(self.arm, t, c.number), "repair") for c in mended]
+        return within_cap(repairs + pairs, self.config.preferences.failing_cap)
 
-    def _repair(self, t: int) -> None:
+    def repair(self, t: int) -> None:
         """Archive the working neighbours of the arm's failing programs of iteration t."""
         tries = self.config.preferences.repairs
         if tries == 0 or any(done.iteration == t for done in self.archive.iterations(repairs_of(self.arm))):

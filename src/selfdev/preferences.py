@@ -16,6 +16,9 @@ from selfdev.settings import Preferences
 
 Better = Callable[[str, str | None], bool]
 
+FAILING = ("repair", "failure")
+"""Reasons of pairs whose rejected program fails."""
+
 
 def asked(pair: Pair) -> str:
     """The program under whose prompt a pair is trained: a copy's own, where the example stands that it copies."""
@@ -88,7 +91,8 @@ def _pair_up(
 ) -> list[Pair]:
     """Deal the rejected out as shuffled decks, one a reason; each gets the partner with the fewest pairs so far."""
     decks = {reason: draw.sample(list(pool), len(pool)) for reason, pool in pools.items() if pool}
-    # Beyond a share of pairs against failing programs a weak model learns only not to crash.
+    # Beyond a share of pairs against failing programs a weak model learns only not to crash; `within_cap` holds it
+    # where fewer pairs are made than were asked for.
     failing = int(settings.failing_cap * settings.pairs) if "failure" in decks else 0
     working = [reason for reason in decks if reason != "failure"]
     wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
@@ -111,7 +115,17 @@ def _pair_up(
                 pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
                 uses[family[partner]] += 1
                 break
-    return list(pairs.values())
+    return within_cap(list(pairs.values()), settings.failing_cap)
+
+
+def within_cap(pairs: Sequence[Pair], cap: float) -> list[Pair]:
+    """Leave out pairs whose rejected side fails until they are at most this share of all; the last ones first."""
+    failing = [pair for pair in pairs if pair.reason in FAILING]
+    kept, others = len(failing), len(pairs) - len(failing)
+    while kept > cap * (kept + others):
+        kept -= 1
+    dropped = failing[kept:]
+    return [pair for pair in pairs if pair not in dropped]
 
 
 def _families(chosen: Sequence[Candidate], alike: float) -> dict[str, str]:

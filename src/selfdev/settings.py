@@ -288,6 +288,11 @@ class Preferences(Section):
         description="Small edits that are tried on each failing program; the first one that works and is new is "
         "imitated or, where nothing is, preferred to it, beside `pairs`. 0: none.",
     )
+    score_repairs: bool = Field(
+        False,
+        description="Repairs are scored on development too, and only those are learned from that are, by `evidence`, "
+        "surely better than the seed; rivals get as many evaluations more.",
+    )
     pairs: int = Field(64, ge=0, description="Pairs of one round; 0: programs are imitated alone.")
     pairs_each: int = Field(64, ge=1, description="Pairs of a round that one chosen program may stand in.")
 

@@ -9,14 +9,14 @@ from selfdev.archive import Archive, Evaluation
 from selfdev.config import Config
 from selfdev.evaluation.evaluator import Scorer
 from selfdev.evaluation.objective import kept_floors
-from selfdev.evaluation.standing import LEARNING
+from selfdev.evaluation.standing import LEARNING, repairs_of
 from selfdev.streams import stream_seed
 
 
 def spent_on_candidates(archive: Archive) -> int:
-    """How many development evaluations the learning arm has spent on its programs so far, at all scales."""
+    """How many development evaluations the learning arm has spent so far, on programs and repairs, at all scales."""
     evaluations = archive.evaluations("candidate") + archive.evaluations("scaled")
-    return sum(e.subject.startswith(f"{LEARNING}/") for e in evaluations)
+    return sum(e.subject.startswith((f"{LEARNING}/", f"{repairs_of(LEARNING)}/")) for e in evaluations)
 
 
 def tune_rivals(
