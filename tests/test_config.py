@@ -2,13 +2,37 @@ from pathlib import Path
 
 import pytest
 
+from selfdev.algorithms.source import Form
 from selfdev.config import load_config, parse_config, presets
 from selfdev.errors import UserError
+from test_tasks import gsm8k_folder
+
+
+def questions_here(tmp_path: Path) -> list[str]:
+    """The preset `paper` with questions from a folder in the place of the Hub's."""
+    return [f"task.name=gsm8k_fixed:{gsm8k_folder(tmp_path)}", "task.development=10", "task.test=10"]
 
 
 @pytest.mark.parametrize("name", presets())
-def test_every_preset_loads(name: str) -> None:
-    assert load_config(name).name == name
+def test_every_preset_loads(name: str, tmp_path: Path) -> None:
+    assert load_config(name, questions_here(tmp_path) if name == "paper" else []).name == name
+
+
+def test_the_paper_has_no_help_and_its_own_numbers(tmp_path: Path) -> None:
+    paper = load_config("paper", questions_here(tmp_path))
+    writer, learned, chosen = paper.factory, paper.refinement, paper.preferences
+    assert (paper.iterations, paper.programs, paper.verdict.finalists) == (3, 3000, 15)
+    assert [round(writer.temperature_at(t), 2) for t in range(3)] == [1.2, 1.0, 0.86]
+    assert (learned.loss, learned.beta, learned.learning_rate, learned.rank) == ("sigmoid", 0.01, 1e-6, 256)
+    assert (chosen.chosen_share, chosen.rejected_share, chosen.elites) == (0.03, 0.10, 3)
+    assert (writer.grammar, writer.warm_start.steps, chosen.repairs, learned.imitation.passes) == (
+        "none",
+        0,
+        0,
+        0,
+    )
+    assert (paper.prompt.examples, len(paper.prompt.names), paper.prompt.form) == ("fixed", 1, Form.CONTRACT)
+    assert (learned.refit, learned.held_to, paper.scaling.norm) == ("continue", "previous", None)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Archive, TestSealed
 from selfdev.errors import Interrupted, UserError
 from selfdev.evaluation.evaluator import Evaluator, Refused, norm_of
+from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
 from selfdev.merging.task_vectors import read_task_vectors
@@ -294,6 +296,47 @@ def test_failing_programs_are_paired_with_their_working_neighbours(finished: Run
             vectors = torch.randn(3, 6, 5).unbind()
             outcome = box.merge(candidate.source or "", {str(i): v for i, v in enumerate(vectors)})
             assert outcome.tensor is not None
+
+
+class Recording(ScriptedFactory):
+    """Remembers what each round imitates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.imitated: list[set[tuple[int, ...]]] = []
+
+    def refine(self, pairs: Any, iteration: int, adapters: Any, out: Path, tick: Any, *rest: Any) -> Any:
+        self.imitated.append({tokens for _, tokens in rest[1]})
+        return super().refine(pairs, iteration, adapters, out, tick, *rest)
+
+
+def test_of_repairs_that_are_scored_only_the_good_ones_are_learned_from(tmp_path: Path) -> None:
+    factory = Recording()
+    config = scripted_config(
+        controls=[],
+        refinement={"imitation": {"passes": 1}},
+        preferences={"repairs": 8, "score_repairs": True, "evidence": 2.0, "chosen_floor": 2},
+    )
+    ended = run(config, tmp_path / "run", factory=factory)
+    repaired = [c for c in ended.candidates("repaired") if c.status == "new"]
+    scored = {
+        (e.subject, e.number) for kind in ("candidate", "scaled") for e in ended.archive.evaluations(kind)
+    }
+    # As it was written, and at the norm; tuned and tested is only what the factory wrote.
+    assert {pair for pair in scored if pair[0].startswith("repaired")} == {
+        (c.name, n) for c in repaired for n in (0, 1)
+    }
+    good = {c.tokens for c in repaired if Evidence(ended.archive, 2.0).better(c.name)}
+    others = {c.tokens for c in repaired} - good
+    [imitated] = factory.imitated
+    assert repaired
+    assert good <= imitated
+    assert not others & imitated
+    assert ended.best is not None
+    assert ended.best.arm == "learning"
+    written = sum(subject.startswith("learning/") for subject, _ in scored)
+    tuned = [e for e in ended.archive.evaluations("rival", "task_arithmetic") if e.split == "development"]
+    assert len(tuned) == written + 2 * len(repaired)
 
 
 def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> None:

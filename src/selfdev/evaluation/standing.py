@@ -25,7 +25,7 @@ _REPAIRED = "repaired"
 def repairs_of(arm: str) -> str:
     """Where the working neighbours of an arm's failing programs are archived, as if of an arm of their own.
 
-    Nobody wrote them: they are learned from, and neither scored nor counted.
+    Nobody wrote them: they are learned from, but never counted, and they cannot win.
     """
     return _REPAIRED if arm == LEARNING else f"{_REPAIRED}_{arm}"
 
