@@ -32,13 +32,17 @@ class Row(Protocol):
 
 
 class Decoder(Protocol):
-    """Computes logits; the places of its rows are kept in step with the caller's list."""
+    """Has read the prompts."""
 
     first: list[Tensor]
     """For each prompt the logits after its last token, shape (1, vocabulary)."""
 
-    def begin(self, rows: Sequence[Row]) -> None:
-        """Take up the first rows, those of one prompt side by side."""
+    def begin(self, rows: Sequence[Row]) -> "Batch":
+        """Take up some rows, those of one prompt side by side; several batches share the prompts."""
+
+
+class Batch(Protocol):
+    """Computes logits; the places of its rows are kept in step with the caller's list."""
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         """Feed each row's latest token; returns the logits after it, shape (rows, vocabulary)."""
@@ -79,12 +83,11 @@ def shares_prefix(model: PreTrainedModel) -> bool:
     expected = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
     row = _Tokens(0, tokens[4:5])
     try:
-        decoder = _Shared(model, [tokens[:4]], 2)
-        decoder.begin([row])
+        batch = _Shared(model, [tokens[:4]], 2).begin([row])
         with attending(model):
-            decoder.step([row])
+            batch.step([row])
             row.tokens.append(tokens[5])
-            logits = decoder.step([row])[0].float()
+            logits = batch.step([row])[0].float()
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
         return False  # there are no keys and values in its cache, or they have other shapes
     spread = float(expected.max() - expected.min())
@@ -104,9 +107,16 @@ class _Shared:
         self.lengths = [len(prompt) for prompt in prompts]
         self.caches, self.first = _prefill(model, prompts)
 
-    def begin(self, rows: Sequence[Row]) -> None:
+    def begin(self, rows: Sequence[Row]) -> "_SharedBatch":
         counts = [sum(row.prompt == number for row in rows) for number in range(len(self.caches))]
-        self.shared = SharedPrefix(self.caches, counts, self.capacity)
+        return _SharedBatch(self.model, self.lengths, SharedPrefix(self.caches, counts, self.capacity))
+
+
+class _SharedBatch:
+    """Rows that continue prompts which are kept once."""
+
+    def __init__(self, model: PreTrainedModel, lengths: Sequence[int], shared: SharedPrefix):
+        self.model, self.lengths, self.shared = model, lengths, shared
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         device = self.model.device
@@ -135,8 +145,8 @@ class _Plain:
         self.model, self.prompts = model, prompts
         self.first = [self._after(prompt) for prompt in prompts]
 
-    def begin(self, rows: Sequence[Row]) -> None:
-        pass
+    def begin(self, rows: Sequence[Row]) -> "_Plain":
+        return self  # it keeps nothing of its rows
 
     def step(self, rows: Sequence[Row]) -> Tensor:
         return torch.cat([self._after([*self.prompts[row.prompt], *row.tokens]) for row in rows])

@@ -1,26 +1,30 @@
 """Sampling programs from a causal language model, in process.
 
 A batch of rows is kept full: the place of a program that has ended is taken by the next one, in the order of their
-numbers. What a program is depends on its own random stream and, by rounding, on the rows beside it. Which rows these
-are follows from the lengths of the earlier programs, and so, by induction over the steps, from the prompts, the seeds
-and the settings alone: never from timing or from the number of workers. It holds for one call on one machine with
-one number of threads; an iteration is therefore written in a single call, and a resumed one is written anew from its
-first program.
+numbers. On a CPU there are several batches side by side (`lanes.py`). What a program is depends on its own random stream
+and, by rounding, on the rows beside it. Which rows these are follows from the lengths of the earlier programs, and so, by
+induction over the steps, from the prompts, the seeds and the settings alone: never from timing or from the number of
+workers. It holds for one call on one machine with one number of threads; an iteration is therefore written in a single
+call, and a resumed one is written anew from its first program.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from threading import Event
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.decoder import decoding
+from selfdev.factory.decoder import Decoder, decoding
 from selfdev.factory.drawing import draw
 from selfdev.factory.grammar import Grammar
+from selfdev.factory.lanes import in_lanes, lanes, side_by_side
 from selfdev.models.limits import context_limit, end_tokens
 from selfdev.models.shared_prefix import closed_up
 
@@ -105,7 +109,7 @@ class Sampler:
         stop: a pattern; a program ends when it is found in what was written.
         top_k: only so many of the most likely tokens are drawn from; 0 for all.
         min_p: in [0, 1]: what is drawn has at least this share of the most likely token's probability; 0 for all.
-        batch: rows written at once; 0 for all.
+        batch: rows written at once, in all lanes together; 0 for all.
         grammar: what may be written; None for anything.
     """
 
@@ -134,7 +138,8 @@ class Sampler:
             tokenizer: its tokenizer.
             prompts: token ids of each prompt.
             rows: for each prompt, the random seed of every program that continues it.
-            tick: called after each step with the programs finished and the tokens written.
+            tick: called after each step with the programs finished and the tokens written; by one thread at a time, and
+                with several lanes not by the caller's.
 
         Returns:
             For each prompt, its programs in order.
@@ -150,23 +155,39 @@ class Sampler:
             for number, seeds in enumerate(rows)
         ]
         every = [row for group in written for row in group]
-        with decoding(model, prompts, self.max_new_tokens) as decoder:
-            started = self._started(every, decoder.first)
-            alive = list(islice(started, self.batch or None))
-            decoder.begin(alive)
-            while alive:
-                self._write(alive, decoder.step(alive))
-                for place, row in enumerate(alive):
-                    if row.ended and (following := next(started, None)) is not None:
-                        alive[place] = following
-                        decoder.replace(place, following.prompt)
-                going = [place for place, row in enumerate(alive) if not row.ended]
-                if len(going) < len(alive):
-                    kept = closed_up(going)
-                    decoder.keep(kept)
-                    alive = [alive[place] for place in kept]
+        told = threading.Lock()
+
+        def tell() -> None:
+            with told:
                 tick(sum(row.ended for row in every), sum(len(row.tokens) for row in every))
+
+        with decoding(model, prompts, self.max_new_tokens) as decoder:
+            at_once = min(self.batch or len(every), len(every))
+            shares = in_lanes(every, lanes(at_once) if model.device.type == "cpu" else 1)
+            side_by_side(
+                [partial(self._fill, share, decoder, -(-at_once // len(shares)), tell) for share in shares]
+            )
         return [[row.sample(tokenizer) for row in group] for group in written]
+
+    def _fill(
+        self, rows: Sequence[_Row], decoder: Decoder, at_once: int, tell: Callable[[], None], stop: Event
+    ) -> None:
+        """Write rows, so many at once, until all have ended."""
+        started = self._started(rows, decoder.first)
+        alive = list(islice(started, at_once))
+        batch = decoder.begin(alive)
+        while alive and not stop.is_set():
+            self._write(alive, batch.step(alive))
+            for place, row in enumerate(alive):
+                if row.ended and (following := next(started, None)) is not None:
+                    alive[place] = following
+                    batch.replace(place, following.prompt)
+            going = [place for place, row in enumerate(alive) if not row.ended]
+            if len(going) < len(alive):
+                kept = closed_up(going)
+                batch.keep(kept)
+                alive = [alive[place] for place in kept]
+            tell()
 
     def _started(self, rows: Sequence[_Row], logits: Sequence[Tensor]) -> Iterator[_Row]:
         """Draw each row's first token when its turn has come; gives the rows that this does not end."""
