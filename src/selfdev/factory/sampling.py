@@ -1,11 +1,11 @@
 """Sampling programs from a causal language model, in process.
 
 A batch of rows is kept full: the place of a program that has ended is taken by the next one, in the order of their
-numbers. On a CPU there are several batches side by side (`lanes.py`). What a program is depends on its own random stream
-and, by rounding, on the rows beside it. Which rows these are follows from the lengths of the earlier programs, and so, by
-induction over the steps, from the prompts, the seeds and the settings alone: never from timing or from the number of
-workers. It holds for one call on one machine with one number of threads; an iteration is therefore written in a single
-call, and a resumed one is written anew from its first program.
+numbers. On a CPU there are several batches side by side (`lanes.py`). What a program is depends on its own random
+stream and, by rounding, on the rows beside it. Which rows these are follows from the lengths of the earlier programs,
+and so, by induction over the steps, from the prompts, the seeds and the settings alone: never from timing or from the
+number of workers. It holds for one call on one machine with one number of threads; an iteration is therefore written
+in a single call, and a resumed one is written anew from its first program.
 """
 
 import re
