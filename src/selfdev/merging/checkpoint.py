@@ -5,13 +5,15 @@ and the seed's tensor in float32, what the algorithm makes of them, and at most 
 Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
 
 The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
-that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, without a config.json.
+that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, whose config.json comes
+last, and the next merge to the same folder removes it.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from selfdev.errors import SelfdevError
 from selfdev.merging.algorithm import Algorithm
-from selfdev.merging.aside import check_out, written_aside
+from selfdev.merging.aside import check_out, remove_left, written_aside
 from selfdev.merging.head_start import HeadStart
 from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
@@ -168,6 +170,7 @@ def merge_checkpoints(
     check_out(out)
     job = prepare(recipe, recipe.targets or found.targets)
     check_schedule(recipe, sorted(job.chosen), job.layers)
+    remove_left(out)
     job.check_room(out)
     with written_aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
@@ -190,12 +193,13 @@ def _stream(
         ReadAhead(files, spans, begun.stop() if begun else {}) as ahead,
         Writer(folder, list(planned.values()), shard_bytes) as writer,
     ):
-        for name, tensor in merged_tensors(job, algorithm, steps, ahead):
+        for name, tensor in _told(merged_tensors(job, algorithm, steps, ahead)):
             writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
             done += planned[name].size
             tick(done, total, name)
         written = writer.finish()
-        hashes = ahead.digests()
+        with _reading():
+            hashes = ahead.digests()
     named = {"seed": (job.seed_source, job.seed)} | {
         name: (job.sources[name], expert) for name, expert in job.experts.items()
     }
@@ -203,6 +207,24 @@ def _stream(
         Input(name, source, {file.name: hashes[file] for file in model.files})
         for name, (source, model) in named.items()
     ]
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tells of what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise SelfdevError(
+            f"the models cannot be read to their end, or handed to the algorithm: {error}; see that their files stay "
+            "where they are, and that no limit (ulimit) is in the way"
+        ) from error
+
+
+def _told(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, under `_reading`."""
+    with _reading():
+        yield from tensors
 
 
 def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
