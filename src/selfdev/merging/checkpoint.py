@@ -204,7 +204,7 @@ def _stream(
         name: (job.sources[name], expert) for name, expert in job.experts.items()
     }
     return written, [
-        Input(name, source, {file.name: hashes[file] for file in model.files})
+        Input(name, source, {**model.made_of(), **{file.name: hashes[file] for file in model.files}})
         for name, (source, model) in named.items()
     ]
 

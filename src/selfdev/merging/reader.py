@@ -10,6 +10,7 @@ from torch import Tensor
 
 from selfdev.errors import UserError
 from selfdev.models.adapter import Adapter
+from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
 
 INDEX = "model.safetensors.index.json"
@@ -59,6 +60,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Its files of weights, in the order of their names."""
         return sorted({file.path for file in self._files.values()})
+
+    def made_of(self) -> dict[str, str]:
+        """What its files of weights were made of, if that is known: a sha256 by a name of it."""
+        digest = noted_source(self.folder)
+        return {"GGUF file": digest} if digest else {}
 
     def order(self) -> list[str]:
         """The names of its tensors as they lie in the files, so that reading in this order is sequential."""
@@ -181,8 +187,11 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        """Its files of weights: the adapter's, and the base's unless that is the seed."""
-        return [self._adapter.file, *([] if self._on_seed else super().files)]
+        """What makes its weights: the adapter's, its config, and the base's unless that is the seed."""
+        return [self._adapter.config_file, self._adapter.file, *([] if self._on_seed else super().files)]
+
+    def made_of(self) -> dict[str, str]:
+        return {} if self._on_seed else super().made_of()
 
     def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
         stored = self._stored_as.get(name, name)
