@@ -43,6 +43,7 @@ _CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BESIDE = (
     "*.json",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "*.model",
     "*.tiktoken",
     "tokenizer*",
@@ -56,6 +57,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "vocab.*",
     "merges.txt",
     "*.model",
@@ -245,20 +247,25 @@ def _write_beside(job: Job, folder: Path, card: str) -> None:
     patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
     beside = _files(job.seed.folder, patterns)
     if job.tokenizer != job.seed.folder:
-        beside = beside - _files(job.seed.folder, _TOKENIZER) | _files(job.tokenizer, _TOKENIZER)
+        theirs = _files(job.seed.folder, _TOKENIZER)
+        beside = {name: path for name, path in beside.items() if name not in theirs}
+        beside |= _files(job.tokenizer, _TOKENIZER)
     config = dict(job.seed.config)
     if job.dtype is not None:
         config.pop("torch_dtype", None)  # what older versions called it
         config["dtype"] = _CONFIGURED[job.dtype]
     try:
         (folder / "README.md").write_text(card)
-        for path in sorted(beside):
+        for name, path in sorted(beside.items()):
             if path.name != "config.json" and not any(path.match(pattern) for pattern in _NOT_BESIDE):
-                shutil.copyfile(path, folder / path.name)
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise SelfdevError(write_failure(error, folder)) from error
 
 
-def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+def _files(folder: Path, patterns: Iterable[str]) -> dict[Path, Path]:
+    """Files of a folder by their place in it."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder): path for path in found}

@@ -14,9 +14,9 @@ from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
 
 INDEX = "model.safetensors.index.json"
-# In the order of preference: a folder that has both formats is read from safetensors.
-_INDICES = (INDEX, "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# Index of shards and single file, in the order of preference: a folder that has both formats is read from
+# safetensors. The Hub's snapshots have the other's index all the same.
+_KINDS = ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 
 
 class Checkpoint:
@@ -125,17 +125,17 @@ class Checkpoint:
         self._stored_as[name] = stored_as
 
     def _weight_files(self, pickled: bool) -> list[Path]:
-        kinds = 2 if pickled else 1
-        for name in _INDICES[:kinds]:
-            if (self.folder / name).is_file():
-                weight_map = self._json(name).get("weight_map")
+        files = [self.folder / _KINDS[0][1]]
+        for index, single in _KINDS[: 2 if pickled else 1]:
+            if (self.folder / index).is_file():
+                weight_map = self._json(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
-                    raise UserError(f"{self.owner}: '{self.folder / name}' maps no weights; fetch it anew")
+                    raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
                 files = sorted({self.folder / Path(str(file)).name for file in weight_map.values()})
                 break
-        else:
-            present = [self.folder / name for name in _SINGLE[:kinds] if (self.folder / name).is_file()]
-            files = present[:1] or [self.folder / _SINGLE[0]]
+            if (self.folder / single).is_file():
+                files = [self.folder / single]
+                break
         for file in files:
             if not file.is_file():
                 raise UserError(
