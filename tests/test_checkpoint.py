@@ -488,14 +488,17 @@ def test_vocabularies_of_different_sizes_are_refused_with_the_way_out(tmp_path: 
 
 
 def test_vocabularies_of_one_size_with_other_tokens(tmp_path: Path) -> None:
-    seed, expert = write(tmp_path / "seed"), write(tmp_path / "expert")
+    seed = write(tmp_path / "seed")
+    expert = write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1, UP: TENSORS[UP] + 1})
     for folder, third in ((seed, "c"), (expert, "x")):
         vocabulary = {"a": 0, "b": 1, third: 2}
         (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
     message = refusal(seed, tmp_path / "out", x=expert, targets="all")
     assert "another token in 1 rows of the embeddings (row 2: 'x', the seed's 'c')" in message
-    assert merged(seed, tmp_path / "mlp", x=expert)
-    assert merged(seed, tmp_path / "kept", x=expert, targets="all", embeddings="seed")
+    for name, options in (("mlp", {}), ("kept", {"targets": "all", "embeddings": "seed"})):
+        out = merged(seed, tmp_path / name, x=expert, scale=1.0, **options)
+        assert torch.equal(out[TABLE], TENSORS[TABLE])
+        assert torch.equal(out[UP], TENSORS[UP] + 1)
 
 
 def test_tied_heads_stored_or_not(tmp_path: Path) -> None:
@@ -603,12 +606,13 @@ def test_a_merge_that_is_stopped_leaves_no_folder_of_that_name(
 def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path) -> None:
     seed = write(tmp_path / "seed")
     (tmp_path / "empty").mkdir()
-    assert merged(seed, tmp_path / "empty", x=seed)
+    expected = read(seed).keys()
+    assert merged(seed, tmp_path / "empty", x=seed).keys() == expected
     with pytest.raises(UserError, match="exists already and is not overwritten"):
         merged(seed, tmp_path / "empty", x=seed)
     with pytest.raises(UserError, match="is a file, and"):
         merged(seed, seed / "config.json" / "out", x=seed)
-    assert merged(seed, tmp_path / "new" / "folder", x=seed)
+    assert merged(seed, tmp_path / "new" / "folder", x=seed).keys() == expected
 
 
 # --- memory ---

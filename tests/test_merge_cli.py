@@ -100,6 +100,11 @@ def test_targets_choose_and_a_regular_expression_will_do(tmp_path: Path) -> None
         (("--method", "ties", "-p", "density"), "parameter 'density' is not of the form KEY=VALUE"),
         (("--method", "ties", "-p", "density=1", "-p", "density=2"), "parameter 'density' is given twice"),
         (("--method", "ties", "--trust"), "--trust is for a file of your own, and 'ties' is none"),
+        (
+            ("--method", "runs/x:learning/1/001", "--trust"),
+            "--trust is for a file of your own, and 'runs/x:learning/1/001' is none; methods of the library need no "
+            "trust, and what a model wrote runs in the jail",
+        ),
         (("--method", "slerp"), "method 'slerp' takes exactly 2 experts, not 3"),
         (("--method", "nothing.py"), "method 'nothing.py' cannot be read"),
         (("--method", "runs/none:learning/1/001"), "runs/none holds no run"),

@@ -5,6 +5,7 @@ pip from a folder. It depends on a package that does not exist: whoever fetched 
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -314,6 +315,15 @@ def test_what_is_no_source_is_told_the_kinds(source):
 def test_a_hub_model_that_is_not_cached_offline(hub_cache, revision):
     with pytest.raises(UserError, match=r"'owner/model'.* cannot be fetched: .*HF_HUB_OFFLINE"):
         resolve(f"owner/model{revision}")
+
+
+def test_a_disk_too_full_for_a_hub_model(monkeypatch):
+    def fetch(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UserError, match=r"Hub's cache: No space left on device; make room, or point HF_HOME"):
+        resolve("owner/model")
 
 
 def test_a_cached_hub_model_needs_no_connection(hub_cache):

@@ -90,7 +90,10 @@ def _say(mark: str, message: str, code: int) -> int:
 
 def _explain(error: OSError | sqlite3.OperationalError) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC or "disk is full" in str(error):
-        return "the disk is full; make room. What a run has archived is safe: `selfdev resume RUN` goes on with it"
+        return (
+            "the disk is full; make room, and give the same command again. If it was a run, what is archived is safe: "
+            "`selfdev resume RUN` goes on with it"
+        )
     return str(error)
 
 

@@ -139,7 +139,7 @@ def export(
 ) -> None:
     """Write a discovered program as a file that needs nothing of this project, or merge the run's models by it."""
     from selfdev.merging.discovered import load_candidate
-    from selfdev.merging.export import to_mergekit, to_python
+    from selfdev.merging.export import to_mergekit, to_python, write_export
 
     if to is Export.MODEL:
         from selfdev.merging.checkpoint import merge_checkpoints
@@ -154,11 +154,7 @@ def export(
         typer.echo(merged.summary)
         return
     text = (to_python if to is Export.PY else to_mergekit)(folder, candidate)
-    try:
-        with out.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise UserError(f"'{out}' exists already and is not overwritten; choose another --out") from None
+    write_export(text, out)
     typer.echo(f"wrote {out}: a model wrote what is in it, so read it before you run it")
 
 

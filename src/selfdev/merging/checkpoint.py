@@ -5,13 +5,15 @@ and the seed's tensor in float32, what the algorithm makes of them, and at most 
 Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
 
 The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
-that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, without a config.json.
+that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, whose config.json comes
+last, and the next merge to the same folder removes it.
 """
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from selfdev.errors import SelfdevError
 from selfdev.merging.algorithm import Algorithm
-from selfdev.merging.aside import check_out, written_aside
+from selfdev.merging.aside import check_out, remove_left, written_aside
 from selfdev.merging.head_start import HeadStart
 from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
@@ -41,6 +43,7 @@ _CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BESIDE = (
     "*.json",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "*.model",
     "*.tiktoken",
     "tokenizer*",
@@ -54,6 +57,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "vocab.*",
     "merges.txt",
     "*.model",
@@ -168,6 +172,7 @@ def merge_checkpoints(
     check_out(out)
     job = prepare(recipe, recipe.targets or found.targets)
     check_schedule(recipe, sorted(job.chosen), job.layers)
+    remove_left(out)
     job.check_room(out)
     with written_aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
@@ -190,19 +195,38 @@ def _stream(
         ReadAhead(files, spans, begun.stop() if begun else {}) as ahead,
         Writer(folder, list(planned.values()), shard_bytes) as writer,
     ):
-        for name, tensor in merged_tensors(job, algorithm, steps, ahead):
+        for name, tensor in _told(merged_tensors(job, algorithm, steps, ahead)):
             writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
             done += planned[name].size
             tick(done, total, name)
         written = writer.finish()
-        hashes = ahead.digests()
+        with _reading():
+            hashes = ahead.digests()
     named = {"seed": (job.seed_source, job.seed)} | {
         name: (job.sources[name], expert) for name, expert in job.experts.items()
     }
     return written, [
-        Input(name, source, {file.name: hashes[file] for file in model.files})
+        Input(name, source, {**model.made_of(), **{file.name: hashes[file] for file in model.files}})
         for name, (source, model) in named.items()
     ]
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Tells of what cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise SelfdevError(
+            f"the models cannot be read to their end, or handed to the algorithm: {error}; see that their files stay "
+            "where they are, and that no limit (ulimit) is in the way"
+        ) from error
+
+
+def _told(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, under `_reading`."""
+    with _reading():
+        yield from tensors
 
 
 def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
@@ -223,20 +247,25 @@ def _write_beside(job: Job, folder: Path, card: str) -> None:
     patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
     beside = _files(job.seed.folder, patterns)
     if job.tokenizer != job.seed.folder:
-        beside = beside - _files(job.seed.folder, _TOKENIZER) | _files(job.tokenizer, _TOKENIZER)
+        theirs = _files(job.seed.folder, _TOKENIZER)
+        beside = {name: path for name, path in beside.items() if name not in theirs}
+        beside |= _files(job.tokenizer, _TOKENIZER)
     config = dict(job.seed.config)
     if job.dtype is not None:
         config.pop("torch_dtype", None)  # what older versions called it
         config["dtype"] = _CONFIGURED[job.dtype]
     try:
         (folder / "README.md").write_text(card)
-        for path in sorted(beside):
+        for name, path in sorted(beside.items()):
             if path.name != "config.json" and not any(path.match(pattern) for pattern in _NOT_BESIDE):
-                shutil.copyfile(path, folder / path.name)
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise SelfdevError(write_failure(error, folder)) from error
 
 
-def _files(folder: Path, patterns: Iterable[str]) -> set[Path]:
-    return {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+def _files(folder: Path, patterns: Iterable[str]) -> dict[Path, Path]:
+    """Files of a folder by their place in it."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder): path for path in found}

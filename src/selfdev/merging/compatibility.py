@@ -18,7 +18,7 @@ _ARCHITECTURE = (
 )
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
-"""Types of weights that can be merged."""
+"""Types of weights that can be merged. F8 is not among them: what 8 bits keep needs a scale that lies elsewhere."""
 
 _WAY_OUT = "experts must share the seed's architecture: choose a fine-tuned relative of the seed"
 
@@ -81,7 +81,8 @@ def check_tensors(
             if each.types[name] not in FLOATING:
                 raise UserError(
                     f"{each.owner}: its '{name}' is stored as {each.types[name]}, and task vectors need "
-                    "floating-point weights; give the unquantised model"
+                    f"unquantised weights ({', '.join(sorted(FLOATING))}); give the unquantised model, or targets "
+                    "without this tensor"
                 )
     for name in sorted(set(expert.shapes) - set(seed.shapes) - set(ignored)):
         if selects(targets, name, expert.shapes[name]):

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 from selfdev.algorithms.source import ENTRY
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.discovered import Discovered, load_candidate
-from selfdev.merging.targets import pattern_of
+from selfdev.merging.targets import LAYER, pattern_of
 
 _WRITTEN = f"{ENTRY}_as_written"
 
@@ -18,21 +18,21 @@ _MERGEKIT = '''
 
 MERGED = re.compile({pattern!r})
 LEAST_DIMENSIONS = {dimensions}
-
+{context_of}
 
 @merge_method(
     name={name!r},
     pretty_name={pretty!r},
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2),
 )
-def discovered(group: TensorGroup) -> torch.Tensor:
+def discovered(group: TensorGroup{parameter}) -> torch.Tensor:
     """The base model, plus what the program makes of the others' differences from it; other tensors stay the base's."""
     base = group.base.tensor
     if not MERGED.search(group.metadata.name or "") or base.ndim < LEAST_DIMENSIONS:
         return base
     seed = base.float()
     task_vectors = {{str(entry.id): entry.tensor.float() - seed for entry in group.non_base}}
-    return (seed + merge_models(task_vectors, base.device.type)).to(base.dtype)
+    return (seed + merge_models(task_vectors, base.device.type{argument})).to(base.dtype)
 
 
 register(discovered)
@@ -43,9 +43,38 @@ if __name__ == "__main__":
     main()
 '''
 
+# In the exported module: what the contract's third argument holds, from what mergekit tells of a tensor.
+_MERGEKIT_CONTEXT = '''LAYER = re.compile({layer!r})
+
+
+@dataclass(frozen=True)
+class TensorContext:
+    """The base model's tensor, its name, its layer from 0 (-1 if it has none), and the number of layers."""
+
+    seed: torch.Tensor
+    name: str
+    layer: int
+    layers: int
+
+
+@cache
+def layers_of(model: ModelReference) -> int:
+    """How many layers a model's config names."""
+    return model.config().get_text_config().num_hidden_layers
+
+
+def context_of(group: TensorGroup, layers: int) -> TensorContext:
+    """What the program is told; a copy, since it may write into it."""
+    name = group.metadata.name
+    found = LAYER.search(name)
+    layers = layers or layers_of(group.base.id)
+    return TensorContext(group.base.tensor.float().clone(), name, int(found[1]) if found else -1, layers)
+
+'''
+
 
 def to_python(run: Path, name: str) -> str:
-    """One file with `merge_models(model_dict, device)`, which needs torch alone.
+    """One file with `merge_models(model_dict, device)`, or with a third argument `context`, which needs torch alone.
 
     Args:
         run: folder of the run.
@@ -55,10 +84,16 @@ def to_python(run: Path, name: str) -> str:
         UserError: as `load_candidate`.
     """
     found = load_candidate(run, name)
+    context = _takes_context(found.origin.source)
     use = (
-        f"`{ENTRY}(model_dict, device)` takes each expert's task vector of one tensor by name (expert minus seed, "
-        "float32)\nand returns what is to be added to the seed's tensor."
+        f"`{ENTRY}({_arguments(context=context)})` takes each expert's task vector of one tensor by name (expert "
+        "minus seed,\nfloat32) and returns what is to be added to the seed's tensor."
     )
+    if context:
+        use += (
+            " `context` is any object with these attributes:\n`seed`, the seed's tensor (float32); `name`, the "
+            "parameter's; `layer`, the index of its layer from 0, -1 if\nit has none; `layers`, how many the model has."
+        )
     return _docstring(found, use) + _program(found)
 
 
@@ -70,30 +105,65 @@ def to_mergekit(run: Path, name: str) -> str:
         name: of the candidate.
 
     Raises:
-        UserError: as `load_candidate`; a program that asks for its context, which mergekit does not tell.
+        UserError: as `load_candidate`.
     """
     found = load_candidate(run, name)
-    if _takes_context(found.origin.source):
-        raise UserError(
-            f"candidate '{name}' asks for its context (layer, number of layers), which mergekit does not tell; "
-            "export it --to py or --to model"
-        )
+    context = _takes_context(found.origin.source)
     method = method_name(found)
     use = (
         "mergekit finds no methods by itself, so run this file in the place of mergekit-yaml:\n\n"
         f"    python THIS_FILE.py CONFIG.yml OUT\n\nwith `merge_method: {method}` and the seed as `base_model`."
     )
+    if context:
+        use += (
+            " The program asks for the number of\nlayers, which comes from the base model's config; where that cannot "
+            "be read, say it yourself\n(`parameters: {layers: 30}`)."
+        )
     pattern, dimensions = pattern_of(found.config.merge.targets)
-    imports = (
-        "import re\n\n"
-        "from mergekit.merge_methods.base import BasePolicy, InputContract, TensorGroup\n"
-        "from mergekit.merge_methods.easy_define import merge_method\n"
-        "from mergekit.merge_methods.registry import register\n\n"
-    )
+    imports = [
+        "import re",
+        *(["from dataclasses import dataclass", "from functools import cache"] if context else []),
+        "",
+        "import torch",
+        *(["from mergekit.common import ModelReference"] if context else []),
+        "from mergekit.merge_methods.base import BasePolicy, InputContract, TensorGroup",
+        "from mergekit.merge_methods.easy_define import merge_method",
+        "from mergekit.merge_methods.registry import register",
+        "\n",
+    ]
     registered = _MERGEKIT.format(
-        pattern=pattern, dimensions=dimensions, name=method, pretty=found.origin.title
+        pattern=pattern,
+        dimensions=dimensions,
+        context_of=_MERGEKIT_CONTEXT.format(layer=LAYER.pattern) if context else "",
+        name=method,
+        pretty=found.origin.title,
+        parameter=", layers: int = 0" if context else "",
+        argument=", context_of(group, layers)" if context else "",
     )
-    return _docstring(found, use) + imports + _program(found) + registered
+    return _docstring(found, use) + "\n".join(imports) + _program(found) + registered
+
+
+def write_export(text: str, out: Path) -> None:
+    """Write an exported program; what fails leaves nothing.
+
+    Raises:
+        UserError: there is such a file, or there can be none.
+        SelfdevError: it cannot be written.
+    """
+    try:
+        file = out.open("x", encoding="utf-8")
+    except FileExistsError:
+        raise UserError(f"'{out}' exists already and is not overwritten; choose another --out") from None
+    except OSError as error:
+        raise UserError(f"'{out}' cannot be written: {error.strerror}; choose another --out") from error
+    try:
+        with file:
+            file.write(text)
+    except OSError as error:
+        out.unlink(missing_ok=True)
+        raise SelfdevError(
+            f"'{out}' cannot be written: {error.strerror}; make room, or choose another --out"
+        ) from error
 
 
 def method_name(found: Discovered) -> str:
@@ -114,7 +184,7 @@ def _program(found: Discovered) -> str:
     if found.factor == 1:
         return source
     source = re.sub(rf"\b{ENTRY}\b", _WRITTEN, source)
-    arguments = "model_dict, device, context" if _takes_context(found.origin.source) else "model_dict, device"
+    arguments = _arguments(context=_takes_context(found.origin.source))
     return (
         f"{source}\n\ndef {ENTRY}({arguments}):\n"
         f'    """The program at {found.factor:g} times its scale, where it was best on development."""\n'
@@ -122,7 +192,17 @@ def _program(found: Discovered) -> str:
     )
 
 
+def _arguments(*, context: bool) -> str:
+    return "model_dict, device, context" if context else "model_dict, device"
+
+
 def _takes_context(source: str) -> bool:
+    """As the jail decides it of the function: the third parameter is named so, or has no default of its own."""
     functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     entry = next(function for function in functions if function.name == ENTRY)
-    return len(entry.args.posonlyargs + entry.args.args) > 2
+    positional = entry.args.posonlyargs + entry.args.args
+    if len(positional) < 3:
+        return False
+    # A decorator mostly makes a function of other parameters, which is then called with those that it must have.
+    named = positional[2].arg == "context" and not entry.decorator_list
+    return named or len(positional) - len(entry.args.defaults) >= 3

@@ -18,7 +18,8 @@ class Input:
     Attributes:
         name: `seed`, or the expert's.
         source: as the user gave it.
-        files: sha256 of each of its files of weights, by name. Of an adapter on the seed the adapter's alone.
+        files: sha256 of each of its files of weights, by name, and of a GGUF file that they were made of. Of an
+            adapter its config too, which holds its scale; of one on the seed nothing else.
     """
 
     name: str

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from selfdev.errors import UserError
 from selfdev.models.adapter import Adapter
+from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
 
 INDEX = "model.safetensors.index.json"
-# In the order of preference: a folder that has both formats is read from safetensors.
-_INDICES = (INDEX, "pytorch_model.bin.index.json")
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# Index of shards and single file, in the order of preference: a folder that has both formats is read from
+# safetensors. The Hub's snapshots have the other's index all the same.
+_KINDS = ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 
 
 class Checkpoint:
@@ -59,6 +60,11 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Its files of weights, in the order of their names."""
         return sorted({file.path for file in self._files.values()})
+
+    def made_of(self) -> dict[str, str]:
+        """What its files of weights were made of, if that is known: a sha256 by a name of it."""
+        digest = noted_source(self.folder)
+        return {"GGUF file": digest} if digest else {}
 
     def order(self) -> list[str]:
         """The names of its tensors as they lie in the files, so that reading in this order is sequential."""
@@ -119,17 +125,17 @@ class Checkpoint:
         self._stored_as[name] = stored_as
 
     def _weight_files(self, pickled: bool) -> list[Path]:
-        kinds = 2 if pickled else 1
-        for name in _INDICES[:kinds]:
-            if (self.folder / name).is_file():
-                weight_map = self._json(name).get("weight_map")
+        files = [self.folder / _KINDS[0][1]]
+        for index, single in _KINDS[: 2 if pickled else 1]:
+            if (self.folder / index).is_file():
+                weight_map = self._json(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
-                    raise UserError(f"{self.owner}: '{self.folder / name}' maps no weights; fetch it anew")
+                    raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
                 files = sorted({self.folder / Path(str(file)).name for file in weight_map.values()})
                 break
-        else:
-            present = [self.folder / name for name in _SINGLE[:kinds] if (self.folder / name).is_file()]
-            files = present[:1] or [self.folder / _SINGLE[0]]
+            if (self.folder / single).is_file():
+                files = [self.folder / single]
+                break
         for file in files:
             if not file.is_file():
                 raise UserError(
@@ -181,8 +187,11 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def files(self) -> list[Path]:
-        """Its files of weights: the adapter's, and the base's unless that is the seed."""
-        return [self._adapter.file, *([] if self._on_seed else super().files)]
+        """What makes its weights: the adapter's, its config, and the base's unless that is the seed."""
+        return [self._adapter.config_file, self._adapter.file, *([] if self._on_seed else super().files)]
+
+    def made_of(self) -> dict[str, str]:
+        return {} if self._on_seed else super().made_of()
 
     def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
         stored = self._stored_as.get(name, name)

@@ -21,7 +21,9 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
 _VOCABULARY = re.compile(f"{_HEAD.pattern}|{_EMBEDDING.pattern}" + r"|(^|\.)(lm_head|embed_out)\.bias$")
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+"""Finds the index of a layer in a parameter's name."""
+
 _SHOWN_NAMES = 6
 
 
@@ -94,7 +96,7 @@ def embeddings_of(names: Iterable[str]) -> str | None:
 
 def layer_of(name: str) -> int:
     """The index of the layer that a parameter belongs to, from 0; -1 if it belongs to none."""
-    found = _LAYER.search(name)
+    found = LAYER.search(name)
     return int(found[1]) if found else -1
 
 

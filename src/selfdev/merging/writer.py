@@ -12,6 +12,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +94,8 @@ class Writer:
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # the file goes, and why it goes is told already
+                self._file.close()
 
     def put(self, name: str, tensor: Tensor, then: Callable[[], None]) -> None:
         """Write the next tensor, which must not change any more.
@@ -124,7 +126,10 @@ class Writer:
         assert self._file is None, "a planned tensor was not put"
         if len(self._digests) > 1:
             index = {"metadata": {"total_size": sum(self._sizes.values())}, "weight_map": self._index}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            try:
+                (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            except OSError as error:
+                raise SelfdevError(write_failure(error, self._folder)) from error
         return dict(self._digests)
 
     def _settle(self) -> None:
@@ -151,11 +156,15 @@ class Writer:
 
 
 def write_failure(error: OSError, folder: Path) -> str:
-    """What to tell the user of a failed write into a folder."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason = f"'{folder.parent}' has no room for the merged model ({error.strerror})"
-        return f"{reason}; make room, or choose another --out"
-    return f"the merged model cannot be written into '{folder.parent}': {error}; choose another --out"
+    """What to tell the user of a failed write into a folder that vanishes, beside the one asked for."""
+    where = folder.parent
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = f"'{where}' has no room for the merged model ({error.strerror})"
+        return f"{reason}; nothing of it is kept. Make room, or choose another --out"
+    if error.errno == errno.EFBIG:
+        reason = f"'{where}' takes no file of the size that the merged model needs ({error.strerror})"
+        return f"{reason}; nothing of it is kept. Raise the limit (ulimit -f), or choose another --out"
+    return f"the merged model cannot be written into '{where}': {error}; nothing of it is kept. Choose another --out"
 
 
 class _File:

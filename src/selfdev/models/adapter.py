@@ -60,6 +60,7 @@ class Adapter:
     Attributes:
         owner: whose it is, as the user's messages say it.
         file: of its weights.
+        config_file: which says how much of them is added.
     """
 
     def __init__(self, owner: str, folder: Path) -> None:
@@ -69,6 +70,7 @@ class Adapter:
             UserError: it is incomplete, damaged, or of a kind that is not read.
         """
         self.owner = owner
+        self.config_file = folder / CONFIG
         self._config = _read_config(folder, owner)
         path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
         if path is None:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from selfdev.errors import UserError
 from selfdev.models.digest import FileDigest
 
 _log = logging.getLogger(__name__)
+
+_NOTE = "gguf.sha256"
+"""File of a dequantised model's folder that holds the hash of what it was made of."""
 
 
 def gguf_model(gguf: Path, cache: Path) -> Path:
@@ -32,14 +36,18 @@ def gguf_model(gguf: Path, cache: Path) -> Path:
     Raises:
         UserError: as `dequantise` does, or the cache cannot be written.
     """
-    target = cache / f"gguf-{FileDigest(gguf).finish()[:32]}"
+    digest = FileDigest(gguf).finish()
+    target = cache / f"gguf-{digest[:32]}"
     if (target / "config.json").is_file():
+        with suppress(OSError):  # older caches have no note, and need not be writable
+            note_source(target, digest)
         return target
     _log.info("dequantising %s; this takes a minute, once", gguf.name)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as aside:
             dequantise(gguf, Path(aside) / "model")
+            note_source(Path(aside) / "model", digest)
             try:
                 (Path(aside) / "model").rename(target)
             except OSError:
@@ -51,6 +59,21 @@ def gguf_model(gguf: Path, cache: Path) -> Path:
             "make room, or point SELFDEV_CACHE elsewhere"
         ) from error
     return target
+
+
+def note_source(folder: Path, digest: str) -> None:
+    """Note in a dequantised model's folder the sha256 of its GGUF file, unless it is noted."""
+    note = folder / _NOTE
+    if not note.is_file():
+        note.write_text(digest + "\n")
+
+
+def noted_source(folder: Path) -> str | None:
+    """The sha256 of the GGUF file that a folder was made of; None if it was not, or nobody noted it."""
+    try:
+        return (folder / _NOTE).read_text().strip()
+    except OSError:
+        return None
 
 
 def dequantise(gguf: Path, out: Path) -> None:

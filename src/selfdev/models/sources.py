@@ -15,6 +15,7 @@ Hub's own cache, where other programs find it too. Steps that take long are logg
 """
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -199,6 +200,10 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
         raise UserError(f"the Hub has no {wanted}; name a branch, a tag or a commit of it") from error
     # The client raises errors of its own, of the operating system and of the HTTP library it is built on.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"{wanted} cannot be put into the Hub's cache: {error.strerror}; make room, or point HF_HOME elsewhere"
+            ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
             f"{wanted} is not in the Hub's cache and cannot be fetched: {reason}; "

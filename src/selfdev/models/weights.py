@@ -56,7 +56,7 @@ class Entry:
     """A tensor as it is stored.
 
     Attributes:
-        dtype: one of `TYPES`.
+        dtype: as safetensors names it; torch has those of `TYPES`.
         shape: of the tensor.
         begin: byte of the file at which it begins; equal to `end` where the format does not tell.
         end: byte behind its last one.
@@ -102,19 +102,21 @@ class WeightFile:
             }
 
     def tensor(self, name: str) -> Tensor:
-        """A view of a tensor, of the type in which it is stored. Read only."""
+        """A view of a tensor, of the type in which it is stored, or its bytes if torch has no such type. Read only."""
         if self._loaded:
             return self._loaded[name]
         entry = self.entries[name]
-        count = math.prod(entry.shape)
+        shape = entry.shape if entry.dtype in TYPES else (entry.end - entry.begin,)
+        dtype = TYPES.get(entry.dtype, torch.uint8)
+        count = math.prod(shape)
         if count == 0:  # frombuffer refuses to view nothing
-            return torch.empty(entry.shape, dtype=TYPES[entry.dtype])
+            return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():
             # That the mapping cannot be written to is as it should be. A writable private one would count as
             # memory, and a shard larger than the machine could not be mapped.
             warnings.simplefilter("ignore", UserWarning)
-            flat = torch.frombuffer(self._mapping, dtype=TYPES[entry.dtype], count=count, offset=entry.begin)
-        return flat.view(entry.shape)
+            flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=entry.begin)
+        return flat.view(shape)
 
     def release(self, name: str) -> None:
         """Let go of the memory that a tensor's pages take; it can be read again."""

