@@ -2,14 +2,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/help.py --seeds 1 2 --temperatures 0.8 0.57
 
-`grammar`: `factory.grammar: python`. `repair turn`, which is here and not in the package: half of the programs are
-written as always; then the factory is shown those that failed, each with its error, and may write each once more; what
-is left of the programs is written as always.
+`grammar`: `factory.grammar: python`. `repair turn`: `factory.repair_turn: true`. `no warm start`:
+`factory.warm_start.steps: 0`, so what the warm start gives is `none` minus it.
 
 The first iteration's programs are written and screened as in a run, on the probes and, if they are new there, on the
-real tensors; none is scored. Prompts and random streams are the same in every column, so the differences are by pairs.
-Intervals are 95 %: Wilson's for a share, the normal one for a mean of paired differences. Seconds are those of
-writing; of the repair turn, those of the turns alone.
+real tensors; none is scored. Prompts and random streams are the same in every row, but for the prompts of the turns, so
+the differences are by pairs. Intervals are 95 %: Wilson's for a share, the normal one for a mean of paired differences.
+Seconds are those of writing all programs; with the repair turn, of screening its first half too.
 """
 
 import argparse
@@ -23,24 +22,27 @@ from statistics import mean, stdev
 from scipy.stats import binomtest
 
 from selfdev.algorithms.screening import REAL_TOLERANCE, History, Screen, explained_by_combination
-from selfdev.algorithms.source import OPENING, unwrap_short
 from selfdev.archive import Candidate
-from selfdev.candidates import read_candidate, remember, screened
-from selfdev.config import Config, load_config
+from selfdev.candidates import remember, screened
+from selfdev.config import load_config
 from selfdev.evaluation.evaluator import Evaluator, Refused
 from selfdev.evaluation.tasks import load_task
 from selfdev.factory.factory import LocalFactory
-from selfdev.factory.prompt import STOP, Prompt
-from selfdev.factory.sampling import Sample, Sampler
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.sources import resolve
 from selfdev.runs import jail_limits
 from selfdev.sandbox import Sandbox
-from selfdev.streams import stream_seed
+from selfdev.watcher import Tick
+from selfdev.writing import Writing
 
 WORKS = {"new", "trivial", "known", "repeated"}
-PLAIN, GRAMMAR, REPAIR = "none", "grammar", "repair turn"
-LONGEST_ERROR = 200
+PLAIN = "none"
+WAYS = {
+    PLAIN: [],
+    "grammar": ["factory.grammar=python"],
+    "repair turn": ["factory.repair_turn=true"],
+    "no warm start": ["factory.warm_start.steps=0"],
+}
 
 
 @dataclass
@@ -77,13 +79,12 @@ class Judge:
     screen: Screen
     scorer: Evaluator
 
-    def __call__(self, config: Config, samples: Sequence[tuple[int, Sample]]) -> list[Candidate]:
+    def __call__(self, written: Sequence[Candidate]) -> list[Candidate]:
         history = History()
         judged = []
-        for number, (prompt, sample) in enumerate(samples):
-            candidate = read_candidate("frozen", 0, number, prompt, sample, config.prompt.form)
-            if candidate.source is not None:
-                candidate = screened(candidate, self.screen(candidate.source, history))
+        for candidate in written:
+            if candidate.status is None:
+                candidate = screened(candidate, self.screen(candidate.source or "", history))
             if candidate.status == "new":
                 candidate = self._on_real_tensors(candidate)
             remember(history, candidate)
@@ -98,56 +99,20 @@ class Judge:
         return replace(candidate, status="trivial") if distance <= REAL_TOLERANCE else candidate
 
 
-def repair_prompt(prompt: Prompt, candidate: Candidate) -> Prompt:
-    """The prompt, the program that failed, and its error."""
-    failed = unwrap_short(candidate.source or "").rstrip("\n")
-    error = (candidate.error or "")[:LONGEST_ERROR].replace("\n", " ")
-    text = f"{prompt.text.removesuffix(OPENING)}{failed}\n\n\n# It fails: {error}\n# Corrected:\n{OPENING}"
-    return Prompt(text, prompt.examples, prompt.form)
-
-
-def take_repair_turns(
-    factory: LocalFactory,
-    temperature: float,
-    samples: Sequence[tuple[int, Sample]],
-    judged: Sequence[Candidate],
-) -> list[tuple[int, Sample]]:
-    """One more program for each of the first half that failed, with the error before its eyes."""
-    config, half = factory.config, len(samples) // 2
-    failing = [c for c in judged[:half] if c.status == "failed" and c.source][: len(samples) - half]
-    prompts = factory.prompts(0)
-    asked = [repair_prompt(prompts[c.prompt], c).tokens(factory.tokenizer) for c in failing]
-    sampler = Sampler(
-        temperature,
-        config.factory.top_p,
-        config.factory.max_new_tokens,
-        STOP[config.prompt.form],
-        config.factory.top_k,
-        config.factory.min_p,
-        config.factory.batch,
-    )
-    seeds = [[stream_seed(config.seed, "sample", 0, half + place)] for place in range(len(failing))]
-    written = sampler(factory.model([]), factory.tokenizer, asked, seeds)
-    return [(c.prompt, sample) for c, [sample] in zip(failing, written, strict=True)]
-
-
-def measure(config: Config, temperature: float, judge: Judge, tallies: dict[str, Tally]) -> None:
+def measure(seed: int, temperature: float, programs: int, judge: Judge, tallies: dict[str, Tally]) -> None:
     """Write and screen the first iteration of one seed in every way."""
-    for way, grammar in ((PLAIN, "none"), (GRAMMAR, "python")):
-        settings = config.factory.model_copy(update={"grammar": grammar})
-        factory = LocalFactory(config.model_copy(update={"factory": settings}))
+    for way, changes in WAYS.items():
+        same = [f"seed={seed}", f"programs={programs}", f"factory.temperature={temperature}"]
+        config = load_config("quickstart", [*same, *changes])
+        factory = LocalFactory(config)
         factory.prepare(lambda done, total, note: None)
         factory.model([])
+        prompts = factory.prompts(0)
+        writing = Writing(config, factory, judge.screen, "frozen", 0, [], Tick())
         with tallies[way].timed():
-            samples = factory.write(factory.prompts(0), 0, temperature, [], lambda done, total, note: None)
-        judged = judge(config, samples)
-        tallies[way].add(judged)
-        if way == PLAIN:
-            with tallies[REPAIR].timed():
-                turns = take_repair_turns(factory, temperature, samples, judged)
-            half = len(samples) // 2
-            tallies[REPAIR].turns += len(turns)
-            tallies[REPAIR].add(judge(config, [*samples[:half], *turns, *samples[half + len(turns) :]]))
+            asked, written = writing.write(prompts)
+        tallies[way].turns += len(asked) - len(prompts)
+        tallies[way].add(judge(written))
 
 
 def share(hits: list[bool]) -> str:
@@ -178,10 +143,9 @@ def main() -> None:
             Screen(box), Evaluator(folder, vectors, task, config.task.development, box, config.seed)
         )
         for temperature in arguments.temperatures:
-            tallies = {way: Tally() for way in (PLAIN, GRAMMAR, REPAIR)}
+            tallies = {way: Tally() for way in WAYS}
             for seed in arguments.seeds:
-                changed = load_config("quickstart", [f"seed={seed}", f"programs={arguments.programs}"])
-                measure(changed, temperature, judge, tallies)
+                measure(seed, temperature, arguments.programs, judge, tallies)
                 print({way: Counter(t.statuses) for way, t in tallies.items()}, flush=True)
             show(temperature, tallies)
 

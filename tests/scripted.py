@@ -65,12 +65,12 @@ class ScriptedFactory:
 
     def write(
         self,
-        prompts: Sequence[Prompt],
+        asked: Sequence[tuple[int, Prompt]],
         iteration: int,
         temperature: float,
         adapters: Sequence[Path],
         tick: Any,
-    ) -> list[tuple[int, Sample]]:
+    ) -> list[Sample]:
         texts = list(self.programs)
         if iteration:  # one endless loop an arm is enough: each costs its time-out
             texts = [text.replace("while True:\n        pass", "return None") for text in texts]
@@ -83,9 +83,9 @@ class ScriptedFactory:
                 )
                 texts[8 + i] = VARIATION.format(t=iteration, i=i, suffix=suffix) + f"# {learned}"
         written = []
-        for i, text in enumerate(texts):
-            tick(i, len(texts), "")
-            written.append((i % 2, Sample(tuple(range(i + 1)), text, -float(i), True)))
+        for done, (number, _) in enumerate(asked):
+            tick(done, len(asked), "")
+            written.append(Sample(tuple(range(number + 1)), texts[number], -float(number), True))
         return written
 
     def tokens(self, text: str) -> tuple[int, ...]:
@@ -125,6 +125,15 @@ class Killer(Silent):
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Stopper(Killer):
+    """Stops the run at a given report as Ctrl-C does."""
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
 
 class _Counting(Tick):

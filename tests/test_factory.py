@@ -13,13 +13,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripted import begin_or_resume, killed, writer_config
 from selfdev.algorithms.examples import examples
+from selfdev.algorithms.screening import Screen
 from selfdev.algorithms.source import Form
 from selfdev.errors import UserError
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.models.folder import load_model, weights_hash
 from selfdev.runs import Run, resume, run
+from selfdev.sandbox import Sandbox
 from selfdev.watcher import Silent, Tick
+from selfdev.writing import Writing
 
 LESSONS = [
     "r(deltas):\n    return torch.roll(sum(deltas), 1, 0)\n",
@@ -54,7 +57,7 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            max_position_embeddings=512,
+            max_position_embeddings=1024,
             eos_token_id=fast.eos_token_id,
             bos_token_id=None,
         )
@@ -78,6 +81,11 @@ def tiny_writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ended(tiny_writer: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return begin_or_resume(tmp_path_factory.mktemp("unbroken") / "run", model=tiny_writer)
+
+
+def twenty(factory: LocalFactory) -> list[tuple[int, Prompt]]:
+    """What an iteration asks for: numbers, and the one prompt."""
+    return list(enumerate(factory.prompts(0) * 20))
 
 
 def test_the_cycle_with_a_real_transformer(ended: Run) -> None:
@@ -110,12 +118,44 @@ def test_killed_anywhere_a_real_factory_resumes_to_the_same_archive(
 
 def test_what_is_written_is_a_function_of_the_index(tiny_writer: Path) -> None:
     factory = LocalFactory(writer_config(tiny_writer))
-    prompts = factory.prompts(0)
-    written = factory.write(prompts, 0, 0.8, [], lambda *_: None)
-    assert factory.write(prompts, 0, 0.8, [], lambda *_: None) == written
-    assert factory.write(prompts, 1, 0.8, [], lambda *_: None) != written
+    asked = twenty(factory)
+    written = factory.write(asked, 0, 0.8, [], lambda *_: None)
+    assert factory.write(asked, 0, 0.8, [], lambda *_: None) == written
+    assert factory.write(asked, 1, 0.8, [], lambda *_: None) != written
     assert len(written) == 20
-    assert {prompt for prompt, _ in written} == {0}
+
+
+def with_repair_turn(writer: Path, **factory: Any) -> LocalFactory:
+    config = writer_config(writer)
+    settings = config.factory.model_copy(update={"repair_turn": True, **factory})
+    return LocalFactory(config.model_copy(update={"factory": settings}))
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_what_fails_is_written_once_more_by_a_real_transformer(batch: int, tiny_writer: Path) -> None:
+    factory = with_repair_turn(tiny_writer, batch=batch)
+    with Sandbox() as box:
+        writing = Writing(factory.config, factory, Screen(box), "frozen", 0, [], Tick())
+        prompts, written = writing.write(factory.prompts(0))
+        assert writing.write(factory.prompts(0)) == (prompts, written)
+    assert len(written) == 20
+    failed = [c for c in written[:10] if c.source is not None and c.status == "failed"]
+    assert len(prompts) - 1 == len(failed) > 0
+    assert [c.prompt for c in written[10:]] == [*range(1, len(prompts)), *[0] * (10 - len(failed))]
+    model = factory.model([])
+    for candidate in written[10:]:
+        prompt = prompts[candidate.prompt].tokens(factory.tokenizer)
+        ids = torch.tensor([[*prompt, *candidate.tokens]])
+        log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = log_probs.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+        assert candidate.log_prob == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_turns_prompt_must_fit_the_model_before_anything_is_written(tiny_writer: Path) -> None:
+    with pytest.raises(UserError, match=r"set factory\.repair_turn: false, use fewer examples"):
+        with_repair_turn(tiny_writer, max_new_tokens=400)
+    LocalFactory(writer_config(tiny_writer).model_copy(update={"programs": 1}))
+    with_repair_turn(tiny_writer, max_new_tokens=200)
 
 
 def test_the_warm_start_is_cached_and_changes_what_is_written(
@@ -138,10 +178,8 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     assert ticks == [1, 2]
     cold = LocalFactory(writer_config(tiny_writer))
     assert cold.facts["warm_start"] is None
-    prompts = cold.prompts(0)
-    assert warm.write(prompts, 0, 0.8, [], lambda *_: None) != cold.write(
-        prompts, 0, 0.8, [], lambda *_: None
-    )
+    asked = twenty(cold)
+    assert warm.write(asked, 0, 0.8, [], lambda *_: None) != cold.write(asked, 0, 0.8, [], lambda *_: None)
 
 
 def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp_path: Path) -> None:
@@ -149,7 +187,7 @@ def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp
     shunning = config.refinement.model_copy(update={"shun_examples": 1, "rehearsal": 1, "epochs": 1})
     factory = LocalFactory(config.model_copy(update={"refinement": shunning}))
     [prompt] = factory.prompts(0)
-    [(_, chosen), (_, rejected)] = factory.write([prompt], 0, 1.0, [], lambda *_: None)[:2]
+    chosen, rejected = factory.write(twenty(factory)[:2], 0, 1.0, [], lambda *_: None)
     pairs = [(prompt, chosen.tokens, rejected.tokens)]
     facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
     assert prompt.examples == ("vote",)
@@ -167,10 +205,11 @@ def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:
     assert facts["imitation_steps"] == len(facts["imitation_losses"]) == 24
     assert facts["imitation_losses"][-1] < facts["imitation_losses"][0]
     written = [
-        factory.write([prompt], 1, 0.2, adapters, lambda *_: None) for adapters in ([], [tmp_path / "a"])
+        factory.write(twenty(factory), 1, 0.2, adapters, lambda *_: None)
+        for adapters in ([], [tmp_path / "a"])
     ]
     before, after = (
-        sum(sample.text.strip() == LESSONS[0].strip() for _, sample in samples) for samples in written
+        sum(sample.text.strip() == LESSONS[0].strip() for sample in samples) for samples in written
     )
     assert after > before
     # Without programs and pairs there is nothing to learn.
@@ -184,9 +223,10 @@ def learner(writer: Path, **refinement: Any) -> tuple[LocalFactory, Pairs]:
     """A factory with these settings, and two pairs of programs that it has written."""
     config = writer_config(writer)
     settings = type(config.refinement)(**{**config.refinement.model_dump(), "epochs": 2, **refinement})
-    factory = LocalFactory(config.model_copy(update={"refinement": settings, "programs": 4}))
+    factory = LocalFactory(config.model_copy(update={"refinement": settings}))
     [prompt] = factory.prompts(0)
-    a, b, c, d = (sample.tokens for _, sample in factory.write([prompt], 0, 1.0, [], lambda *_: None))
+    written = factory.write(twenty(factory)[:4], 0, 1.0, [], lambda *_: None)
+    a, b, c, d = (sample.tokens for sample in written)
     return factory, [(prompt, a, b), (prompt, c, d)]
 
 
@@ -248,9 +288,9 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
         assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-3)
         assert theirs["supervised"] == pytest.approx(ours["supervised"], abs=1e-3)
     factory, _ = learner(tiny_writer)
-    [prompt] = factory.prompts(1)
-    assert factory.write([prompt], 1, 1.0, [tmp_path / "trl"], lambda *_: None) != factory.write(
-        [prompt], 1, 1.0, [], lambda *_: None
+    asked = twenty(factory)
+    assert factory.write(asked, 1, 1.0, [tmp_path / "trl"], lambda *_: None) != factory.write(
+        asked, 1, 1.0, [], lambda *_: None
     )
 
 
@@ -282,11 +322,11 @@ def test_a_factory_trained_as_a_whole_is_saved_and_loaded_again(
     assert capfd.readouterr() == ("", "")
     assert margins == pytest.approx([0, 0], abs=1e-3)  # one step a round: each begins at its reference
     assert (hashes[0] == hashes[1]) == (not on)  # afresh, the same pairs give the same weights
-    prompts = factory.prompts(0)
-    written = [factory.write(prompts, 0, 1.0, some, lambda *_: None) for some in ([], learned[:1], learned)]
+    asked = twenty(factory)[:4]
+    written = [factory.write(asked, 0, 1.0, some, lambda *_: None) for some in ([], learned[:1], learned)]
     assert written[0] != written[1]
     again, _ = learner(tiny_writer, **more)
-    assert again.write(prompts, 0, 1.0, learned, lambda *_: None) == written[2]
+    assert again.write(asked, 0, 1.0, learned, lambda *_: None) == written[2]
     whole = load_model(learned[-1]).state_dict()
     own = load_model(tiny_writer).state_dict()
     assert whole.keys() == own.keys()
@@ -311,8 +351,8 @@ def test_a_run_that_trains_all_weights_resumes(tiny_writer: Path, tmp_path: Path
     temperature = config.factory.temperature_at(1)
     texts = {}
     for adapters in ([], [learned]):
-        written = factory.write(factory.prompts(1), 1, temperature, adapters, lambda *_: None)
-        texts[len(adapters)] = [sample.tokens for _, sample in written]
+        written = factory.write(twenty(factory), 1, temperature, adapters, lambda *_: None)
+        texts[len(adapters)] = [sample.tokens for sample in written]
     assert [c.tokens for c in resumed.archive.candidates("learning", 1)] == texts[1] != texts[0]
 
 

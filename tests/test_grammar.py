@@ -275,9 +275,10 @@ def test_a_factory_writes_under_the_grammar_and_says_so(tmp_path: Path) -> None:
     folder = save_byte_model(tmp_path / "model")
     config = writer_config(folder)
     under = config.factory.model_copy(update={"grammar": "python"})
-    factory = LocalFactory(config.model_copy(update={"factory": under, "programs": 3}))
-    written = factory.write(factory.prompts(0), 0, 1.0, [], lambda done, total, note: None)
-    assert all(refused_at(sample.text) is None for _, sample in written)
+    factory = LocalFactory(config.model_copy(update={"factory": under}))
+    asked = list(enumerate(factory.prompts(0) * 3))
+    written = factory.write(asked, 0, 1.0, [], lambda done, total, note: None)
+    assert all(refused_at(sample.text) is None for sample in written)
     assert factory.facts["grammar"] == f"llguidance {version('llguidance')}"
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import OPENING, Form, wrap_short
-from selfdev.factory.prompt import STOP, ask, deal, showing
+from selfdev.factory.prompt import STOP, ask, base_of, correcting, deal, showing
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
@@ -62,3 +62,29 @@ def test_a_prompt_shows_a_program_in_the_place_of_its_last_example(form: Form) -
     whole = "import torch\n\ndef merge_models(model_dict, device):\n    return 1 * model_dict['a']\n"
     if form is Form.CONTRACT:
         assert whole in showing(prompts, {"x": whole}, examples())[0].text
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_what_fails_is_shown_under_its_own_prompt_with_one_line_of_its_error(form: Form) -> None:
+    prompt = ask(("vote",), examples(), form)
+    program = wrap_short("def merge_mine(deltas):\n    return deltas['{x}']\n")
+    turn = correcting(prompt, program, "on probe 'wide 4':\n\ntoo " + "many indices " * 40)
+    assert turn.text.startswith(prompt.text)
+    assert (turn.examples, turn.form) == (prompt.examples, form)
+    [line] = [line for line in turn.text.splitlines() if "on probe" in line]
+    assert "on probe 'wide 4': too many indices many" in line
+    assert len(line.partition(": ")[2]) == 200
+    if form is Form.SHORT:
+        asked = turn.text.removeprefix(prompt.text)
+        assert asked.startswith("mine(deltas):\n    return deltas['{x}']\n\n\n# It fails: ")
+        assert asked.endswith(f"\n# Corrected:\n{OPENING}")
+    else:
+        assert f"```python\n{program}```\n" in turn.text
+        assert turn.text.endswith("Write it corrected, as one Python code block.\n")
+
+
+def test_a_turns_prompt_goes_back_to_the_usual_one() -> None:
+    usual = [ask((name,), examples(), Form.SHORT) for name in ("vote", "row_top")]
+    program = wrap_short("def merge_mine(deltas):\n    return 0\n")
+    texts = [prompt.text for prompt in (*usual, correcting(usual[1], program, "no tensor"))]
+    assert [base_of(text, texts) for text in texts] == [0, 1, 1]

@@ -86,10 +86,18 @@ def test_a_full_batch_writes_what_each_program_alone_would_be() -> None:
             assert sample.log_prob == pytest.approx(alone.log_prob, abs=1e-4)
 
 
-def test_log_probs_in_a_full_batch_are_those_of_a_plain_forward_pass() -> None:
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        [[9, 8, 7, *prompt] for prompt in PROMPTS],  # they begin alike
+        # Some are those before them but for the end.
+        [[*PROMPTS[0], *end] for end in ([5], [5, 6], [7], [], [8, 9, 3])] + [PROMPTS[1], PROMPTS[1], [9]],
+    ],
+)
+def test_log_probs_in_a_full_batch_are_those_of_a_plain_forward_pass(prompts: list[list[int]]) -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    prompts = [[9, 8, 7, *prompt] for prompt in PROMPTS]  # they begin alike
-    groups = sampler(stop=re.compile("[0-4]"), batch=4)(model, tokenizer, prompts, [list(range(10))] * 2)
+    seeds = [list(range(10))] * len(prompts)
+    groups = sampler(stop=re.compile("[0-4]"), batch=4)(model, tokenizer, prompts, seeds)
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
             ids = torch.tensor([[*prompt, *sample.tokens]])

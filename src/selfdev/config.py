@@ -86,6 +86,11 @@ class Config(Section):
                 "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
                 "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
             )
+        if self.factory.repair_turn and self.programs < 2:
+            raise ValueError(
+                f"factory.repair_turn: half of the programs come before it, and programs is {self.programs}; set "
+                "programs: 2 or more, or factory.repair_turn: false"
+            )
         if self.prompt.form is not Form.SHORT:
             for key, on in (
                 ("rehearsal", self.refinement.rehearsal),

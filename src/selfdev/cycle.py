@@ -9,7 +9,7 @@ from pathlib import Path
 
 from selfdev.algorithms.screening import History, Novelty
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration
-from selfdev.candidates import candidate_name, history_of, read_candidate, remember, screened, unscreened
+from selfdev.candidates import candidate_name, history_of, remember, screened, unscreened
 from selfdev.config import Config
 from selfdev.evaluation.course import DEVELOPMENT, Course
 from selfdev.evaluation.evaluator import Refused, Scorer, score_again
@@ -19,6 +19,7 @@ from selfdev.evaluation.verdict import reach_verdict
 from selfdev.learning import Learning
 from selfdev.roles import Factory, Screener
 from selfdev.watcher import Watcher
+from selfdev.writing import Writing
 
 
 @dataclass(frozen=True)
@@ -71,28 +72,23 @@ class Cycle:
         """The arm's factory writes its programs of iteration t, at this iteration's temperature."""
         if any(done.iteration == t for done in self.archive.iterations(arm)):
             return
-        temperature = self.config.factory.temperature_at(t)
         learning = self.learning(arm)
         adapters = learning.adapters()
         with self.watch.phase("write", arm, t) as tick:
             prompts = learning.prompts(t)
-            texts = tuple(prompt.text for prompt in prompts)
-            twin = self._same_factory(arm, t, adapters, texts)
+            twin = self._same_factory(arm, t, adapters, [prompt.text for prompt in prompts])
             if twin is not None:
                 iteration, written = twin
                 written = [replace(c, name=candidate_name(arm, t, c.number), arm=arm) for c in written]
                 self.archive.add_written(replace(iteration, arm=arm), written)
                 return
-            samples = self.factory.write(prompts, t, temperature, adapters, tick)
-        form = self.config.prompt.form
-        written = [
-            read_candidate(arm, t, number, prompt, sample, form)
-            for number, (prompt, sample) in enumerate(samples)
-        ]
-        self.archive.add_written(Iteration(arm, t, temperature, texts, tick.seconds), written)
+            writing = Writing(self.config, self.factory, self.screen, arm, t, adapters, tick)
+            asked, written = writing.write(prompts)
+        texts = tuple(prompt.text for prompt in asked)
+        self.archive.add_written(Iteration(arm, t, writing.temperature, texts, tick.seconds), written)
 
     def _same_factory(
-        self, arm: str, t: int, adapters: Sequence[Path], prompts: tuple[str, ...]
+        self, arm: str, t: int, adapters: Sequence[Path], prompts: Sequence[str]
     ) -> tuple[Iteration, list[Candidate]] | None:
         """What another arm's equal factory wrote in this iteration: the same streams make it the same text."""
         for other in self.archive.iterations():
@@ -100,7 +96,7 @@ class Cycle:
                 is_written(other.arm)
                 and other.iteration == t
                 and other.arm != arm
-                and other.prompts == prompts
+                and list(other.prompts[: len(prompts)]) == prompts  # what follows is a repair turn's
                 and not adapters
                 and not self.learning(other.arm).adapters(t)
             ):

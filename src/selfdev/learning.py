@@ -15,7 +15,7 @@ from selfdev.candidates import candidate_name, history_of, screened
 from selfdev.config import Config
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import COMBINED, FEEDBACK, LEARNING, ranked_new, repairs_of, scores_on_first
-from selfdev.factory.prompt import Prompt, showing
+from selfdev.factory.prompt import Prompt, base_of, showing
 from selfdev.preferences import asked, prefer, within_cap
 from selfdev.roles import Factory, Screener
 from selfdev.streams import stream_seed
@@ -48,6 +48,12 @@ class Learning:
         best = {c.name: c.source or "" for c in earlier[: len(prompts)]}
         return showing(prompts, best, examples())
 
+    def _asked(self, t: int) -> list[Prompt]:
+        """What it was asked in iteration t, its repair turn too, as `Candidate.prompt` counts it."""
+        [written] = [each for each in self.archive.iterations(self.arm) if each.iteration == t]
+        prompts, texts = self.prompts(t), written.prompts
+        return [replace(prompts[base_of(text, texts)], text=text) for text in texts]
+
     def learn(self, t: int) -> None:
         """Make the pairs of iteration t and refine the arm's factory with them."""
         if any(done.iteration == t for done in self.archive.refinements(self.arm)):
@@ -70,7 +76,7 @@ class Learning:
                 tick(1, 1, f"nothing learned: {why}")
             self.archive.add_refinement(Refinement(self.arm, t, None, {"skipped": why}, 0.0))
             return
-        prompts = [self.prompts(round_) for round_ in range(t + 1)]
+        prompts = [self._asked(round_) for round_ in range(t + 1)]
         prompt = {c.name: prompts[c.iteration][c.prompt] for c in candidates + repaired}
         tokens = {c.name: c.tokens for c in candidates + repaired}
         pairs = [(prompt[asked(pair)], tokens[pair.chosen], tokens[pair.rejected]) for pair in named]

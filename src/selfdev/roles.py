@@ -18,12 +18,12 @@ class Factory(Protocol):
     def prompts(self, iteration: int) -> list[Prompt]: ...
     def write(
         self,
-        prompts: Sequence[Prompt],
+        asked: Sequence[tuple[int, Prompt]],
         iteration: int,
         temperature: float,
         adapters: Sequence[Path],
         tick: Any,
-    ) -> list[tuple[int, Sample]]: ...
+    ) -> list[Sample]: ...
     def tokens(self, text: str) -> tuple[int, ...]: ...
     def refine(
         self,

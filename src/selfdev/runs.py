@@ -32,6 +32,7 @@ from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new
 from selfdev.evaluation.tasks import load_task
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
+from selfdev.factory.prompt import base_of
 from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.folder import weights_hash
@@ -399,6 +400,8 @@ class Run:
         written = self.archive.candidates(arm, t)
         earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
         rounds = self.archive.refinements(arm)
+        # What a program of a repair turn may have copied is what the usual prompt shows.
+        prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
         first, evidence = scores_on_first(self.archive), Evidence(self.archive)
         scores = [first[c.name] for c in written if c.name in first]
         finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
@@ -414,7 +417,7 @@ class Run:
             "working": sum(count.values()),
             **count,
             "better": sum(evidence.better(c.name) for c in written if c.status == "new"),
-            **asdict(diversity(written, earlier, iteration.prompts)),
+            **asdict(diversity(written, earlier, prompts)),
             "evaluated": len(scores),
             "best_dev": finished[0] if finished else None,
             "mean_dev": sum(scores) / len(scores) if scores else None,

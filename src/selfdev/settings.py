@@ -152,6 +152,11 @@ class Factory(Section):
         description="`python`: only what continues a valid program with names in scope is sampled. For the short form, "
         "in process; needs the extra `grammar`.",
     )
+    repair_turn: bool = Field(
+        False,
+        description="Of an iteration's `programs` half are written as always; those of them that fail are shown to the "
+        "factory, each with its error, and it may write each once more; what is left is written as always.",
+    )
     warm_start: WarmStart = WarmStart()
 
     def temperature_at(self, iteration: int) -> float:

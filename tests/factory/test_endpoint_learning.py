@@ -10,6 +10,7 @@ from byte_model import byte_tokenizer, save_byte_model
 from endpoint_runs import learning_config
 from selfdev.errors import Halted, UserError
 from selfdev.factory.endpoint import EndpointFactory
+from selfdev.factory.prompt import Prompt
 from selfdev.models.folder import load_model
 from unruly_server import UnrulyServer
 
@@ -31,6 +32,11 @@ def silent(*_: object) -> None:
     pass
 
 
+def eight(factory: EndpointFactory) -> list[tuple[int, Prompt]]:
+    """What an iteration asks for: numbers, and the one prompt."""
+    return list(enumerate(factory.prompts(0) * 8))
+
+
 def refined(factory: EndpointFactory, out: Path, iteration: int) -> Path:
     [prompt] = factory.prompts(0)
     pair = (prompt, factory.tokens(PROGRAMS[0]), factory.tokens(PROGRAMS[1]))
@@ -42,8 +48,7 @@ def test_the_tokens_that_the_server_sampled_are_those_that_are_trained_on(
     server: UnrulyServer, model: Path, tmp_path: Path
 ) -> None:
     factory = EndpointFactory(learning_config(server.url, model), tmp_path)
-    samples = [sample for _, sample in factory.write(factory.prompts(0), 0, 1.0, [], silent)]
-    for sample in samples:
+    for sample in factory.write(eight(factory), 0, 1.0, [], silent):
         assert sample.text in [program + "\n\n" for program in PROGRAMS]
         assert sample.tokens == factory.tokens(sample.text)
         assert sample.log_prob == -0.5 * len(sample.tokens)
@@ -55,25 +60,25 @@ def test_each_rounds_adapter_is_loaded_when_it_first_writes_and_the_last_one_unl
 ) -> None:
     config = learning_config(server.url, model)
     factory = EndpointFactory(config, tmp_path)
-    prompts = factory.prompts(0)
-    factory.write(prompts, 0, 1.0, [], silent)
+    wanted = eight(factory)
+    factory.write(wanted, 0, 1.0, [], silent)
     assert server.loaded == []
     assert {body["model"] for body in server.asked} == {"unruly"}
 
     first = refined(factory, tmp_path / "adapters" / "first", 0)
-    factory.write(prompts, 1, 1.0, [first], silent)
+    factory.write(wanted, 1, 1.0, [first], silent)
     [name] = server.loaded
     assert server.adapters == {name: str(tmp_path / "served" / name)}
     assert {body["model"] for body in server.asked[9:]} == {name}
     PeftModel.from_pretrained(load_model(model), tmp_path / "served" / name)
 
     # The control writes with the plain model in between, and the same adapter is not loaded twice.
-    factory.write(prompts, 1, 1.0, [], silent)
-    factory.write(prompts, 2, 1.0, [first], silent)
+    factory.write(wanted, 1, 1.0, [], silent)
+    factory.write(wanted, 2, 1.0, [first], silent)
     assert server.loaded == [name]
 
     second = refined(factory, tmp_path / "adapters" / "second", 1)
-    factory.write(prompts, 3, 1.0, [second], silent)
+    factory.write(wanted, 3, 1.0, [second], silent)
     [*_, newer] = server.loaded
     assert list(server.adapters) == [newer]
     assert [each.name for each in (tmp_path / "served").iterdir()] == [newer]
@@ -82,9 +87,9 @@ def test_each_rounds_adapter_is_loaded_when_it_first_writes_and_the_last_one_unl
     server.adapters.clear()
     asked = len(server.asked)
     again = EndpointFactory(config, tmp_path)
-    again.write(prompts, 3, 1.0, [second], silent)
+    again.write(wanted, 3, 1.0, [second], silent)
     assert len(server.asked) == asked
-    again.write(prompts, 4, 1.0, [second], silent)
+    again.write(wanted, 4, 1.0, [second], silent)
     assert list(server.adapters) == [newer]
 
 
@@ -97,11 +102,11 @@ def test_the_warm_start_is_handed_over_with_the_arms_own_adapter(
     config = type(config)(**config.model_dump() | {"factory": config.factory.model_dump() | warm})
     factory = EndpointFactory(config, tmp_path)
     factory.prepare(silent)
-    prompts = factory.prompts(0)
-    factory.write(prompts, 0, 1.0, [], silent)
+    wanted = eight(factory)
+    factory.write(wanted, 0, 1.0, [], silent)
     [only_warm] = server.loaded
     own = refined(factory, tmp_path / "adapters" / "own", 0)
-    factory.write(prompts, 1, 1.0, [own], silent)
+    factory.write(wanted, 1, 1.0, [own], silent)
     both = server.loaded[-1]
     # Both stay: the frozen control goes on with the warm start alone.
     assert list(server.adapters) == [only_warm, both]
@@ -120,7 +125,7 @@ def test_the_folder_as_the_server_sees_it_is_what_it_is_told(
     shared = {"shared_folder": str(tmp_path / "here"), "shared_folder_on_server": "/there"}
     factory = EndpointFactory(learning_config(server.url, model, **shared), tmp_path)
     own = refined(factory, tmp_path / "own", 0)
-    factory.write(factory.prompts(0), 1, 1.0, [own], silent)
+    factory.write(eight(factory), 1, 1.0, [own], silent)
     [(name, path)] = server.adapters.items()
     assert path == f"/there/{name}"
     assert (tmp_path / "here" / name / "adapter_model.safetensors").is_file()
@@ -141,7 +146,7 @@ def test_a_server_that_stops_loading_adapters_ends_the_session(
     own = refined(factory, tmp_path / "own", 0)
     server.refuses_adapters = True
     with pytest.raises(Halted, match=r"--max-lora-rank 4 or more.*must see the folder"):
-        factory.write(factory.prompts(0), 1, 1.0, [own], silent)
+        factory.write(eight(factory), 1, 1.0, [own], silent)
 
 
 def test_a_server_with_another_model_than_the_one_that_learns_is_refused(

@@ -12,7 +12,7 @@ import torch
 
 import endpoint_runs
 from endpoint_runs import begin_or_resume, searching_config
-from scripted import PROGRAMS
+from scripted import PROGRAMS, Stopper
 from selfdev.cli import main
 from selfdev.config import load_config, parse_config
 from selfdev.errors import Interrupted, UserError
@@ -50,6 +50,31 @@ def test_a_run_that_only_searches_says_so(tmp_path: Path, capsys: pytest.Capture
     assert finished.archive.run.facts["factory"] == {"model": "endpoint:unruly", "served": "unruly"}
     assert main(["show", str(tmp_path / "run")]) == 0
     assert "nothing was learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("form", "turn"), [("short", "# Corrected:"), ("contract", "Write it corrected")])
+def test_what_fails_is_asked_for_once_more_and_paid_for_once(form: str, turn: str, tmp_path: Path) -> None:
+    functions = [
+        program for program in QUICK if "(deltas)" in program
+    ]  # nothing else fits into a message's block
+    with UnrulyServer(functions) as server:
+        config = searching_config(server.url, form=form, programs=16)
+        settings = config.factory.model_copy(update={"repair_turn": True})
+        config = config.model_copy(update={"factory": settings})
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "run", watch=Stopper("write:12"))  # as it is screened
+        assert len(server.answered) == 8
+        finished = resume(tmp_path / "run")
+        assert len(server.answered) == 16
+        assert len({body["seed"] for body in server.answered}) == 16
+        asked = {body.get("prompt") or body["messages"][0]["content"] for body in server.answered}
+    written = finished.candidates("learning")
+    [iteration] = finished.archive.iterations("learning")
+    assert len(written) == 16
+    assert asked == set(iteration.prompts)
+    failed = [c for c in written[:8] if c.source is not None and c.status == "failed"]
+    assert sum(turn in prompt for prompt in iteration.prompts) == len(failed) > 0
+    assert [c.prompt for c in written[8:]] == [*range(1, 1 + len(failed)), *[0] * (8 - len(failed))]
 
 
 def test_a_used_up_budget_ends_resumable_and_a_raised_one_goes_on(

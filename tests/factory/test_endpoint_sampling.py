@@ -32,15 +32,16 @@ def factory_of(server: UnrulyServer, folder: Path, **changes: Any) -> EndpointFa
 
 def write(
     factory: EndpointFactory, iteration: int = 0, tick: Callable[..., None] = lambda *_: None
-) -> list[tuple[int, Sample]]:
-    return factory.write(factory.prompts(iteration), iteration, 0.8, [], tick)
+) -> list[Sample]:
+    asked = enumerate(factory.prompts(iteration) * factory.config.programs)
+    return factory.write(list(asked), iteration, 0.8, [], tick)
 
 
 def test_each_program_is_asked_for_with_a_seed_of_its_own(server: UnrulyServer, tmp_path: Path) -> None:
     factory = factory_of(server, tmp_path)
     ticks: list[tuple[int, int]] = []
     written = write(factory, tick=lambda done, total, note: ticks.append((done, total)))
-    assert [prompt for prompt, _ in written] == [0] * 12
+    assert len(written) == 12
     assert ticks[-1] == (12, 12)
     assert len({body["seed"] for body in server.asked}) == 12
     [body] = {repr({k: v for k, v in body.items() if k != "seed"}) for body in server.asked}
@@ -50,11 +51,11 @@ def test_each_program_is_asked_for_with_a_seed_of_its_own(server: UnrulyServer, 
     assert server.asked[0]["prompt"].endswith("def merge_")
     # What is read of an answer ends with the function, which the server wrote on behind.
     by_seed = {body["seed"]: PROGRAMS[body["seed"] % len(PROGRAMS)] for body in server.asked}
-    assert sorted(s.text.split("\n")[0] for _, s in written) == sorted(
+    assert sorted(s.text.split("\n")[0] for s in written) == sorted(
         p.split("\n")[0] for p in by_seed.values()
     )
-    assert all(sample.finished and "another" not in sample.text for _, sample in written)
-    assert all(sample.tokens == () and sample.log_prob is None for _, sample in written)
+    assert all(sample.finished and "another" not in sample.text for sample in written)
+    assert all(sample.tokens == () and sample.log_prob is None for sample in written)
 
 
 def test_what_is_written_is_asked_for_once(server: UnrulyServer, tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_a_message_is_answered_with_a_code_block(server: UnrulyServer, tmp_path:
     factory = factory_of(server, tmp_path, form="contract")
     written = write(factory)
     assert all("stop" not in body and body["messages"][0]["role"] == "user" for body in server.asked)
-    sources = [read_program(sample.text, Form.CONTRACT) for _, sample in written]
+    sources = [read_program(sample.text, Form.CONTRACT) for sample in written]
     assert all("def merge_models(model_dict, device)" in source for source in sources)
 
 

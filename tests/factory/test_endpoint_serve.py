@@ -62,9 +62,10 @@ def test_a_real_server_writes_programs(form: str, url: str, model: Path, tmp_pat
     config = searching_config(url, programs=6, form=form, max_new_tokens=12, model=str(model))
     factory = EndpointFactory(config, tmp_path)
     [prompt] = factory.prompts(0)
-    written = factory.write([prompt], 0, 1.0, [], lambda *_: None)
-    assert len({sample.text for _, sample in written}) > 1
-    assert factory.write([prompt], 0, 1.0, [], lambda *_: None) == written
+    asked = list(enumerate([prompt] * 6))
+    written = factory.write(asked, 0, 1.0, [], lambda *_: None)
+    assert len({sample.text for sample in written}) > 1
+    assert factory.write(asked, 0, 1.0, [], lambda *_: None) == written
     spent = factory.journal.spent()
     extra = len("<user><assistant>") if form == "contract" else 0
     assert spent.tokens_in == 6 * (len(prompt.text.encode()) + extra)

@@ -32,7 +32,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One iteration of one arm, once its programs are written; `seconds` went into sampling."""
+    """One iteration of one arm, once its programs are written; `seconds` went into that.
+
+    `prompts` are texts, those of a repair turn after the usual ones; each of them begins with the usual one that it was
+    made from.
+    """
 
     arm: str
     iteration: int

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class _Tokens:
 
 
 class _Shared:
-    """Each prompt is read once; what prompts begin with in common, once for all."""
+    """Each prompt is read once; what all begin with, once for all, and most of a prompt that is like the one before."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], capacity: int):
         self.model, self.capacity = model, capacity
@@ -166,16 +166,28 @@ def _prefill(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[list[LayerCache]], list[Tensor]]:
     """Returns each prompt's keys and values, layer by layer, and the logits after its end, shape (1, vocabulary)."""
-    columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    common = min(sum(1 for _ in columns), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
-    past = None
+    common = _alike(*prompts) if len(prompts) > 1 else 0
+    past: Any = None
     if common:
         begin = torch.tensor([list(prompts[0][:common])], device=model.device)
         past = model(begin, use_cache=True, logits_to_keep=1).past_key_values
     caches, logits = [], []
+    read, before = past, list[int]()
     for prompt in prompts:
-        ids = torch.tensor([list(prompt[common:])], device=model.device)
-        out = model(ids, past_key_values=copy.deepcopy(past), use_cache=True, logits_to_keep=1)
+        known, begun = common, copy.deepcopy(past)
+        # Prompts of a repair turn begin with one usual prompt; the few words that usual ones share are left alone.
+        if (alike := _alike(prompt, before)) > (common + len(prompt)) / 2:
+            known, begun = alike, copy.deepcopy(read)
+            begun.crop(alike - len(before))
+        ids = torch.tensor([list(prompt[known:])], device=model.device)
+        out = model(ids, past_key_values=begun, use_cache=True, logits_to_keep=1)
+        read, before = out.past_key_values, list(prompt)
         caches.append([(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers])
         logits.append(out.logits[:, -1])
     return caches, logits
+
+
+def _alike(*prompts: Sequence[int]) -> int:
+    """How many tokens all of them begin with, but for a last one, so that each has a token left to be read."""
+    columns = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    return max(0, min(sum(1 for _ in columns), min(map(len, prompts)) - 1))

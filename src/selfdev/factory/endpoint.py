@@ -10,7 +10,7 @@ they are not, nothing can be learned, and the run is a search.
 import asyncio
 import hashlib
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -120,34 +120,33 @@ class EndpointFactory:
 
     def write(
         self,
-        prompts: Sequence[Prompt],
+        asked: Sequence[tuple[int, Prompt]],
         iteration: int,
         temperature: float,
         adapters: Sequence[Path],
         tick: Tick,
-    ) -> list[tuple[int, Sample]]:
-        """Have the programs of one iteration written; see `LocalFactory.write`.
+    ) -> list[Sample]:
+        """Have programs written; see `LocalFactory.write`.
 
         Raises:
             Halted: the server answers no more, or a budget is used up; what is written is in the journal.
         """
-        count = self.config.programs
-        owner = [number * len(prompts) // count for number in range(count)]
         layers = self._layers(adapters)
         model = self.adapters.name(layers) if layers else self.model
         questions = [
-            self._question(model, prompts[owner[number]], iteration, number, temperature)
-            for number in range(count)
+            self._question(model, prompt, iteration, number, temperature) for number, prompt in asked
         ]
         answers = self.journal.answers(question.key for question in questions)
         missing = [question for question in questions if question.key not in answers]
         if missing:
-            answers |= _in_a_loop(self._ask(missing, layers, tick))
+            known = len(questions) - len(missing)
+            answers |= _in_a_loop(
+                self._ask(missing, layers, lambda done, note: tick(known + done, len(questions), note))
+            )
         tokenizer = None if self.learner is None else self.learner.tokenizer
         stop = None if self.chat else STOP[self.config.prompt.form]
         limit = self.config.factory.max_new_tokens
-        samples = [to_sample(answers[question.key], tokenizer, stop, limit) for question in questions]
-        return list(zip(owner, samples, strict=True))
+        return [to_sample(answers[question.key], tokenizer, stop, limit) for question in questions]
 
     def _layers(self, adapters: Sequence[Path]) -> list[Path]:
         """The adapters that the server is to sample with; none where it takes none."""
@@ -192,17 +191,18 @@ class EndpointFactory:
         body |= self.settings.request
         return {field: value for field, value in body.items() if value is not None}
 
-    async def _ask(self, questions: list[_Question], layers: list[Path], tick: Tick) -> dict[str, Answer]:
+    async def _ask(
+        self, questions: list[_Question], layers: list[Path], tick: Callable[[int, str], None]
+    ) -> dict[str, Answer]:
         """Ask for programs, some at once. After a failure those in flight come home, and no more are sent."""
         answers: dict[str, Answer] = {}
         failures: list[SelfdevError] = []
         waiting = iter(questions)
         budget = Budget(self.settings, self.journal)
         lengths: dict[str, int] = {}
-        count = self.config.programs
 
         def told(note: str) -> None:
-            tick(count - len(questions) + len(answers), count, note)
+            tick(len(answers), note)
 
         def again(error: NoAnswer) -> bool:
             told(f"again: {error}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
@@ -23,7 +23,7 @@ from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
 from selfdev.factory.memory import fitting_pass
 from selfdev.factory.packing import Model
-from selfdev.factory.prompt import STOP, Prompt, prompts_of
+from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, correcting, prompts_of
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
 from selfdev.factory.warm_start import completion, warm_start
@@ -56,9 +56,8 @@ class LocalFactory:
         self.weights = weights_hash(self.folder)
         self._sources = examples()
         self._loaded: tuple[PreTrainedModel, tuple[Path, ...]] | None = None
-        longest = max(len(prompt.tokens(self.tokenizer)) for prompt in self.prompts(0))
         model = AutoConfig.from_pretrained(self.folder)
-        check_context(model, longest + config.factory.max_new_tokens)
+        self._check_context(model)
         vocabulary = model.get_text_config().vocab_size
         self._grammar = Grammar(self.tokenizer, vocabulary) if config.factory.grammar == "python" else None
 
@@ -72,6 +71,17 @@ class LocalFactory:
             "warm_start": None if warm is None else weights_hash(warm),
         }
         return facts if self._grammar is None else facts | {"grammar": self._grammar.version}
+
+    def _check_context(self, model: PreTrainedConfig) -> None:
+        """Raise UserError unless the first iteration's prompts and what continues them fit the model."""
+        limit, prompts = self.config.factory.max_new_tokens, self.prompts(0)
+        check_context(model, max(len(prompt.tokens(self.tokenizer)) for prompt in prompts) + limit)
+        if self.config.factory.repair_turn:
+            empty = [correcting(prompt, "", "") for prompt in prompts]
+            longest = max(len(prompt.tokens(self.tokenizer)) for prompt in empty)
+            # A program that fails has no more than its limit, and its error at most a token a character.
+            way_out = "set factory.repair_turn: false, use fewer examples or a smaller factory.max_new_tokens"
+            check_context(model, longest + limit + LONGEST_ERROR + limit, way_out)
 
     def prepare(self, tick: Tick) -> None:
         """Make the warm start's adapter, if there is to be one and it is not in the cache."""
@@ -99,23 +109,24 @@ class LocalFactory:
 
     def write(
         self,
-        prompts: Sequence[Prompt],
+        asked: Sequence[tuple[int, Prompt]],
         iteration: int,
         temperature: float,
         adapters: Sequence[Path],
         tick: Tick,
-    ) -> list[tuple[int, Sample]]:
-        """Write the programs of one iteration, all in one call of the sampler, which is what makes them repeatable.
+    ) -> list[Sample]:
+        """Write programs, those of usual prompts all in one call of the sampler, which is what makes them repeatable.
 
         Args:
-            prompts: each gets an equal share of the programs, neighbours in the order.
+            asked: of each program its number within the iteration, and its prompt; the neighbours that have one and the
+                same prompt share it.
             iteration: with the program's number it names the random stream.
             temperature: of the sampling.
             adapters: what the arm has learned so far, in order.
             tick: progress.
 
         Returns:
-            For each program the index of its prompt, and what was written.
+            What was written, in the order in which it was asked for.
         """
         settings = self.config.factory
         sampler = Sampler(
@@ -128,18 +139,29 @@ class LocalFactory:
             settings.batch,
             self._grammar,
         )
-        count = self.config.programs
-        owner = [number * len(prompts) // count for number in range(count)]
-        used = sorted(set(owner))
-        seeds = [stream_seed(self.config.seed, "sample", iteration, number) for number in range(count)]
-        samples = sampler(
-            self.model(adapters),
-            self.tokenizer,
-            [prompts[prompt].tokens(self.tokenizer) for prompt in used],
-            [[seed for seed, its in zip(seeds, owner, strict=True) if its == prompt] for prompt in used],
-            lambda finished, tokens: tick(finished, count, f"{tokens} tokens"),
-        )
-        return [(prompt, s) for prompt, group in zip(used, samples, strict=True) for s in group]
+        groups: list[tuple[Prompt, list[int]]] = []
+        for number, prompt in asked:
+            if not groups or groups[-1][0] is not prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(stream_seed(self.config.seed, "sample", iteration, number))
+        # A call holds every prompt's keys and values, and a repair turn may ask by thousands of prompts.
+        most = max(settings.batch, self.config.prompt.prompts)
+        samples: list[Sample] = []
+
+        def told(finished: int, tokens: int) -> None:
+            tick(len(samples) + finished, len(asked), f"{tokens} tokens")
+
+        for start in range(0, len(groups), most):
+            part = groups[start : start + most]
+            written = sampler(
+                self.model(adapters),
+                self.tokenizer,
+                [prompt.tokens(self.tokenizer) for prompt, _ in part],
+                [seeds for _, seeds in part],
+                told,
+            )
+            samples += [sample for group in written for sample in group]
+        return samples
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a completion that nobody sampled."""

@@ -8,7 +8,7 @@ import itertools
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +54,20 @@ Here is an example:
 
 Invent an algorithm that differs from the example in its idea. Answer with one Python code block and nothing else.
 '''
+
+CONTRACT_TURN = """
+This algorithm was written, and it fails:
+
+```python
+{program}```
+
+Its error: {error}
+
+Write it corrected, as one Python code block.
+"""
+
+LONGEST_ERROR = 200
+"""Characters of an error that a prompt shows: it may be what the program itself says, and of any length."""
 
 STOP = {
     Form.SHORT: re.compile(r"\n\n\n|\n\S"),
@@ -132,6 +146,32 @@ def showing(
     known = {**sources, **{name: unwrap_short(source) for name, source in programs.items()}}
     names = itertools.cycle(programs)
     return [ask((*prompt.examples[:-1], next(names)), known, prompt.form) for prompt in prompts]
+
+
+def correcting(prompt: Prompt, program: str, error: str) -> Prompt:
+    """A prompt with a program that was written under it and fails, to be written once more.
+
+    Args:
+        prompt: the usual one; the new one begins with its text.
+        program: in the contract's form.
+        error: why it fails, shown on one line of at most `LONGEST_ERROR` characters.
+    """
+    shown = " ".join(error.split())[:LONGEST_ERROR]
+    if prompt.form is Form.CONTRACT:
+        return replace(prompt, text=prompt.text + CONTRACT_TURN.format(program=program, error=shown))
+    failed = unwrap_short(program).removeprefix(OPENING).rstrip("\n")
+    return replace(prompt, text=f"{prompt.text}{failed}\n\n\n# It fails: {shown}\n# Corrected:\n{OPENING}")
+
+
+def base_of(text: str, texts: Sequence[str]) -> int:
+    """Which of an iteration's prompts this one of them goes back to: itself, or what `correcting` made it from.
+
+    Args:
+        text: of the prompt.
+        texts: of all prompts of the iteration, this one among them.
+    """
+    begins = [index for index, other in enumerate(texts) if text.startswith(other)]
+    return min(begins, key=lambda index: len(texts[index]))
 
 
 def deal(sources: dict[str, str], prompts: int, examples: int, seed: int) -> list[tuple[str, ...]]:

@@ -5,7 +5,8 @@ numbers. On a CPU there are several batches side by side (`lanes.py`). What a pr
 stream and, by rounding, on the rows beside it. Which rows these are follows from the lengths of the earlier programs,
 and so, by induction over the steps, from the prompts, the seeds and the settings alone: never from timing or from the
 number of workers. It holds for one call on one machine with one number of threads; an iteration is therefore written
-in a single call, and a resumed one is written anew from its first program.
+in a single call (with a repair turn in several, each of which follows from those before), and a resumed one is
+written anew from its first program.
 """
 
 import re
@@ -215,11 +216,15 @@ class Sampler:
             row.add(token, log_prob)
 
 
-def check_context(config: PreTrainedConfig, tokens: int) -> None:
+def check_context(
+    config: PreTrainedConfig,
+    tokens: int,
+    way_out: str = "use fewer examples or a smaller factory.max_new_tokens",
+) -> None:
     """Raise UserError unless a model of this config can hold so many tokens."""
     limit = context_limit(config)
     if limit is not None and tokens > limit[1]:
         raise UserError(
             f"the factory's prompt and {limit[0]} do not fit: prompt and continuation need {tokens} tokens "
-            f"and the model has {limit[1]}; use fewer examples or a smaller factory.max_new_tokens"
+            f"and the model has {limit[1]}; {way_out}"
         )

@@ -1,13 +1,15 @@
 """One candidate: everything that the archive knows of it."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
-from selfdev.archive import Evaluation
+from selfdev.archive import Candidate, Evaluation
 from selfdev.evaluation.objective import mean_by_group
+from selfdev.factory.prompt import Prompt, base_of, correcting
 from selfdev.report.terminal import facts, percent, python, table, visible
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "source": candidate.source,
         "text": candidate.text,
         "prompt": iteration.prompts[candidate.prompt],
+        "corrects": _corrected(run, candidate, iteration.prompts),
         "tokens": len(candidate.tokens),
         "log_prob": candidate.log_prob,
         "finished": candidate.finished,
@@ -54,6 +57,16 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
             "reasons": sorted({pair.reason for pair in pairs if pair.rejected == name}),
         },
     }
+
+
+def _corrected(run: "Run", candidate: Candidate, prompts: Sequence[str]) -> str | None:
+    """Name of the failing program that it was to correct, in a repair turn; None if it is no second attempt."""
+    text = prompts[candidate.prompt]
+    usual = Prompt(prompts[base_of(text, prompts)], (), run.config.prompt.form)
+    beside = run.archive.candidates(candidate.arm, candidate.iteration)
+    failing = [c for c in beside if c.source and c.error and prompts[c.prompt] == usual.text]
+    shown = [c.name for c in failing if correcting(usual, c.source or "", c.error or "").text == text]
+    return shown[0] if shown else None
 
 
 def _evaluation(run: "Run", evaluation: Evaluation) -> dict[str, Any]:
@@ -81,6 +94,8 @@ def page(known: dict[str, Any]) -> RenderableType:
     }
     if known["distance"] is not None:
         rows["nearest"] = Text(visible(f"{known['nearest']}, distance {100 * known['distance']:.1f} %"))
+    if known["corrects"] is not None:
+        rows["corrects"] = Text(visible(f"{known['corrects']}, which the factory was shown with its error"))
     rows["text"] = f"{known['tokens']} tokens{'' if known['finished'] else ', cut off at the limit'}"
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
