@@ -55,11 +55,9 @@ def archived(folder: Path, config: list[str]) -> Archive:
     return archive
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+def two_rounds(folder: Path, refit: str) -> Path:
     """Two rounds of two arms that learn, each with shown examples among what is rejected."""
-    folder = tmp_path / "run"
-    with archived(folder, ["refinement.shun_examples=1", "refinement.refit=fresh"]) as archive:
+    with archived(folder, ["refinement.shun_examples=1", f"refinement.refit={refit}"]) as archive:
         asked = tuple(prompt.text for prompt in FIRST)
         best, worst = program("learning", 0, 0, 0, "new"), program("learning", 0, 1, 1, "new")
         archive.add_written(Iteration("learning", 0, 0.8, asked, 1.0), [best, worst])
@@ -90,6 +88,11 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return two_rounds(tmp_path / "run", "fresh")
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "data").glob("*.jsonl")
     return [json.loads(line) for file in sorted(lines) for line in file.read_text().splitlines()]
@@ -116,6 +119,15 @@ def test_every_arm_that_learns_and_what_it_was_shown(run: Path, tmp_path: Path) 
     assert vote["rejected_source"] == wrap_short(examples()["vote"])
     assert vote["rejected_tokens"] is None
     assert vote["chosen_tokens"] == [0, 0]
+
+
+def test_an_example_that_two_rounds_reject_is_told_for_each_unless_the_second_begins_anew(
+    tmp_path: Path,
+) -> None:
+    for refit, wanted in (("fresh", [1]), ("continue", [1, 2])):
+        export_pairs(open_run(two_rounds(tmp_path / refit, refit)), tmp_path / f"{refit} pairs")
+        shown = [row for row in rows(tmp_path / f"{refit} pairs") if row["rejected_name"] == "example vote"]
+        assert [row["round"] for row in shown] == wanted
 
 
 def test_a_side_says_how_it_was_written_and_the_score_that_the_pair_was_made_from(

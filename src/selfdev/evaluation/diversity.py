@@ -96,7 +96,7 @@ def rarefied(counts: Sequence[int], drawn: int) -> float | None:
     if total < drawn:
         return None
     ways = math.comb(total, drawn)
-    return sum(1 - math.comb(total - count, drawn) / ways for count in counts)
+    return sum(ways - math.comb(total - count, drawn) for count in counts) / ways
 
 
 def _is_copy(candidate: Candidate, prompt: str, own: Mapping[str, str]) -> bool:

@@ -217,23 +217,29 @@ def _gains(
     it varies with the questions: what the same arms would find in another run, they do not say. None where nothing
     was discovered or it could not be measured.
     """
-    both = [(e.candidate, test) for e, test in zip(entrants, tests, strict=True) if e.kind == "discovered"]
-    if not both or both[0][0] is None or both[0][1].outcomes is None:
+    programs = [
+        (entrant.kind, entrant.candidate, test)
+        for entrant, test in zip(entrants, tests, strict=True)
+        if entrant.candidate is not None
+    ]
+    best, mine = next(
+        ((candidate, test) for kind, candidate, test in programs if kind == "discovered"), (None, None)
+    )
+    if best is None or mine is None or mine.outcomes is None:
         return None
-    best, mine = both[0]
     return {
         "candidate": best.name,
         "iteration": best.iteration + 1,
         "over_seed": comparison.difference(mine, seed),
         "controls": [
             {
-                "arm": entrant.candidate.arm,
-                "candidate": entrant.candidate.name,
+                "arm": control.arm,
+                "candidate": control.name,
                 "over_seed": comparison.difference(test, seed),
                 "best_minus_control": comparison.difference(mine, test),
             }
-            for entrant, test in zip(entrants, tests, strict=True)
-            if entrant.kind == "control" and entrant.candidate is not None
+            for kind, control, test in programs
+            if kind == "control"
         ],
     }
 

@@ -186,16 +186,22 @@ class _Arm:
         }
 
     def _shown(self, t: int) -> list[tuple[str, str, str]]:
-        """The examples that round t was the first to reject: prompt, name of the program preferred, example."""
-        fresh, count = self.run.config.refinement.refit == "fresh", self.run.config.refinement.shun_examples
-        found: dict[tuple[str, str, str], int] = {}
-        for round_ in range(t + 1):
-            taught = range(round_ + 1) if fresh else [round_]
-            pairs = [pair for each in taught for pair in self.archive.pairs(self.arm, each)]
-            if round_ in self.refinements and self.refinements[round_].facts.get("shunned"):
-                for shown in _shunned([(self._prompt(p), self.candidates[p.chosen]) for p in pairs], count):
-                    found.setdefault(shown, round_)
-        return [shown for shown, first in found.items() if first == t]
+        """The examples that round t rejects: prompt, name of the program preferred, example.
+
+        Like the pairs, those that a fresh adapter meets again are told once.
+        """
+        fresh = self.run.config.refinement.refit == "fresh"
+        before = {shown for round_ in range(t) for shown in self._shunned(round_)} if fresh else set()
+        return [shown for shown in self._shunned(t) if shown not in before]
+
+    def _shunned(self, t: int) -> list[tuple[str, str, str]]:
+        settings, refinement = self.run.config.refinement, self.refinements.get(t)
+        if refinement is None or not refinement.facts.get("shunned"):
+            return []
+        rounds = range(t + 1) if settings.refit == "fresh" else [t]
+        pairs = [pair for round_ in rounds for pair in self.archive.pairs(self.arm, round_)]
+        under = [(self._prompt(pair), self.candidates[pair.chosen]) for pair in pairs]
+        return list(_shunned(under, settings.shun_examples))
 
 
 def _shunned(pairs: Iterable[tuple[str, Candidate]], count: int) -> Iterator[tuple[str, str, str]]:
