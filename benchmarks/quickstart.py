@@ -152,15 +152,15 @@ def print_arms(runs: dict[int, Run]) -> None:
     print("| --- | --- | --- " + "| --- | --- " * len(arms) + "|")
     for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
         for column, what in MEASURES.items():
-            learning = by_seed(runs, "learning", iteration, column)
-            cells = [str(iteration), what, f"{mean(learning):.1f}"]
+            cells = [str(iteration), what, known_mean(runs, "learning", iteration, column, 1)]
             for arm in arms:
-                other = by_seed(runs, arm, iteration, column)
-                middle, half = interval([a - b for a, b in zip(learning, other, strict=True)])
-                cells += [
-                    f"{mean(other):.1f}",
-                    f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})",
-                ]
+                cells.append(known_mean(runs, arm, iteration, column, 1))
+                pairs = zip(
+                    *(by_seed(runs, each, iteration, column) for each in ("learning", arm)), strict=True
+                )
+                known = [a - b for a, b in pairs if not isnan(a - b)]
+                middle, half = interval(known) if known else (float("nan"), float("nan"))
+                cells.append(f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})" if known else "")
             print("| " + " | ".join(cells) + " |")
     print("\n| iteration | arm | " + " | ".join(VARIETY.values()) + " |")
     print("| --- " * (2 + len(VARIETY)) + "|")
@@ -173,11 +173,11 @@ def print_arms(runs: dict[int, Run]) -> None:
     print_gains(runs, arms)
 
 
-def known_mean(runs: dict[int, Run], arm: str, iteration: int, column: str) -> str:
+def known_mean(runs: dict[int, Run], arm: str, iteration: int, column: str, digits: int = 2) -> str:
     """The mean over the seeds that have a value, and how many these are where some have none."""
     values = [value for value in by_seed(runs, arm, iteration, column) if not isnan(value)]
-    few = "" if len(values) == len(runs) else f" ({len(values)} seeds)"
-    return f"{mean(values):.2f}{few}" if values else ""
+    few = "" if len(values) == len(runs) else f" (seeds: {len(values)})"
+    return f"{mean(values):.{digits}f}{few}" if values else ""
 
 
 def print_gains(runs: dict[int, Run], arms: Sequence[str]) -> None:
