@@ -12,15 +12,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from math import isnan
 from pathlib import Path
-from statistics import mean, quantiles, stdev
+from statistics import mean, median, quantiles, stdev
+from typing import TYPE_CHECKING
 
 from scipy.stats import t as student
 
+from selfdev.evaluation.diversity import RAREFIED_TO
 from selfdev.evaluation.standing import scores_on_first
 from selfdev.runs import Run, open_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS = ("written", "working", "trivial", "known", "repeated", "new", "better")
 SHARES = {
@@ -29,9 +35,22 @@ SHARES = {
     "better": "are new and surely better than the seed",
 }
 """What is counted in percent of the programs written."""
-SCORE = "mean development score of the new ones"
-MEASURES = {**{column: f"% that {what}" for column, what in SHARES.items()}, "mean_dev": SCORE}
-"""What is compared between the arms: the shares, and the mean of the new programs' scores, each at its better scale."""
+SCORES = {
+    "mean_dev": "mean development score of the new ones",
+    "median_dev": "median development score of the new ones",
+}
+MEASURES = {**{column: f"% that {what}" for column, what in SHARES.items()}, **SCORES}
+"""What is compared between the arms: shares, and the middle of the new programs' scores, each at its better scale."""
+VARIETY = {
+    "entropy": "entropy of behaviours, nats",
+    "rarefied": f"distinct behaviours of {RAREFIED_TO} that work",
+    "copies": "copies of the prompt, % of those that work",
+    "distance": "distance of new ones to the nearest earlier one",
+}
+"""How inventive an arm is; entropy grows with the number of working programs alone, the second one does not."""
+
+COLOURS = ("C0", "C1", "C2", "C3")
+"""Of the arms, in every panel."""
 
 Row = dict[str, object]
 
@@ -55,15 +74,26 @@ def run_seed(seed: int, folder: Path, changes: Sequence[str]) -> float:
 
 @cache
 def iterations(run: Run) -> list[Row]:
-    """The counts of every arm and iteration."""
+    """The counts of every arm and iteration, and the median score."""
     rows: list[Row] = run.summary()["iterations"]
+    for row in rows:
+        scores = scores_of(run, str(row["arm"]), int(str(row["iteration"])))
+        row["median_dev"] = median(scores) / 100 if scores else None
     return rows
+
+
+@cache
+def scores_of(run: Run, arm: str, iteration: int) -> list[float]:
+    """The development scores of the new programs, each at its better scale, in percent; iterations count from 1."""
+    first = scores_on_first(run.archive)
+    new = [c for c in run.candidates(arm) if c.iteration + 1 == iteration and c.status == "new"]
+    return [100 * first[c.name] for c in new if c.name in first]
 
 
 def number(row: Row, column: str) -> float:
     """A column as a number; the counts of `SHARES` as percent of the programs written, a score in percent."""
     value = float("nan") if row[column] is None else float(str(row[column]))
-    if column == "mean_dev":
+    if column in SCORES or column == "copies":
         return 100 * value
     return 100 * value / float(str(row["written"])) if column in SHARES else value
 
@@ -122,29 +152,65 @@ def print_arms(runs: dict[int, Run]) -> None:
     print("| --- | --- | --- " + "| --- | --- " * len(arms) + "|")
     for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
         for column, what in MEASURES.items():
-            learning = by_seed(runs, "learning", iteration, column)
-            cells = [str(iteration), what, f"{mean(learning):.1f}"]
+            cells = [str(iteration), what, known_mean(runs, "learning", iteration, column, 1)]
             for arm in arms:
-                other = by_seed(runs, arm, iteration, column)
-                middle, half = interval([a - b for a, b in zip(learning, other, strict=True)])
-                cells += [
-                    f"{mean(other):.1f}",
-                    f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})",
-                ]
+                cells.append(known_mean(runs, arm, iteration, column, 1))
+                pairs = zip(
+                    *(by_seed(runs, each, iteration, column) for each in ("learning", arm)), strict=True
+                )
+                known = [a - b for a, b in pairs if not isnan(a - b)]
+                middle, half = interval(known) if known else (float("nan"), float("nan"))
+                cells.append(f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})" if known else "")
             print("| " + " | ".join(cells) + " |")
-    print(
-        "\n| iteration | arm | entropy of behaviours, nats | copies of the prompt, % | distance of new ones |"
-    )
-    print("| --- | --- | --- | --- | --- |")
+    print("\n| iteration | arm | " + " | ".join(VARIETY.values()) + " |")
+    print("| --- " * (2 + len(VARIETY)) + "|")
     for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
         for arm in ("learning", *arms):
-            rows = [r for r in rows_of(runs) if (r["arm"], r["iteration"]) == (arm, iteration)]
-            distances = [float(str(r["distance"])) for r in rows if r["distance"] is not None]
-            far = f"{mean(distances):.2f}" if distances else ""
-            entropy, copies = (mean(number(r, column) for r in rows) for column in ("entropy", "copies"))
-            print(f"| {iteration} | {arm} | {entropy:.2f} | {100 * copies:.1f} | {far} |")
+            cells = [known_mean(runs, arm, iteration, column) for column in VARIETY]
+            print(f"| {iteration} | {arm} | " + " | ".join(cells) + " |")
 
     print_scores(runs, ["learning", *arms])
+    print_gains(runs, arms)
+
+
+def known_mean(runs: dict[int, Run], arm: str, iteration: int, column: str, digits: int = 2) -> str:
+    """The mean over the seeds that have a value, and how many these are where some have none."""
+    values = [value for value in by_seed(runs, arm, iteration, column) if not isnan(value)]
+    few = "" if len(values) == len(runs) else f" (seeds: {len(values)})"
+    return f"{mean(values):.{digits}f}{few}" if values else ""
+
+
+def print_gains(runs: dict[int, Run], arms: Sequence[str]) -> None:
+    """What the best program of each arm gains over the seed model on test: sampling, and what learning adds."""
+    print(
+        "\nGain over the seed model on the sealed test, in points, of the program of each arm that was best on"
+    )
+    print("development; mean over the seeds, and the difference seed by seed with its 95 % interval:\n")
+    print("| arm | seeds | gain | learning's gain there | difference |")
+    print("| --- | --- | --- | --- | --- |")
+    gained = {seed: gains(run) for seed, run in runs.items()}
+    for arm in ("learning", *arms):
+        both = [(each["learning"], each[arm]) for each in gained.values() if {"learning", arm} <= set(each)]
+        if not both:
+            print(f"| {arm} | 0 |  |  |  |")
+            continue
+        mine, its = mean(a for a, _ in both), mean(b for _, b in both)
+        middle, half = interval([a - b for a, b in both])
+        compared = (
+            "" if arm == "learning" else f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+        )
+        print(f"| {arm} | {len(both)} | {its:+.1f} | {mine:+.1f} | {compared} |")
+
+
+def gains(run: Run) -> dict[str, float]:
+    """What the best program of each arm gains over the seed model on test, in points."""
+    found: dict[str, float] = {}
+    [seed] = [row for row in run.verdict["table"] if row["kind"] == "seed"]
+    for row in run.verdict["table"]:
+        if row["kind"] in ("control", "discovered") and row["test"]:
+            arm = row["name"].partition("/")[0]
+            found.setdefault(arm, 100 * (row["test"]["score"] - seed["test"]["score"]))
+    return found
 
 
 def print_scores(runs: dict[int, Run], arms: Sequence[str]) -> None:
@@ -153,15 +219,9 @@ def print_scores(runs: dict[int, Run], arms: Sequence[str]) -> None:
         "\n| iteration | arm | new programs | their development score: quartiles | best | seconds an iteration |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
-    first = {seed: scores_on_first(run.archive) for seed, run in runs.items()}
     for iteration in sorted({int(str(row["iteration"])) for row in rows_of(runs)}):
         for arm in arms:
-            scores = [
-                100 * first[seed][c.name]
-                for seed, run in runs.items()
-                for c in run.candidates(arm)
-                if c.iteration + 1 == iteration and c.status == "new" and c.name in first[seed]
-            ]
+            scores = [score for run in runs.values() for score in scores_of(run, arm, iteration)]
             rows = [r for r in rows_of(runs) if (r["arm"], r["iteration"]) == (arm, iteration)]
             seconds: list[dict[str, float]] = [row["seconds"] for row in rows]  # type: ignore[misc]
             taken = ", ".join(f"{kind} {mean(each[kind] for each in seconds):.0f}" for kind in seconds[0])
@@ -184,38 +244,71 @@ def by_seed(runs: dict[int, Run], arm: str, iteration: int, column: str) -> list
 
 
 def draw(runs: dict[int, Run], path: Path) -> None:
-    """Draw the shares and the entropy by iteration: a line through the means, a dot a seed."""
+    """Draw what is measured by iteration, a line through the means and a dot a seed, and the scores at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels: dict[str, tuple[str, Callable[[Row], float]]] = {
-        column: (f"% of programs that {what}", lambda row, column=column: number(row, column))  # type: ignore[misc]
-        for column, what in SHARES.items()
+    titles = {
+        **{column: f"% of programs that {what}" for column, what in SHARES.items()},
+        "mean_dev": f"{SCORES['mean_dev']}, %",
+        **{column: VARIETY[column] for column in ("entropy", "copies", "distance")},
     }
-    panels["entropy"] = ("entropy of the behaviours, nats", lambda row: number(row, "entropy"))
-    panels["mean_dev"] = (f"{SCORE}, %", lambda row: number(row, "mean_dev"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(16, 3.6), constrained_layout=True)
-    arms = ["learning", *next(iter(runs.values())).config.controls]
-    for axis, (title, value) in zip(axes, panels.values(), strict=True):
-        for place, arm in enumerate(arms):
-            rows = [row for row in rows_of(runs) if row["arm"] == arm]
-            found = sorted({int(str(row["iteration"])) for row in rows})
-            means = [mean(value(r) for r in rows if r["iteration"] == t) for t in found]
-            shift = 0.06 * (place - (len(arms) - 1) / 2)
-            [line] = axis.plot([t + shift for t in found], means, label=arm, linewidth=2)
-            xs = [int(str(row["iteration"])) + shift for row in rows]
-            axis.plot(xs, [value(r) for r in rows], "o", color=line.get_color(), alpha=0.4, markersize=4)
-        axis.set_title(title, fontsize=8)
-        axis.set_xlabel("iteration")
-        axis.set_xticks(found)
-        if title != panels["mean_dev"][0]:
+    figure, axes = plt.subplots(2, 4, figsize=(16, 7), constrained_layout=True)
+    *panels, last = axes.flat
+    for axis, (column, title) in zip(panels, titles.items(), strict=True):
+        draw_by_iteration(axis, runs, column)
+        axis.set_title(title, fontsize=9)
+        if column != "mean_dev":
             axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[-1].legend(fontsize=7)
+    draw_scores(last, runs)
+    panels[0].legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+
+
+def arms_of(runs: dict[int, Run]) -> list[str]:
+    """All arms, the one that can win first."""
+    return ["learning", *next(iter(runs.values())).config.controls]
+
+
+def draw_by_iteration(axis: "Axes", runs: dict[int, Run], column: str) -> None:
+    """A line through the means of each arm, and a dot a seed; a seed without a value is left out."""
+    arms, iterations = arms_of(runs), sorted({int(str(row["iteration"])) for row in rows_of(runs)})
+    for place, (arm, colour) in enumerate(zip(arms, COLOURS, strict=False)):
+        shift = 0.06 * (place - (len(arms) - 1) / 2)
+        known = {
+            t: [value for value in by_seed(runs, arm, t, column) if not isnan(value)] for t in iterations
+        }
+        line = {t + shift: mean(values) for t, values in known.items() if values}
+        axis.plot(list(line), list(line.values()), label=arm, color=colour, linewidth=2)
+        dots = [(t + shift, value) for t, values in known.items() for value in values]
+        axis.plot([x for x, _ in dots], [y for _, y in dots], "o", color=colour, alpha=0.4, markersize=4)
+    axis.set_xlabel("iteration")
+    axis.set_xticks(iterations)
+    axis.grid(alpha=0.3)
+
+
+def draw_scores(axis: "Axes", runs: dict[int, Run]) -> None:
+    """The empirical distribution of the new programs' scores in the last iteration, all seeds together."""
+    last = max(int(str(row["iteration"])) for row in rows_of(runs))
+    for arm, colour in zip(arms_of(runs), COLOURS, strict=False):
+        scores = sorted(score for run in runs.values() for score in scores_of(run, arm, last))
+        if scores:
+            axis.ecdf(scores, label=f"{arm} ({len(scores)})", color=colour, linewidth=2)
+    first = [score for run in runs.values() for score in scores_of(run, "learning", 1)]
+    if first and last > 1:
+        axis.ecdf(first, label=f"iteration 1 ({len(first)})", color="gray", linewidth=1)
+    seeds = [e.score for run in runs.values() for e in run.archive.evaluations("seed")]
+    axis.axvline(
+        100 * mean(score or 0.0 for score in seeds), color="black", linestyle=":", label="seed model"
+    )
+    axis.set_title(f"share of iteration {last}'s new programs that score at most x", fontsize=9)
+    axis.set_xlabel("development score, %")
+    axis.set_ylim(0, 1)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, loc="upper left")
 
 
 def main() -> None:

@@ -39,7 +39,12 @@ def candidate(arm: str, number: int, **changes: Any) -> Candidate:
 
 
 def make_run(
-    folder: Path, *, new: bool = True, status: str = "done", facts: Mapping[str, float] | None = None
+    folder: Path,
+    *,
+    new: bool = True,
+    status: str = "done",
+    facts: Mapping[str, float] | None = None,
+    gains: Mapping[str, Any] | None = None,
 ) -> Path:
     """A run of four programs an arm and four development questions, two of each group."""
     config = load_config(
@@ -72,7 +77,7 @@ def make_run(
                 archive.set_screened(replace(written[2], status="repeated"))
         if status == "done":
             archive.fix_verdict({})
-            archive.set_verdict(verdict(new))
+            archive.set_verdict(verdict(new) | ({} if gains is None else {"gains": gains}))
     return folder
 
 
@@ -166,12 +171,46 @@ def test_show_prints_the_verdict_and_the_winner(done: Path, capsys: pytest.Captu
     assert ["learning/1/003", "75.0", "80.0", "70.0..90.0", "+5.0", "+1.0..+9.0", "0.012"] in lines
     assert ["1", "learning", "0.90", "4", "2", "1", "0", "0", "1", "75.0", "1", "0:01"] in lines
     assert ["1", "frozen", "0.90", "4", "2", "1", "0", "1", "0", "-", "-", "0:01"] in lines
+    assert "Distinct behaviours of those that work, by iteration: learning 2; frozen 2." in out
+    assert "Copies of what the prompt shows, in % of those that work: learning 0.0; frozen 0.0." in out
     assert "example median, distance 25 %" in out
     assert "def merge_odd(deltas):" in out
     assert "merge_models" not in out
     assert "7 supervised steps" in out
     assert f"selfdev show {done} learning/1/003".split() in [line[-4:] for line in lines]
     assert "The control 'frozen' has no new program." in out
+
+
+@pytest.mark.parametrize(
+    ("low", "sure"), [(0.002, "+0.2 to +0.9)"), (-0.004, "-0.4 to +0.9: no difference shown)")]
+)
+def test_show_tells_sampling_from_learning(
+    low: float, sure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def difference(points: float, low: float) -> dict[str, float]:
+        return {"difference": points / 100, "low": low, "high": 0.009, "level": 0.9, "p": 0.3}
+
+    frozen = {"arm": "frozen", "candidate": "frozen/2/007"}
+    frozen |= {"over_seed": difference(7.9, 0.0), "best_minus_control": difference(0.4, low)}
+    lost = {"arm": "feedback", "candidate": "feedback/1/002", "over_seed": None, "best_minus_control": None}
+    gains = {"candidate": "learning/1/003", "iteration": 1, "over_seed": difference(8.3, 0.0)}
+    run = make_run(tmp_path / "run", gains=gains | {"controls": [frozen, lost]})
+    assert main(["show", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "Gain over the seed on test: +8.3 points. It was written before anything was learned." in out
+    said = "frozen/2/007, found by sampling alone, gains +7.9; learning adds +0.4 (90 % interval "
+    assert f"{said}{sure}" in out
+    assert "feedback/1/002" not in out  # it was not measured
+    assert "not how it varies from run to run" in " ".join(out.split())
+    assert main(["show", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gains"] == gains | {"controls": [frozen, lost]}
+
+
+def test_a_verdict_of_an_older_run_tells_no_gains(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(done)]) == 0
+    assert "Gain over the seed" not in capsys.readouterr().out
+    assert main(["show", str(done), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gains"] is None
 
 
 def test_model_written_text_neither_colours_nor_controls_the_terminal(

@@ -107,6 +107,30 @@ def test_the_hopeless_leave_and_every_score_says_on_what_it_rests(tmp_path: Path
     )
 
 
+@pytest.mark.parametrize(
+    ("preferences", "kept"),
+    [
+        ({"chosen_share": 0.03, "elites": 3}, 90),
+        ({"chosen_share": 0.0301, "elites": 3}, 91),
+        ({"chosen_share": 0.001, "elites": 5}, 5),
+        ({"chosen_share": 0.001, "elites": 0, "chosen_floor": 12}, 12),
+    ],
+)
+def test_a_race_looks_for_as_many_as_are_chosen(
+    preferences: dict[str, float], kept: int, tmp_path: Path
+) -> None:
+    settings = scripted_config(programs=3000, race={"first": 40}, preferences=preferences)
+    assert Course(new_archive(tmp_path, settings), settings, "learning", 0).keep == kept
+
+
+def test_all_that_are_chosen_finish_the_race(tmp_path: Path) -> None:
+    one = config()
+    # Of 16 programs a quarter is chosen: four, and one of them is far behind the best three.
+    four = one.model_copy(update={"preferences": one.preferences.model_copy(update={"chosen_share": 0.25})})
+    assert "learning/1/3" not in judge(new_archive(tmp_path / "one", one), one, Outcomes())
+    assert "learning/1/3" in judge(new_archive(tmp_path / "four", four), four, Outcomes())
+
+
 @pytest.mark.parametrize("failing", ["", "learning/1/1"])
 def test_killed_between_any_two_steps_it_ends_as_it_would_have_ended(failing: str, tmp_path: Path) -> None:
     unbroken = new_archive(tmp_path, config())

@@ -129,6 +129,26 @@ def test_the_verdict_is_reached_once_on_questions_of_its_own(finished: Run) -> N
     assert best["test"]["low"] <= best["test"]["score"] <= best["test"]["high"]
 
 
+def test_the_verdict_says_what_is_sampling_and_what_is_learning(finished: Run) -> None:
+    gains = finished.verdict["gains"]
+    row = {row["name"]: row for row in finished.verdict["table"]}
+    seed = row["seed"]["test"]["score"]
+    assert gains["candidate"] == finished.best.name
+    assert gains["iteration"] == finished.best.iteration + 1
+    mine = row[gains["candidate"]]["test"]["score"]
+    assert gains["over_seed"]["difference"] == pytest.approx(mine - seed)
+    [control] = gains["controls"]
+    assert control["arm"] == "frozen"
+    assert row[control["candidate"]]["kind"] == "control"
+    its = row[control["candidate"]]["test"]["score"]
+    assert control["over_seed"]["difference"] == pytest.approx(its - seed)
+    more = control["best_minus_control"]
+    assert more["difference"] == pytest.approx(mine - its)
+    assert more["low"] <= more["difference"] <= more["high"]
+    assert 0 <= more["p"] <= 1
+    assert finished.summary()["gains"] == gains
+
+
 def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Path) -> None:
     record = replace(finished.archive.run, status="running")
     with Archive.create(tmp_path / "archive.db", record) as archive:

@@ -92,6 +92,11 @@ def test_the_table_is_the_verdict_s(finished: Run, carried: Transfer) -> None:
     adjusted = [row["against_best_rival"]["p_adjusted"] for row in table if row["kind"] == "discovered"]
     assert all(p is not None for p in adjusted)
     assert best in carried.verdict["headline"]
+    gains = carried.summary()["gains"]
+    assert gains["candidate"] == finished.best.name
+    assert [each["arm"] for each in gains["controls"]] == ["frozen"]
+    # One iteration, in which nothing is learned: both arms' best is the same program.
+    assert gains["controls"][0]["best_minus_control"]["difference"] == 0
 
 
 def test_on_the_run_s_own_task_no_question_of_the_run_is_asked(finished: Run, tmp_path: Path) -> None:

@@ -349,6 +349,7 @@ class Run:
             },
             "headline": None if verdict is None else verdict["headline"],
             "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "gains": None if verdict is None else verdict.get("gains"),
             "table": [] if verdict is None else verdict["table"],
             "pareto": pareto(self.archive, LEARNING),
             "iterations": [

@@ -139,6 +139,7 @@ class Transfer(Run):
             },
             "headline": None if verdict is None else verdict["headline"],
             "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "gains": None if verdict is None else verdict.get("gains"),
             "table": [] if verdict is None else verdict["table"],
         }
 

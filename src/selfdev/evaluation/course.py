@@ -5,6 +5,7 @@ the rest is raced when all are screened. Every step is archived before the next 
 is archived; so a race that was cut off goes on where it was, and ends as it would have ended.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,7 +35,8 @@ class Course:
     def __init__(self, archive: Archive, config: Config, arm: str, iteration: int):
         self.archive, self.arm, self.iteration = archive, arm, iteration
         self.settings = config.race
-        self.keep = max(config.preferences.elites, config.preferences.chosen_floor)
+        chosen = config.preferences
+        self.keep = max(chosen.elites, chosen.chosen_floor, math.ceil(chosen.chosen_share * config.programs))
         self.objective = Objective.of(archive)
         if self.settings is not None:
             groups = archive.groups(DEVELOPMENT)

@@ -4,6 +4,9 @@ Before the test split is opened, two things are fixed and archived: the new prog
 the rival that is best on development. Their paired difference on test is the headline. The other finalists, all
 rivals at their tuned best, the controls' best and the seed meet the same questions, once. Where the best on test is
 shown, that is a selection on test and labelled so.
+
+Which part of the gain over the seed is sampling and which is learning, the controls tell: each one's best program on
+development is compared with the discovered one, paired by question (`gains`).
 """
 
 from collections.abc import Callable
@@ -87,7 +90,7 @@ def reach_verdict(
 
     Returns:
         `best` (name of the discovered program, or None), `best_rival`, `table` (rows in the order of `Row`'s kinds),
-        `headline` (a sentence) and `best_on_test` (a selection on test).
+        `headline` (a sentence), `best_on_test` (a selection on test) and `gains` (see `_gains`).
     """
     archive.set_status("verdict")
     finalists = ranked_new(archive, LEARNING)[: config.verdict.finalists]
@@ -200,7 +203,44 @@ def _compare(
         "best_rival": None if rival is None else rival.subject,
         "best_on_test": max(discovered, key=lambda r: r.test["score"]).name if discovered else None,  # type: ignore[index]
         "headline": _headline(rows, None if rival is None else rival.subject),
+        "gains": _gains(comparison, entrants, tests, seed_on_test),
         "table": [asdict(row) for row in rows],
+    }
+
+
+def _gains(
+    comparison: Comparison, entrants: list[Entrant], tests: list[Evaluation], seed: Evaluation | None
+) -> dict[str, Any] | None:
+    """What the discovered program and each control's best gain over the seed on test, and how these differ.
+
+    Every program was best of its arm on development, and every difference has its interval and p value, which say how
+    it varies with the questions: what the same arms would find in another run, they do not say. None where nothing
+    was discovered or it could not be measured.
+    """
+    programs = [
+        (entrant.kind, entrant.candidate, test)
+        for entrant, test in zip(entrants, tests, strict=True)
+        if entrant.candidate is not None
+    ]
+    best, mine = next(
+        ((candidate, test) for kind, candidate, test in programs if kind == "discovered"), (None, None)
+    )
+    if best is None or mine is None or mine.outcomes is None:
+        return None
+    return {
+        "candidate": best.name,
+        "iteration": best.iteration + 1,
+        "over_seed": comparison.difference(mine, seed),
+        "controls": [
+            {
+                "arm": control.arm,
+                "candidate": control.name,
+                "over_seed": comparison.difference(test, seed),
+                "best_minus_control": comparison.difference(mine, test),
+            }
+            for kind, control, test in programs
+            if kind == "control"
+        ],
     }
 
 

@@ -1,18 +1,41 @@
 """The preference pairs of a run as a Hugging Face dataset, in TRL's columns, with where every program came from."""
 
 import json
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdev.archive import Candidate
+from selfdev.algorithms.examples import examples
+from selfdev.algorithms.source import OPENING, wrap_short
+from selfdev.archive import Candidate, Pair
 from selfdev.errors import UserError
-from selfdev.evaluation.standing import LEARNING
+from selfdev.evaluation.standing import LEARNING, is_written, ranked_new, scores_on_first
 from selfdev.preferences import asked
 
 if TYPE_CHECKING:
     from selfdev.runs import Run
+
+_SIDE = {
+    "name": "string",
+    "status": "string",
+    "failure": "string",
+    "score": "float64",
+    "log_prob": "float64",
+    "temperature": "float64",
+    "source": "string",
+    "tokens": "int32",
+}
+_COLUMNS = {
+    **dict.fromkeys(("prompt", "chosen", "rejected", "reason", "arm"), "string"),
+    "round": "int64",
+    **{f"{side}_{column}": kind for side in ("chosen", "rejected") for column, kind in _SIDE.items()},
+    "run": "string",
+    "run_seed": "int64",
+    "factory_weights": "string",
+    "adapter": "string",
+}
+"""Every column and its type, stated in the card: of one that is null in a whole file, a reader cannot see it."""
 
 _CARD = """\
 ---
@@ -23,22 +46,42 @@ configs:
   data_files:
   - split: train
     path: data/*.jsonl
+dataset_info:
+  features:
+{features}
 ---
 
 # Preference pairs of the run `{name}`
 
 {count} pairs of merging algorithms in {rounds} rounds, written by `{model}` in a run of selfdev {version}: one file a
-round. `prompt`, `chosen` and `rejected` are what DPO trains on, as TRL names them: the completion as it was written,
-and `*_tokens` the very token ids that were sampled. `reason` says why the second one is rejected: `score`, `copy` (it
-works and invents nothing), `failure`, or `repair` (it fails, and the chosen one is a working neighbour that nobody
-wrote). Scores are shares of {questions} development questions, null where there is none.
+round, with the pairs of every arm that learns (`arm`). `prompt`, `chosen` and `rejected` are what preferences are
+learned from, as TRL names them: the completion as it was written, and `*_tokens` the token ids that are trained on.
+What a round imitates is in no pair, and not here.
+
+`reason` says why the second one is rejected:
+
+| `reason` | the rejected program |
+| --- | --- |
+| `score` | scores less |
+| `copy` | works and invents nothing |
+| `failure` | fails |
+| `repair` | fails, and the chosen one is a working neighbour that nobody wrote |
+| `shown` | is a worked example that the prompt shows, and nobody wrote it (`refinement.shun_examples`) |
+
+`*_score` is the score from which the pair was made: on the development questions, at the better of the scales that had
+been tried then; higher is better, null where nothing was scored. In a race the rejected one's is that on the first
+questions, which all have answered. `*_log_prob` is that of the completion in nats at temperature 1, by the factory that
+wrote it at `*_temperature`; null for what nobody wrote. `*_tokens` are null for an example. `adapter` is the SHA-256 of
+the weights that the round saved, null where it saved none: from them come the arm's next programs, and the first ones
+from `factory_weights`, with the run's warm start if it has one. With `refinement.refit: fresh` a round trains on the
+pairs of all rounds up to it.
 
 **The programs were written by a language model. Do not run them outside a jail.**
 """
 
 
 def export_pairs(run: "Run", out: Path) -> int:
-    """Write the pairs of every round.
+    """Write the pairs of every round of every arm that learns.
 
     Args:
         run: finished or not.
@@ -52,7 +95,8 @@ def export_pairs(run: "Run", out: Path) -> int:
     """
     if out.exists():
         raise UserError(f"'{out}' exists; choose another folder")
-    rounds = {t: list(_rows(run, t)) for t in range(run.config.iterations)}
+    arms = [_Arm(run, arm) for arm in (LEARNING, *run.config.controls)]
+    rounds = {t: [row for arm in arms for row in arm.rows(t)] for t in range(run.config.iterations)}
     rounds = {t: rows for t, rows in rounds.items() if rows}
     count = sum(map(len, rounds.values()))
     if not count:
@@ -67,44 +111,111 @@ def export_pairs(run: "Run", out: Path) -> int:
         rounds=len(rounds),
         model=run.config.factory.model,
         version=run.archive.run.facts.get("versions", {}).get("selfdev", "of unknown version"),
-        questions=len(run.archive.groups("development")),
+        features="\n".join(_feature(column, kind) for column, kind in _COLUMNS.items()),
     )
     (out / "README.md").write_text(card)
     return count
 
 
-def _rows(run: "Run", t: int) -> Iterator[dict[str, Any]]:
-    archive = run.archive
-    evaluations = archive.evaluations("candidate") + archive.evaluations("scaled")
-    scores: dict[str, float] = {}
-    for each in evaluations:
-        if each.score is not None:
-            scores[each.subject] = max(scores.get(each.subject, -math.inf), each.score)
-    prompts = {i.iteration: i.prompts for i in archive.iterations(LEARNING)}
-    candidates = {c.name: c for c in archive.candidates()}
-    for pair in archive.pairs(LEARNING, t):
-        chosen, rejected = candidates[pair.chosen], candidates[pair.rejected]
-        under = candidates[asked(pair)]
-        yield {
-            "prompt": prompts[under.iteration][under.prompt],
-            "chosen": chosen.text,
-            "rejected": rejected.text,
-            "reason": pair.reason,
+def _feature(column: str, kind: str) -> str:
+    return f"  - name: {column}\n    {'sequence' if column.endswith('_tokens') else 'dtype'}: {kind}"
+
+
+class _Arm:
+    """The pairs of one arm, and what is known of their programs."""
+
+    def __init__(self, run: "Run", arm: str):
+        self.run, self.arm, self.archive = run, arm, run.archive
+        self.iterations = {i.iteration: i for i in self.archive.iterations(arm)}
+        self.candidates = {c.name: c for c in self.archive.candidates()}
+        self.refinements = {r.iteration: r for r in self.archive.refinements(arm)}
+        # As preferences are made: the best by all questions, the worst by those that all have answered.
+        self.first = scores_on_first(self.archive)
+        ranked = ranked_new(self.archive, arm, tuned=False)
+        self.scores = self.first | {c.name: e.score for c, e in ranked if e.score is not None}
+
+    def rows(self, t: int) -> Iterator[dict[str, Any]]:
+        """What iteration t taught."""
+        for pair in self.archive.pairs(self.arm, t):
+            rejected = self.candidates[pair.rejected]
+            side = self._side("rejected", rejected, self.first)
+            yield self._row(
+                t, self._prompt(pair), pair.chosen, side | {"rejected": rejected.text}, pair.reason
+            )
+        for prompt, chosen, example in self._shown(t):
+            short = examples()[example]
+            side = dict.fromkeys(f"rejected_{column}" for column in _SIDE) | {
+                "rejected": short.removeprefix(OPENING),
+                "rejected_name": f"example {example}",
+                "rejected_status": "known",
+                "rejected_source": wrap_short(short),
+            }
+            yield self._row(t, prompt, chosen, side, "shown")
+
+    def _prompt(self, pair: Pair) -> str:
+        under = self.candidates[asked(pair)]
+        return self.iterations[under.iteration].prompts[under.prompt]
+
+    def _row(self, t: int, prompt: str, chosen: str, rejected: dict[str, Any], reason: str) -> dict[str, Any]:
+        record, refinement = self.archive.run, self.refinements.get(t)
+        return {
+            "prompt": prompt,
+            "chosen": self.candidates[chosen].text,
+            "reason": reason,
+            "arm": self.arm,
             "round": t + 1,
-            **_side("chosen", chosen, scores),
-            **_side("rejected", rejected, scores),
-            "run": archive.run.name,
-            "run_seed": archive.run.seed,
-            "factory_weights": archive.run.facts.get("factory", {}).get("weights"),
+            **self._side("chosen", self.candidates[chosen], self.scores),
+            **rejected,
+            "run": record.name,
+            "run_seed": record.seed,
+            "factory_weights": record.facts.get("factory", {}).get("weights"),
+            "adapter": None if refinement is None else refinement.facts.get("adapter"),
         }
 
+    def _side(self, side: str, candidate: Candidate, scores: Mapping[str, float]) -> dict[str, Any]:
+        written = is_written(candidate.arm)
+        return {
+            f"{side}_name": candidate.name,
+            f"{side}_status": candidate.status,
+            f"{side}_failure": candidate.failure,
+            f"{side}_score": scores.get(candidate.name),
+            f"{side}_log_prob": candidate.log_prob,
+            f"{side}_temperature": self.iterations[candidate.iteration].temperature if written else None,
+            f"{side}_source": candidate.source,
+            f"{side}_tokens": list(candidate.tokens),
+        }
 
-def _side(side: str, candidate: Candidate, scores: dict[str, float]) -> dict[str, Any]:
-    return {
-        f"{side}_name": candidate.name,
-        f"{side}_status": candidate.status,
-        f"{side}_failure": candidate.failure,
-        f"{side}_score": scores.get(candidate.name),
-        f"{side}_source": candidate.source,
-        f"{side}_tokens": list(candidate.tokens),
-    }
+    def _shown(self, t: int) -> list[tuple[str, str, str]]:
+        """The examples that round t rejects: prompt, name of the program preferred, example.
+
+        Like the pairs, those that a fresh adapter meets again are told once.
+        """
+        fresh = self.run.config.refinement.refit == "fresh"
+        before = {shown for round_ in range(t) for shown in self._shunned(round_)} if fresh else set()
+        return [shown for shown in self._shunned(t) if shown not in before]
+
+    def _shunned(self, t: int) -> list[tuple[str, str, str]]:
+        settings, refinement = self.run.config.refinement, self.refinements.get(t)
+        if refinement is None or not refinement.facts.get("shunned"):
+            return []
+        rounds = range(t + 1) if settings.refit == "fresh" else [t]
+        pairs = [pair for round_ in rounds for pair in self.archive.pairs(self.arm, round_)]
+        under = [(self._prompt(pair), self.candidates[pair.chosen]) for pair in pairs]
+        return list(_shunned(under, settings.shun_examples))
+
+
+def _shunned(pairs: Iterable[tuple[str, Candidate]], count: int) -> Iterator[tuple[str, str, str]]:
+    """Under each prompt, its chosen programs in turn, and the worked examples that it shows first.
+
+    This is what `LocalFactory.refine` makes of its pairs, read from the text of the prompts.
+    """
+    chosen: dict[str, dict[tuple[int, ...], str]] = {}
+    for prompt, candidate in pairs:
+        chosen.setdefault(prompt, {}).setdefault(candidate.tokens, candidate.name)
+    sources = examples()
+    for prompt, answers in chosen.items():
+        begins = [match.start() for match in re.finditer(f"^{OPENING}", prompt, re.MULTILINE)]
+        for place, begin in enumerate(begins[:-1][:count]):  # the last one is to be continued
+            name = prompt[begin:].removeprefix(OPENING).partition("(")[0]
+            if name in sources and prompt.startswith(sources[name], begin):
+                yield prompt, list(answers.values())[place % len(answers)], name

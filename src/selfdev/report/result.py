@@ -1,7 +1,7 @@
 """What a run came to: the headline, who scored what, the winning program, where it lies and how to go on."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -24,6 +24,13 @@ _BY_ORDER = 0.01
 
 _SHOWN = 5
 """Finalists in the table; `--json` has all of them."""
+
+_FOUND_BY = {
+    "frozen": "found by sampling alone",
+    "feedback": "found by sampling, shown its own best programs",
+    "learning_feedback": "found by learning, shown its own best programs",
+}
+"""What a control's best program owes its score to."""
 
 _SECTIONS = {
     "rival": "rivals, tuned on dev",
@@ -64,7 +71,33 @@ def headline(summary: dict[str, Any], run: "Run") -> RenderableType:
         lines.append((_no_winner(summary, run), "bold yellow"))
     else:
         lines.append((visible(f"{summary['headline']}."), "bold"))
+        lines += [(visible(f"\n{line}"), "") for line in _gains(summary)]
     return Text.assemble(*lines)
+
+
+def _gains(summary: dict[str, Any]) -> Iterator[str]:
+    """Which part of the gain over the seed is sampling, and which is learning; a verdict of an older run has none."""
+    gains = summary["gains"]
+    if not gains or not gains["over_seed"] or not gains["controls"]:
+        return
+    unit = "hundredths of a nat a token" if _in_nats(summary) else "points"
+    first = " It was written before anything was learned." if gains["iteration"] == 1 else ""
+    yield f"Gain over the seed on test: {points(gains['over_seed']['difference'])} {unit}.{first}"
+    for control in gains["controls"]:
+        more = control["best_minus_control"]
+        if not more or not control["over_seed"]:
+            continue  # not measured, as a note under the table says
+        adds = "learning adds" if control["arm"] == "frozen" else "the difference is"
+        sure = "" if more["low"] > 0 or more["high"] < 0 else ": no difference shown"
+        yield (
+            f"  {control['candidate']}, {_FOUND_BY[control['arm']]}, gains "
+            f"{points(control['over_seed']['difference'])}; {adds} {points(more['difference'])} "
+            f"({100 * more['level']:.0f} % interval {points(more['low'])} to {points(more['high'])}{sure})"
+        )
+    yield (
+        "  Compared is one program of each arm, its best on development. The intervals tell how the difference varies "
+        "with the questions, and not how it varies from run to run."
+    )
 
 
 def _no_winner(summary: dict[str, Any], run: "Run") -> str:
@@ -83,9 +116,8 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
 def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
     """Who scored what on development and on test, and the paired differences from the best rival."""
     level = f"{100 * run.config.verdict.level:.0f} %"
-    nats = any((row["dev"]["score"] or 0.0) < 0 for row in summary["table"])
     rows = table(
-        "log-likelihood in 0.01 nats a token" if nats else "accuracy in %",
+        "log-likelihood in 0.01 nats a token" if _in_nats(summary) else "accuracy in %",
         "dev",
         "test",
         level,
@@ -104,6 +136,11 @@ def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
             rows.add_row(Text(_SECTIONS[kind], style="dim"))
         rows.add_row(*_row(row, is_best_rival=kind == "rival" and row["name"] == best))
     return Group(rows, Text("\n".join(_notes(summary, run, best)), style="dim"))
+
+
+def _in_nats(summary: dict[str, Any]) -> bool:
+    """Whether scores are log-likelihoods, and no shares of right answers."""
+    return any((row["dev"]["score"] or 0.0) < 0 for row in summary["table"])
 
 
 def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Iterator[str]:
@@ -192,7 +229,22 @@ def _iterations(summary: dict[str, Any]) -> RenderableType:
         f"After iteration {i['iteration']} the arm '{i['arm']}' learned nothing: {i['nothing_learned']}."
         for i in nothing
     ]
-    return Group(rows, *(Text(visible(line), style="yellow") for line in lines))
+    variety = [
+        f"Distinct behaviours of those that work, by iteration: {_by_arm(ordered, 'distinct', str)}.",
+        f"Copies of what the prompt shows, in % of those that work: {_by_arm(ordered, 'copies', percent)}.",
+    ]
+    return Group(
+        rows,
+        *(Text(line, style="dim") for line in variety),
+        *(Text(visible(line), style="yellow") for line in lines),
+    )
+
+
+def _by_arm(iterations: list[dict[str, Any]], column: str, shown: Callable[[Any], str]) -> str:
+    arms = dict.fromkeys(i["arm"] for i in iterations)
+    return "; ".join(
+        f"{arm} {', '.join(shown(i[column]) for i in iterations if i['arm'] == arm)}" for arm in arms
+    )
 
 
 def _winner(summary: dict[str, Any]) -> list[RenderableType]:

@@ -1,0 +1,169 @@
+"""The pairs of a run as a dataset, from an archive written by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdev.algorithms.examples import examples
+from selfdev.algorithms.source import Form, wrap_short
+from selfdev.archive import Archive, Candidate, Evaluation, Iteration, Pair, Refinement, Run
+from selfdev.config import load_config
+from selfdev.factory.prompt import ask, showing
+from selfdev.report.dataset import export_pairs
+from selfdev.runs import open_run
+
+SOURCE = wrap_short("def merge_odd(deltas):\n    return sum(deltas) ** 3\n")
+FIRST = [ask(names, examples(), Form.SHORT) for names in (("vote", "median"), ("consensus", "cosine"))]
+OWN = showing([ask(("average",), examples(), Form.SHORT)], {"learning_feedback/1/001": SOURCE}, examples())
+QUESTIONS = 4
+
+
+def program(arm: str, t: int, number: int, prompt: int, status: str, failure: str | None = None) -> Candidate:
+    name = f"{arm}/{t + 1}/{number + 1:03d}"
+    tokens = (10 * t + number, prompt)
+    return Candidate(
+        name,
+        arm,
+        t,
+        number,
+        prompt,
+        f"written as {name}",
+        tokens,
+        -1.0 - number,
+        True,
+        SOURCE,
+        status,
+        failure,
+    )
+
+
+def scored(subject: str, score: float, kind: str = "candidate", number: int = 0, **race: Any) -> Evaluation:
+    right = round(QUESTIONS * score)
+    outcomes = (True,) * right + (False,) * (QUESTIONS - right)
+    return Evaluation(kind, subject, number, "development", outcomes, score, QUESTIONS, **race)
+
+
+def archived(folder: Path, config: list[str]) -> Archive:
+    settings = load_config("quickstart", ["iterations=3", "controls=[frozen, learning_feedback]", *config])
+    facts = {"factory": {"weights": "first weights"}}
+    record = Run("r", "quickstart", 7, "running", settings.model_dump(mode="json"), facts, "2030-01-01")
+    archive = Archive.create(folder / "archive.db", record)
+    archive.set_questions("development", [(f"q{i}", "add") for i in range(QUESTIONS)])
+    archive.add_evaluation(scored("seed", 0.25, "seed"))
+    return archive
+
+
+def two_rounds(folder: Path, refit: str) -> Path:
+    """Two rounds of two arms that learn, each with shown examples among what is rejected."""
+    with archived(folder, ["refinement.shun_examples=1", f"refinement.refit={refit}"]) as archive:
+        asked = tuple(prompt.text for prompt in FIRST)
+        best, worst = program("learning", 0, 0, 0, "new"), program("learning", 0, 1, 1, "new")
+        archive.add_written(Iteration("learning", 0, 0.8, asked, 1.0), [best, worst])
+        for evaluation in (
+            scored(best.name, 0.5),
+            scored(best.name, 0.75, "scaled", 1),
+            scored(best.name, 1.0, "scaled", 2),  # tuned, after the last round
+            scored(worst.name, 0.0),
+        ):
+            archive.add_evaluation(evaluation)
+        archive.add_pairs("learning", 0, [Pair(best.name, worst.name, "score")])
+        archive.add_refinement(Refinement("learning", 0, "a", {"adapter": "one", "shunned": 1}, 1.0))
+        fails = program("learning", 1, 0, 0, "failed", "TypeError")
+        archive.add_written(Iteration("learning", 1, 0.6, asked, 1.0), [fails])
+        archive.add_pairs("learning", 1, [Pair(best.name, fails.name, "failure")])
+        archive.add_refinement(Refinement("learning", 1, "b", {"adapter": "two", "shunned": 1}, 1.0))
+
+        arm = "learning_feedback"
+        mine, copy = program(arm, 0, 0, 0, "new"), program(arm, 0, 1, 1, "trivial")
+        archive.add_written(Iteration(arm, 0, 0.8, asked, 1.0), [mine, copy])
+        archive.add_pairs(arm, 0, [Pair(mine.name, copy.name, "copy")])
+        archive.add_refinement(Refinement(arm, 0, "c", {"adapter": "three", "shunned": 1}, 1.0))
+        # What this prompt shows first is the arm's own program, which is no example.
+        later, broken = program(arm, 1, 0, 0, "new"), program(arm, 1, 1, 0, "failed", "Timeout")
+        archive.add_written(Iteration(arm, 1, 0.6, tuple(p.text for p in OWN), 1.0), [later, broken])
+        archive.add_pairs(arm, 1, [Pair(later.name, broken.name, "failure")])
+        archive.add_refinement(Refinement(arm, 1, None, {"rolled_back": "no number", "shunned": 1}, 1.0))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return two_rounds(tmp_path / "run", "fresh")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "data").glob("*.jsonl")
+    return [json.loads(line) for file in sorted(lines) for line in file.read_text().splitlines()]
+
+
+def test_every_arm_that_learns_and_what_it_was_shown(run: Path, tmp_path: Path) -> None:
+    count = export_pairs(open_run(run), tmp_path / "out")
+    found = rows(tmp_path / "out")
+    keys = ("round", "arm", "chosen_name", "rejected_name", "reason", "adapter")
+    best, own = "learning/1/001", "learning_feedback/1/001"
+    assert [tuple(row[key] for key in keys) for row in found] == [
+        (1, "learning", best, "learning/1/002", "score", "one"),
+        (1, "learning", best, "example vote", "shown", "one"),
+        (1, "learning_feedback", own, "learning_feedback/1/002", "copy", "three"),
+        (1, "learning_feedback", own, "example consensus", "shown", "three"),
+        (2, "learning", best, "learning/2/001", "failure", "two"),
+        (2, "learning_feedback", "learning_feedback/2/001", "learning_feedback/2/002", "failure", None),
+    ]
+    assert count == len(found)
+    prompts = [FIRST[0], FIRST[0], FIRST[1], FIRST[1], FIRST[0], OWN[0]]
+    assert [row["prompt"] for row in found] == [prompt.text for prompt in prompts]
+    vote = found[1]
+    assert "def merge_" + vote["rejected"] == examples()["vote"]
+    assert vote["rejected_source"] == wrap_short(examples()["vote"])
+    assert vote["rejected_tokens"] is None
+    assert vote["chosen_tokens"] == [0, 0]
+
+
+def test_an_example_that_two_rounds_reject_is_told_for_each_unless_the_second_begins_anew(
+    tmp_path: Path,
+) -> None:
+    for refit, wanted in (("fresh", [1]), ("continue", [1, 2])):
+        export_pairs(open_run(two_rounds(tmp_path / refit, refit)), tmp_path / f"{refit} pairs")
+        shown = [row for row in rows(tmp_path / f"{refit} pairs") if row["rejected_name"] == "example vote"]
+        assert [row["round"] for row in shown] == wanted
+
+
+def test_a_side_says_how_it_was_written_and_the_score_that_the_pair_was_made_from(
+    run: Path, tmp_path: Path
+) -> None:
+    export_pairs(open_run(run), tmp_path / "out")
+    pair, shown, _, _, failing, _ = rows(tmp_path / "out")
+    assert pair["chosen_score"] == 0.75  # as written it scores less, and more at a scale that was tried later
+    assert pair["rejected_score"] == 0.0
+    assert (pair["chosen_temperature"], pair["rejected_temperature"]) == (0.8, 0.8)
+    assert (pair["chosen_log_prob"], pair["rejected_log_prob"]) == (-1.0, -2.0)
+    assert (failing["chosen_temperature"], failing["rejected_temperature"]) == (0.8, 0.6)
+    assert (failing["rejected_failure"], failing["rejected_score"]) == ("TypeError", None)
+    nobody = ("rejected_score", "rejected_log_prob", "rejected_temperature", "rejected_failure")
+    assert [shown[column] for column in nobody] == [None] * 4
+
+
+def test_in_a_race_the_rejected_one_has_the_score_on_the_first_questions(tmp_path: Path) -> None:
+    with archived(tmp_path / "run", []) as archive:
+        best, worst = program("learning", 0, 0, 0, "new"), program("learning", 0, 1, 0, "new")
+        archive.add_written(Iteration("learning", 0, 0.8, (FIRST[0].text,), 1.0), [best, worst])
+        archive.add_evaluation(scored(best.name, 0.75, first_questions=2, first_score=1.0))
+        archive.add_evaluation(scored(worst.name, 0.25, first_questions=2, first_score=0.5))
+        archive.add_pairs("learning", 0, [Pair(best.name, worst.name, "score")])
+    export_pairs(open_run(tmp_path / "run"), tmp_path / "out")
+    [row] = rows(tmp_path / "out")
+    assert (row["chosen_score"], row["rejected_score"]) == (0.75, 0.5)
+    assert row["adapter"] is None  # its round has not been trained yet
+
+
+def test_a_column_that_is_null_in_the_first_round_has_a_type(run: Path, tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    export_pairs(open_run(run), tmp_path / "out")
+    data = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert set(data.features) == set(rows(tmp_path / "out")[0])
+    assert data.features["rejected_failure"].dtype == "string"
+    assert data.features["chosen_failure"].dtype == "string"  # null everywhere
+    assert data["rejected_failure"][-1] == "Timeout"
+    assert list(data["rejected_tokens"][0]) == [1, 1]
