@@ -1,7 +1,7 @@
 """Runs whose programs a server writes.
 
-As a program: `python tests/endpoint_runs.py RUN URL KILL_AT` begins or resumes one, and ends itself with SIGKILL when
-the progress reports reach KILL_AT; see `scripted.py`.
+As a program: `python tests/endpoint_runs.py RUN URL KILL_AT [MODEL]` begins or resumes one, and ends itself with
+SIGKILL when the progress reports reach KILL_AT; see `scripted.py`. With a model's folder it learns.
 """
 
 import sys
@@ -51,12 +51,17 @@ def learning_config(url: str, model: Path, *, programs: int = 8, **changes: Any)
     return type(config)(**config.model_dump() | {"refinement": refinement})
 
 
-def begin_or_resume(folder: Path, url: str, kill_at: str | None = None, **changes: Any) -> Run:
+def begin_or_resume(
+    folder: Path, url: str, kill_at: str | None = None, model: Path | None = None, **changes: Any
+) -> Run:
     watch = Killer(kill_at) if kill_at else None
     if (folder / "archive.db").exists():
         return resume(folder, watch=watch)
-    return run(searching_config(url, **changes), folder, watch=watch)
+    if model is None:
+        return run(searching_config(url, **changes), folder, watch=watch)
+    config = learning_config(url, model, iterations=2, max_new_tokens=250, **changes)
+    return run(config.model_copy(update={"controls": ("frozen",)}), folder, watch=watch)
 
 
 if __name__ == "__main__":
-    begin_or_resume(Path(sys.argv[1]), *sys.argv[2:])
+    begin_or_resume(Path(sys.argv[1]), *sys.argv[2:4], *map(Path, sys.argv[4:]))

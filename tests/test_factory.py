@@ -1,13 +1,15 @@
 """The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
 
+import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,9 +17,12 @@ from scripted import begin_or_resume, killed, writer_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.screening import Screen
 from selfdev.algorithms.source import Form
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
+from selfdev.factory.adapter import save_learned, with_new_adapter
 from selfdev.factory.factory import LocalFactory
+from selfdev.factory.memory import SHARE, available, footprint
 from selfdev.factory.prompt import Prompt, ask
+from selfdev.factory.refinement import Diverged
 from selfdev.models.folder import load_model, weights_hash
 from selfdev.runs import Run, resume, run
 from selfdev.sandbox import Sandbox
@@ -31,6 +36,9 @@ LESSONS = [
     "f(deltas):\n    return deltas + None\n",
 ]
 """What the tiny model is taught to write: two new programs, a trivial one, a failing one."""
+
+
+Free = Callable[[torch.device], int | None]
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +166,19 @@ def test_a_turns_prompt_must_fit_the_model_before_anything_is_written(tiny_write
     with_repair_turn(tiny_writer, max_new_tokens=200)
 
 
+def warming(writer: Path, free: Free = available, **warm_start: Any) -> LocalFactory:
+    """A factory with a warm start of two steps."""
+    config = writer_config(writer)
+    warm = {"warm_start": {"steps": 2, "rank": 2, "targets": 2, **warm_start}}
+    settings = type(config.factory)(**config.factory.model_dump() | warm)
+    return LocalFactory(config.model_copy(update={"factory": settings}), free)
+
+
 def test_the_warm_start_is_cached_and_changes_what_is_written(
     tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
-    settings = writer_config(tiny_writer).factory.model_dump() | {
-        "warm_start": {"steps": 2, "rank": 2, "targets": 2}
-    }
-    warm = LocalFactory(
-        writer_config(tiny_writer).model_copy(
-            update={"factory": type(writer_config(tiny_writer).factory)(**settings)}
-        )
-    )
+    warm = warming(tiny_writer)
     ticks: list[int] = []
     warm.prepare(lambda done, total, note: ticks.append(done))
     assert ticks == [1, 2]
@@ -180,6 +189,30 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     assert cold.facts["warm_start"] is None
     asked = twenty(cold)
     assert warm.write(asked, 0, 0.8, [], lambda *_: None) != cold.write(asked, 0, 0.8, [], lambda *_: None)
+
+
+def test_a_warm_start_that_diverges_ends_with_an_error_and_is_not_cached(
+    tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
+    for rate, steps in ((1e30, 3), (1e39, 1)):  # a loss, and a weight after the last loss
+        warm = warming(tiny_writer, learning_rate=rate, steps=steps)
+        with pytest.raises(Diverged, match=r"lower factory\.warm_start\.learning_rate"):
+            warm.prepare(lambda *_: None)
+        assert not any(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_warm_start_takes_smaller_passes_where_memory_is_little(
+    tiny_writer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path))
+    needs = footprint(with_new_adapter(load_model(tiny_writer), 2, 0), kl=False)
+    few = int(needs.of(800) / SHARE) + 10
+    warming(tiny_writer, lambda device: few, targets=8).prepare(lambda *_: None)
+    assert "factory.warm_start: a pass of" in caplog.text
+    assert "at most 800 tokens instead" in caplog.text
+    with pytest.raises(SelfdevError, match=r"take a lower factory\.warm_start\.rank"):
+        warming(tiny_writer, lambda device: needs.of(1), seed=5).prepare(lambda *_: None)
 
 
 def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp_path: Path) -> None:
@@ -219,11 +252,11 @@ def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:
 Pairs = list[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]
 
 
-def learner(writer: Path, **refinement: Any) -> tuple[LocalFactory, Pairs]:
+def learner(writer: Path, free: Free = available, **refinement: Any) -> tuple[LocalFactory, Pairs]:
     """A factory with these settings, and two pairs of programs that it has written."""
     config = writer_config(writer)
     settings = type(config.refinement)(**{**config.refinement.model_dump(), "epochs": 2, **refinement})
-    factory = LocalFactory(config.model_copy(update={"refinement": settings}))
+    factory = LocalFactory(config.model_copy(update={"refinement": settings}), free)
     [prompt] = factory.prompts(0)
     written = factory.write(twenty(factory)[:4], 0, 1.0, [], lambda *_: None)
     a, b, c, d = (sample.tokens for sample in written)
@@ -236,6 +269,88 @@ def test_a_round_that_diverges_is_rolled_back(tiny_writer: Path, tmp_path: Path)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
     assert facts["pairs"] == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_an_imitation_that_breaks_the_weights_with_its_last_step_is_rolled_back(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    """No pair follows whose loss would tell."""
+    factory, [(prompt, wanted, _), _] = learner(tiny_writer, imitation={"passes": 1, "learning_rate": 1e39})
+    facts = factory.refine([], 0, [], tmp_path / "adapter", lambda *_: None, imitated=[(prompt, wanted)])
+    assert facts["rolled_back"].startswith("a weight of an imitation is not a finite number")
+    assert "refinement.imitation.learning_rate" in facts["rolled_back"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_round_takes_smaller_passes_where_memory_is_little(
+    tiny_writer: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It learns the same."""
+    needs = footprint(with_new_adapter(load_model(tiny_writer), 8, 0), kl=False)
+    taught = {"imitation": {"passes": 1}, "learning_rate": 1e-3, "epochs": 1}
+    factory, pairs = learner(tiny_writer, **taught)
+    prompt, *_ = pairs[0]
+    length = len(prompt.tokens(factory.tokenizer))
+    programs = [tokens for _, *both in pairs for tokens in both]
+    one = length + max(map(len, programs))
+    assert one < length + sum(map(len, programs))
+    little = int(needs.of(one) / SHARE) + 10
+    found = {}
+    for name, free in (("ample", None), ("little", little)):
+        factory, _ = learner(tiny_writer, lambda device, free=free: free, **taught)  # type: ignore[misc]
+        found[name] = factory.refine(
+            pairs, 0, [], tmp_path / name, lambda *_: None, imitated=[(prompt, p) for p in programs]
+        )
+    assert (found["ample"]["tokens_a_pass"], found["little"]["tokens_a_pass"]) == (None, one)
+    assert f"passes of at most {one} tokens instead" in caplog.text
+    for name in ("imitation_losses", "steps"):
+        assert found["little"][name] == pytest.approx(found["ample"][name], rel=1e-4)
+    for key, loss in found["ample"]["losses"][0].items():
+        assert found["little"]["losses"][0][key] == (loss and pytest.approx(loss, abs=1e-3))
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in found]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-2)
+    with pytest.raises(SelfdevError, match=r"take a lower refinement\.rank"):
+        learner(tiny_writer, lambda device: needs.of(one), **taught)[0].refine(
+            pairs, 0, [], tmp_path / "none", lambda *_: None
+        )
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_gpu_that_is_out_of_memory_ends_the_session_with_the_way_out(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    factory, pairs = learner(tiny_writer)
+    with pytest.raises(SelfdevError, match=r"2\.00 GiB\. Free memory.*lower refinement\.pairs_a_step"):
+        factory.refine(pairs, 0, [], tmp_path / "adapter", full)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_batch_that_does_not_fit_ends_the_run_before_it_begins(tiny_writer: Path, tmp_path: Path) -> None:
+    config = writer_config(tiny_writer)
+    with pytest.raises(UserError, match=r"factory\.batch: sampling 8 programs at once"):
+        run(config, tmp_path / "run", factory=LocalFactory(config, lambda device: 500_000))
+    assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_a_save_that_fails_midway_leaves_nothing(tiny_writer: Path, tmp_path: Path) -> None:
+    """The disk takes the small files of an adapter, and not all of its weights."""
+    model = with_new_adapter(load_model(tiny_writer), rank=64, seed=0)
+    save_learned(model, tmp_path / "whole")
+    before = weights_hash(tmp_path / "whole")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        for name in ("new", "whole"):
+            with pytest.raises(SelfdevError, match=r"could not be written.*is the disk full"):
+                save_learned(model, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [file.name for file in tmp_path.iterdir()] == ["whole"]
+    assert weights_hash(tmp_path / "whole") == before
 
 
 def test_a_round_of_too_few_pairs_is_skipped(tiny_writer: Path, tmp_path: Path) -> None:

@@ -47,8 +47,14 @@ def test_a_step_that_takes_several_passes_is_the_same_step() -> None:
 
 
 def test_a_rate_that_is_too_high_is_told() -> None:
-    with pytest.raises(Diverged, match="lower its rate"):
+    with pytest.raises(Diverged, match=r"the loss.*lower refinement\.imitation\.learning_rate \(1e\+30\)"):
         imitate(adapted(), [Lesson(PROMPT, ((6, 7, 8),))] * 40, 1e30)
+
+
+def test_weights_that_the_last_step_breaks_are_told() -> None:
+    """Its loss is that of the weights before it."""
+    with pytest.raises(Diverged, match=r"a weight.*lower factory\.warm_start\.learning_rate"):
+        imitate(adapted(), [Lesson(PROMPT, ((6, 7, 8),))], 1e39, rate="factory.warm_start.learning_rate")
 
 
 @given(

@@ -4,9 +4,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from selfdev.errors import SelfdevError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.imitation import Lesson
-from selfdev.factory.memory import SHARE, TRANSIENT, Footprint, available, fitting_pass, footprint
+from selfdev.factory.memory import (
+    SHARE,
+    TRANSIENT,
+    Footprint,
+    available,
+    check_batch,
+    fitting_pass,
+    footprint,
+)
 from selfdev.factory.packing import Model, completion_states
 from selfdev.factory.refinement import Step
 from selfdev.factory.vocabulary import CHUNK
@@ -67,6 +75,7 @@ def test_enough_memory_changes_nothing() -> None:
     assert fitting_pass(adapted(), [STEP], RefinementSettings(), free=10**12) is None
     assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=80), free=10**12) == 80
     assert fitting_pass(adapted(), [STEP], RefinementSettings(tokens_a_pass=10), free=10**12) == 10
+    assert fitting_pass(adapted(), [STEP], RefinementSettings(), free=None) is None
 
 
 def test_the_longest_of_preferences_and_imitation_counts() -> None:
@@ -99,9 +108,29 @@ def test_too_little_for_one_program_ends_before_the_work() -> None:
 
 
 def test_what_is_available_is_bounded_by_the_machine() -> None:
-    free = available()
+    free = available(torch.device("cpu"))
     if free is None:
         pytest.skip("this system does not say how much memory is free")
     with open("/proc/meminfo") as lines:
         total = int(lines.readline().split()[1]) * 1024
     assert 0 < free < total
+
+
+def test_what_is_available_on_a_gpu_is_what_it_and_torchs_cache_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has none."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 700)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
+    assert available(torch.device("cuda")) == 1000 + 200
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_sampled() -> None:
+    model = tiny_model()
+    # Two layers, keys and values, two heads of 8 numbers: 256 bytes a token. Three copies of 64 logits a row.
+    needs = (50 + 30) * 256 + 10 * (100 * 256 + 3 * 64 * 4)
+    check_batch(model, [50, 30], 10, 100, None)
+    check_batch(model, [50, 30], 10, 100, int(needs / SHARE) + 1)
+    with pytest.raises(UserError, match=r"10 programs.* up to 100 tokens.*set factory\.batch to 9 or less"):
+        check_batch(model, [50, 30], 10, 100, int(needs / SHARE) - 1)
+    with pytest.raises(UserError, match=r"a smaller factory\.max_new_tokens, or a smaller factory\.model"):
+        check_batch(model, [50, 30], 10, 100, 1000)

@@ -1,11 +1,16 @@
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from byte_model import byte_model, byte_tokenizer
+from scripted import scripted_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import OPENING, Form, wrap_short
+from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import STOP, ask, base_of, correcting, deal, showing
 
 
@@ -88,3 +93,47 @@ def test_a_turns_prompt_goes_back_to_the_usual_one() -> None:
     program = wrap_short("def merge_mine(deltas):\n    return 0\n")
     texts = [prompt.text for prompt in (*usual, correcting(usual[1], program, "no tensor"))]
     assert [base_of(text, texts) for text in texts] == [0, 1, 1]
+
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_message_is_asked_in_the_chat_template_where_there_is_one() -> None:
+    plain, chatty = byte_tokenizer(), byte_tokenizer()
+    chatty.chat_template = TEMPLATE
+    contract, short = (ask(("vote",), examples(), form) for form in (Form.CONTRACT, Form.SHORT))
+    assert plain.decode(contract.tokens(plain)) == contract.text
+    assert chatty.decode(contract.tokens(chatty)) == f"[user]{contract.text}[end][assistant]"
+    # The short form is a text to be continued, template or not.
+    assert short.tokens(plain) == short.tokens(chatty) == plain(short.text).input_ids
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_an_answer_is_sampled_under_the_message_that_asks_for_it(
+    template: str | None, tmp_path: Path
+) -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    tokenizer.chat_template = template
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    factory = LocalFactory(
+        scripted_config(
+            programs=3,
+            factory={"model": str(tmp_path / "model"), "max_new_tokens": 16},
+            prompt={"form": "contract", "names": ["vote"]},
+        )
+    )
+    [prompt] = factory.prompts(0)
+    asked = prompt.text if template is None else f"[user]{prompt.text}[end][assistant]"
+    begin = tokenizer(asked).input_ids
+    written = factory.write([(number, prompt) for number in range(3)], 0, 1.0, [], lambda *_: None)
+    assert len({sample.tokens for sample in written}) == 3
+    for sample in written:
+        ids = torch.tensor([[*begin, *sample.tokens]])
+        log_probs = model(ids).logits[0, len(begin) - 1 : -1].log_softmax(-1)
+        expected = log_probs.gather(-1, ids[0, len(begin) :, None]).sum().item()
+        assert sample.log_prob == pytest.approx(expected, abs=2e-3)
+        assert sample.finished == (sample.tokens[-1] == 0)

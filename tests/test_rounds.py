@@ -1,13 +1,19 @@
-"""Rounds of learning that come to nothing: the run goes on with the factory that it had."""
+"""What a round is given of the archive, and rounds that come to nothing: the run goes on with the factory it had."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripted import PROGRAMS, ScriptedFactory, scripted_config
+from selfdev.archive import Pair
 from selfdev.cli import main
-from selfdev.runs import run
+from selfdev.factory.prompt import Prompt
+from selfdev.factory.sampling import Sample
+from selfdev.preferences import asked
+from selfdev.runs import Run, run
 
 
 class Unlucky(ScriptedFactory):
@@ -45,3 +51,111 @@ def test_without_an_adapter_the_factory_stays_what_it_was_and_the_page_says_so(
     assert texts["learning"] == texts["frozen"]
     # Pairs of one round: some were rejected for their score, and no two scores are sure.
     assert 0 < factory.flip_rates[0] < 0.5
+
+
+class Recording(ScriptedFactory):
+    """Asks anew in every iteration, writes no two texts in the same tokens, and keeps what it is to learn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds: list[tuple[int, list[Any], list[str], list[Any]]] = []
+
+    def prompts(self, iteration: int) -> list[Prompt]:
+        return [Prompt(f"prompt {iteration} {i}", (), form="short") for i in range(2)]  # type: ignore[arg-type]
+
+    def write(self, prompts: Sequence[Prompt], iteration: int, *rest: Any) -> list[tuple[int, Sample]]:
+        written = super().write(prompts, iteration, *rest)
+        return [(prompt, replace(s, tokens=(100 + iteration, *s.tokens))) for prompt, s in written]
+
+    def refine(
+        self, pairs: Any, iteration: int, adapters: Any, out: Path, *rest: Any, **more: Any
+    ) -> dict[str, Any]:
+        names = [adapter.name for adapter in adapters]
+        self.rounds.append((iteration, list(pairs), names, list(rest[2])))
+        return super().refine(pairs, iteration, adapters, out, *rest, **more)
+
+
+@pytest.mark.parametrize(("refit", "passes"), [("continue", 0), ("fresh", 1)])
+def test_a_round_is_given_the_archives_tokens_under_the_prompts_they_were_sampled_from(
+    refit: str, passes: int, tmp_path: Path
+) -> None:
+    factory = Recording()
+    config = scripted_config(
+        iterations=3,
+        controls=[],
+        rivals=[],
+        scaling={},
+        refinement={"refit": refit, "imitation": {"passes": passes}},
+    )
+    archive = run(config, tmp_path / "run", factory=factory).archive
+    programs = {c.name: c for c in archive.candidates()}
+    texts = {each.iteration: each.prompts for each in archive.iterations("learning")}
+
+    def prompt(name: str) -> str:
+        return texts[programs[name].iteration][programs[name].prompt]
+
+    def lesson(pair: Pair) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        return prompt(asked(pair)), programs[pair.chosen].tokens, programs[pair.rejected].tokens
+
+    assert [iteration for iteration, *_ in factory.rounds] == [0, 1]
+    reasons = set()
+    for t, pairs, adapters, imitated in factory.rounds:
+        rounds = range(t + 1) if refit == "fresh" else [t]
+        expected = [pair for round_ in rounds for pair in archive.pairs("learning", round_)]
+        reasons |= {pair.reason for pair in expected}
+        assert [(p.text, chosen, rejected) for p, chosen, rejected in pairs] == list(map(lesson, expected))
+        good = [
+            c
+            for c in programs.values()
+            if c.iteration in rounds and (c.arm == "repaired" or (c.arm, c.status) == ("learning", "new"))
+        ]
+        assert {(p.text, tokens) for p, tokens in imitated} == {(prompt(c.name), c.tokens) for c in good}
+        assert adapters == ["learning-1"][:t]
+    assert reasons == {"score", "copy", "failure"} | ({"repair"} if passes == 0 else set())
+    # Chosen are elites of the first iteration as well, under the prompt of then.
+    assert any(p.text.startswith("prompt 0") for p, *_ in factory.rounds[1][1])
+
+
+def ended(folder: Path, factory: ScriptedFactory, **changes: Any) -> Run:
+    """Two iterations of six programs, without rivals."""
+    config = scripted_config(programs=6, rivals=[], controls=[], **changes)
+    return run(config, folder, factory=factory)
+
+
+def statuses(found: Run, iteration: int) -> list[str | None]:
+    return [c.failure or c.status for c in found.archive.candidates("learning", iteration)]
+
+
+def test_a_factory_that_always_writes_the_same_text_ends_with_the_one_program_it_has(tmp_path: Path) -> None:
+    found = ended(tmp_path / "run", ScriptedFactory(PROGRAMS[:1] * 6))
+    assert statuses(found, 0) == ["new", *["repeated"] * 5]
+    assert statuses(found, 1) == ["repeated"] * 6
+    [round_] = found.archive.refinements("learning")
+    assert round_.adapter is None  # a program is not preferred to its own copies
+    assert "no program is good enough" in str(round_.why_nothing)
+    assert found.archive.run.status == "done"
+    assert found.best is not None
+    assert found.best.name == found.verdict["best"] == "learning/1/001"
+
+
+class Endless(ScriptedFactory):
+    """Never comes to an end: the limit on new tokens cuts every text."""
+
+    def write(self, *arguments: Any) -> list[tuple[int, Sample]]:
+        return [(prompt, replace(s, finished=False)) for prompt, s in super().write(*arguments)]
+
+
+def test_a_factory_that_always_runs_to_the_limit_ends_with_an_honest_nothing(tmp_path: Path) -> None:
+    line = "    s = s + deltas[0]\n"
+    begun = "a(deltas):\n    s = deltas[0]\n" + line * 20
+    texts = [begun, begun + "    s = s +", "again and again " * 20]
+    found = ended(tmp_path / "run", Endless(texts * 2))
+    for iteration in range(2):
+        whole, cut, prose = statuses(found, iteration)[:3]
+        assert statuses(found, iteration)[3:] == [whole, cut, prose]
+        assert (cut, prose) == ("SyntaxError", "NoFunction")
+        assert whole not in ("new", "trivial", "known", "repeated")  # it returns nothing
+    assert not any(c.finished for c in found.archive.candidates("learning"))
+    assert found.archive.run.status == "done"
+    assert found.best is None
+    assert "no new program" in found.verdict["headline"]

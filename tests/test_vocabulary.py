@@ -43,12 +43,12 @@ def test_the_gradient_in_chunks_is_that_of_plain_logits(
 ) -> None:
     monkeypatch.setattr(vocabulary, "CHUNK", 3)
     torch.manual_seed(0)
-    weight, reference = torch.randn(11, 5), torch.randn(8, 5)
+    weight, reference, bias = torch.randn(11, 5), torch.randn(8, 5), torch.randn(11)
     scale = torch.randn(8)
     chunked, plain = (torch.randn(8, 5, generator=torch.Generator().manual_seed(1)) for _ in range(2))
-    found = divergence(chunked.requires_grad_(), reference, weight, direction)
+    found = divergence(chunked.requires_grad_(), reference, weight, direction, bias)
     (found * scale).sum().backward()
-    log_p, log_q = ((h @ weight.T).log_softmax(-1) for h in (plain.requires_grad_(), reference))
+    log_p, log_q = ((h @ weight.T + bias).log_softmax(-1) for h in (plain.requires_grad_(), reference))
     first, second = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
     expected = (first.exp() * (first - second)).sum(-1)
     (expected * scale).sum().backward()
@@ -62,16 +62,19 @@ def test_log_probs_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, target = torch.randn(8, 5), torch.randn(11, 5), torch.arange(8)
     expected = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     torch.testing.assert_close(token_log_probs(hidden, weight, target), expected)
+    bias = torch.randn(11)
+    expected = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    torch.testing.assert_close(token_log_probs(hidden, weight, target, bias), expected)
 
 
 def test_the_gradient_of_an_output_layer_that_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "CHUNK", 3)
     torch.manual_seed(0)
-    hidden, weight, scale = torch.randn(8, 5), torch.randn(11, 5), torch.randn(8)
+    hidden, weight, bias, scale = torch.randn(8, 5), torch.randn(11, 5), torch.randn(11), torch.randn(8)
     target = torch.tensor([3, 3, 0, 10, 1, 3, 7, 2])
-    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
-    plain = (hidden @ weight.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    inputs = [hidden.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()]
+    plain = (hidden @ weight.T + bias).log_softmax(-1).gather(-1, target[:, None])[:, 0]
     expected = torch.autograd.grad((plain * scale).sum(), inputs)
-    found = torch.autograd.grad((token_log_probs(hidden, weight, target) * scale).sum(), inputs)
+    found = torch.autograd.grad((token_log_probs(hidden, weight, target, bias) * scale).sum(), inputs)
     for its, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(its, theirs)

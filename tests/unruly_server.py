@@ -40,6 +40,7 @@ class UnrulyServer:
         self.die_after: int | None = None
         self.counts = True
         self.asked: list[dict[str, Any]] = []
+        self.arrived: list[float] = []
         self.answered: list[dict[str, Any]] = []
         self.adapters: dict[str, str] = {}
         self.loaded: list[str] = []
@@ -103,6 +104,7 @@ class UnrulyServer:
             self.adapt(to, body)
         elif to.path.endswith("completions"):
             self.asked.append(body)
+            self.arrived.append(time.monotonic())
             misdeed = self.misdeeds.pop(0) if self.misdeeds else ""
             if not self.misbehave(to, misdeed):
                 self.complete(to, body)

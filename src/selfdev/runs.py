@@ -170,10 +170,10 @@ def _carry_out(
             tick(3, 4, "known methods on the probes")
             screen = Screen(box)
             tick(4, 4, "")
-        archive = stack.enter_context(_open_or_create(folder, config, preset))
-        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
         with watch.phase("warm start") as tick:
             factory.prepare(tick)
+        archive = stack.enter_context(_open_or_create(folder, config, preset))
+        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
         archive.check_facts(
             {
                 "factory": factory.facts,

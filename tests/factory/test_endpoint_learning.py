@@ -1,13 +1,20 @@
 """A server that does as vLLM does: it tells token ids, and loads what is learned here."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 
+import endpoint_runs
 from byte_model import byte_tokenizer, save_byte_model
-from endpoint_runs import learning_config
+from endpoint_runs import begin_or_resume, learning_config
+from scripted import PROGRAMS as MANY
 from selfdev.errors import Halted, UserError
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.prompt import Prompt
@@ -161,3 +168,28 @@ def test_a_server_with_another_model_than_the_one_that_learns_is_refused(
     server.tokenizer = Chatty()  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"reads the prompt as \d+ tokens, and the tokenizer of .*, as \d+"):
         EndpointFactory(learning_config(server.url, model), tmp_path)
+
+
+def test_a_run_that_learns_is_killed_and_resumes_to_the_same_archive(
+    server: UnrulyServer, model: Path, tmp_path: Path
+) -> None:
+    """Killed while the server writes with the adapter of the first round."""
+    server.programs = [*MANY[:4], *MANY[9:11]]
+    unbroken = begin_or_resume(tmp_path / "unbroken" / "run", server.url, model=model)
+    folder, loaded, asked = tmp_path / "killed" / "run", list(server.loaded), len(server.asked)
+    assert len(loaded) == 1
+    command = [sys.executable, endpoint_runs.__file__, str(folder), server.url, "write:12", str(model)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    resumed = begin_or_resume(folder, server.url)
+    assert resumed.archive.run.status == "done"
+    assert resumed.archive.digest() == unbroken.archive.digest()
+    # One adapter more on the server, loaded once; the control wrote with the plain model.
+    [*_, adapter] = server.loaded
+    assert len(server.loaded) == 2
+    writers = [body["model"] for body in server.asked[asked:] if body["max_tokens"] > 1]
+    assert writers.count("unruly") == 8 + 8
+    assert 8 <= writers.count(adapter) <= 8 + 4  # four were in flight
+    [refinement] = resumed.archive.refinements("learning")
+    assert refinement.facts["pairs"] > 0
+    assert {row["kind"] for row in resumed.verdict["table"]} == {"seed", "control", "discovered"}

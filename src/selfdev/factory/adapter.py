@@ -48,7 +48,8 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
         if moments is not None:
             (aside / _MOMENTS).parent.mkdir()
             save_file(dict(moments), aside / _MOMENTS)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)

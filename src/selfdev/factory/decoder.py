@@ -20,7 +20,7 @@ from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending
 
 log = logging.getLogger(__name__)
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
 """Difference of two ways to compute the same logits, as a share of their range; 0.05 for narrower types."""
 
 
@@ -91,7 +91,16 @@ def shares_prefix(model: PreTrainedModel) -> bool:
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
         return False  # there are no keys and values in its cache, or they have other shapes
     spread = float(expected.max() - expected.min())
-    return float((logits - expected).abs().max()) <= _TOLERANCE.get(model.dtype, 0.05) * spread
+    return float((logits - expected).abs().max()) <= TOLERANCE.get(model.dtype, 0.05) * spread
+
+
+@torch.no_grad()
+def kept_a_token(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that are kept for each token while rows are decoded; 0 where none can be shared."""
+    if not shares_prefix(model):
+        return 0
+    [cache], _ = _prefill(model, [[0]])
+    return sum(each.nbytes for layer in cache for each in layer)
 
 
 class _Tokens:

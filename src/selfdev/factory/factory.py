@@ -16,13 +16,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.adapter import load_moments, save_learned, with_new_adapter
 from selfdev.factory.grammar import Grammar
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
-from selfdev.factory.memory import fitting_pass
-from selfdev.factory.packing import Model
+from selfdev.factory.memory import Packed, available, check_batch, fitting_pass
+from selfdev.factory.packing import Model, check_training
 from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, correcting, prompts_of
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
@@ -30,6 +30,7 @@ from selfdev.factory.warm_start import completion, warm_start
 from selfdev.models.device import pick_device
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
 from selfdev.models.sources import cache_dir, resolve
+from selfdev.settings import RefinementSettings
 from selfdev.streams import stream_seed
 
 log = logging.getLogger(__name__)
@@ -44,10 +45,15 @@ class LocalFactory:
     The model in memory is always made from the weights on disk and a list of adapters, merged in their order, so
     that a resumed run has the numbers of an unbroken one. With `refinement.train: full` what an arm has learned is a
     whole model in the place of an adapter; the last one is it.
+
+    Args:
+        config: of the run.
+        free: how many bytes a device has left; None where nobody knows.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, free: Callable[[torch.device], int | None] = available):
         self.config = config
+        self._free = free
         if config.refinement.backend == "trl" and importlib.util.find_spec("trl") is None:
             raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
         self.device = pick_device(config.factory.device)
@@ -84,12 +90,44 @@ class LocalFactory:
             check_context(model, longest + limit + LONGEST_ERROR + limit, way_out)
 
     def prepare(self, tick: Tick) -> None:
-        """Make the warm start's adapter, if there is to be one and it is not in the cache."""
+        """Make the warm start's adapter, if there is to be one and it is not in the cache.
+
+        Before that, find out what would fail or go wrong later.
+
+        Raises:
+            UserError: the model is of a kind that cannot be trained here, or its batch does not fit into memory.
+            SelfdevError: there is too little memory for the warm start, or it has diverged.
+        """
         folder = self._warm_folder()
-        if folder is None or folder.is_dir():
+        warm, writes = folder is not None and not folder.is_dir(), self.config.factory.endpoint is None
+        if not (warm or writes or self._trains):
             return
+        model = self._load() if warm else self.model([])
+        if warm or self._trains:
+            check_training(model)
+        if writes:
+            self._check_batch(model)
+        else:
+            self._loaded = None
+        if warm and folder is not None:
+            self._warm_start(model, folder, tick)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether rounds of learning go through packed passes, and not through TRL alone."""
+        settings = self.config.refinement
+        learns = settings.refit != "never" and self.config.iterations > 1
+        return learns and (settings.backend == "own" or settings.imitation.passes > 0)
+
+    def _check_batch(self, model: PreTrainedModel) -> None:
+        settings = self.config.factory
+        prompts = [len(prompt.tokens(self.tokenizer)) for prompt in self.prompts(0)]
+        rows = min(settings.batch, self.config.programs)
+        check_batch(model, prompts, rows, settings.max_new_tokens, self._free(self.device))
+
+    def _warm_start(self, base: PreTrainedModel, folder: Path, tick: Tick) -> None:
         settings = self.config.factory.warm_start
-        model = with_new_adapter(self._load(), settings.rank, settings.seed)
+        model = with_new_adapter(base, settings.rank, settings.seed)
         warm_start(
             model,
             self.tokenizer,
@@ -100,6 +138,9 @@ class LocalFactory:
             targets=settings.targets,
             seed=settings.seed,
             tick=lambda step, loss: tick(step + 1, settings.steps, f"{loss:.2f} nats a token"),
+            fitting=lambda lessons: fitting_pass(
+                model, lessons, RefinementSettings(), self._free(self.device), "factory.warm_start"
+            ),
         )
         save_learned(model, folder)
 
@@ -195,7 +236,7 @@ class LocalFactory:
             whose value says why, nothing is saved, and the factory stays what it was.
 
         Raises:
-            SelfdevError: there is too little memory even for one program a pass.
+            SelfdevError: there is too little memory even for one program a pass, or what was reckoned was too little.
         """
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
@@ -228,6 +269,11 @@ class LocalFactory:
             model, done = self._train(ground, reference, taught, steps, seed, facts, tick)
         except Diverged as error:
             return facts | {"rolled_back": str(error)}
+        except torch.OutOfMemoryError as error:
+            raise SelfdevError(
+                f"refinement: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with a "
+                "lower refinement.pairs_a_step or refinement.rank"
+            ) from error
         save_learned(model, out, done.moments)
         return facts | {
             "losses": [asdict(each) for each in done.losses],
@@ -253,7 +299,14 @@ class LocalFactory:
         moments = load_moments(ground[-1]) if ground and settings.optimizer == "continue" else None
         model = self._trainee(ground, seed)
         note = f"{facts['pairs']} pairs"
-        facts["tokens_a_pass"] = tokens_a_pass = fitting_pass(model, [*steps, *taught], settings)
+        packed: list[Packed] = [
+            *taught,
+            *(steps if settings.backend == "own" else []),
+        ]  # TRL's passes are its own
+        tokens_a_pass = None
+        if packed:
+            tokens_a_pass = fitting_pass(model, packed, settings, self._free(self.device))
+        facts["tokens_a_pass"] = tokens_a_pass
         if not steps:
             self._imitate(model, taught, facts, tick)
             return model, Outcome([], moments=moments)

@@ -72,6 +72,7 @@ def imitate(
     learning_rate: float,
     tick: Callable[[int, float], None] = lambda step, loss: None,
     tokens_a_pass: int | None = None,
+    rate: str = "refinement.imitation.learning_rate",
 ) -> list[float]:
     """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
@@ -81,17 +82,18 @@ def imitate(
         learning_rate: peak rate of AdamW; it falls linearly to a tenth.
         tick: called after each step with its number from 0 and its loss.
         tokens_a_pass: see `packing.passes`; the gradient does not depend on it, up to rounding.
+        rate: the setting that `learning_rate` is from, for the message of an error.
 
     Returns:
         The loss of each step, in nats a token.
 
     Raises:
-        Diverged: a loss is not finite.
+        Diverged: a loss or a weight is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=len(steps))
-    model.train()
+    model.eval()  # see `refinement.refine`
     losses = []
     for number, step in enumerate(steps):
         optimizer.zero_grad()
@@ -104,11 +106,12 @@ def imitate(
             losses[-1] += loss.item()
         if not math.isfinite(losses[-1]):
             raise Diverged(
-                f"the loss of an imitation is not a finite number; lower its rate ({learning_rate:g})"
+                f"the loss of an imitation is not a finite number; lower {rate} ({learning_rate:g})"
             )
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         tick(number, losses[-1])
-    model.eval()
+    if not all(torch.isfinite(each).all() for each in trained):
+        raise Diverged(f"a weight of an imitation is not a finite number; lower {rate} ({learning_rate:g})")
     return losses

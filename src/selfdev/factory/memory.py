@@ -1,9 +1,9 @@
-"""How much memory a round of training takes, reckoned before it starts.
+"""How much memory a round of training or a batch of sampling takes, reckoned before it starts.
 
-What a pass keeps for its backward pass is not guessed from the architecture: a short pass of the model itself tells it.
-It grows with the tokens, since attention keeps no matrix (`packed_attention.py`). Beside it stand the gradients and the
-optimiser's state, and one chunk of vocabulary logits. It is an estimate: what the system frees late and what other
-programs take meanwhile is not in it.
+What a pass keeps for its backward pass, or for the tokens after it, is not guessed from the architecture: a short pass
+of the model itself tells it. In training it grows with the tokens, since attention keeps no matrix
+(`packed_attention.py`). Beside it stand the gradients and the optimiser's state, and one chunk of vocabulary logits. It
+is an estimate: what the system frees late and what other programs take meanwhile is not in it, nor is what TRL takes.
 """
 
 import logging
@@ -17,8 +17,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from selfdev.errors import SelfdevError
+from selfdev.errors import SelfdevError, UserError
+from selfdev.factory.decoder import kept_a_token
 from selfdev.factory.packing import Model, completion_states, output_weight
 from selfdev.factory.vocabulary import CHUNK
 from selfdev.settings import RefinementSettings
@@ -36,6 +38,9 @@ The rest is gradients on their way and holes in the heap; measured with SmolLM2-
 
 _MEASURED = 128
 """Tokens of the pass that is measured."""
+
+_DRAWN_FROM = 3
+"""Copies of a batch's logits that a step of sampling may hold: the model's, in float32, those that a grammar allows."""
 
 
 class Packed(Protocol):
@@ -86,7 +91,11 @@ def footprint(model: Model, kl: bool) -> Footprint:
 
 
 def fitting_pass(
-    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None = None
+    model: Model,
+    steps: Sequence[Packed],
+    settings: RefinementSettings,
+    free: int | None,
+    what: str = "refinement",
 ) -> int | None:
     """How many tokens a pass of this round may hold.
 
@@ -94,7 +103,8 @@ def fitting_pass(
         model: see `footprint`.
         steps: of the round, of preferences and of imitation.
         settings: `tokens_a_pass` is never exceeded.
-        free: bytes; by default what the system says, as far as it does.
+        free: bytes, see `available`; None where nobody knows.
+        what: the section of the config that asks for the training and has the adapter's rank.
 
     Returns:
         What `packing.passes` takes: `settings.tokens_a_pass` where memory allows for it, less where it does not.
@@ -102,7 +112,6 @@ def fitting_pass(
     Raises:
         SelfdevError: not even one completion with its prompt fits.
     """
-    free = available() if free is None else free
     wanted = max(len(step.prompt) + sum(step.lengths) for step in steps)
     least = max(len(step.prompt) + max(step.lengths) for step in steps)
     if settings.tokens_a_pass is not None:
@@ -113,14 +122,15 @@ def fitting_pass(
     fits = needs.tokens(int(SHARE * free))
     if fits < least:
         raise SelfdevError(
-            f"refinement: training on one program of {least} tokens, prompt included, takes about "
+            f"{what}: training on one program of {least} tokens, prompt included, takes about "
             f"{needs.of(least) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or "
-            + ("take a lower refinement.rank" if settings.train == "lora" else "set refinement.train: lora")
+            + (f"take a lower {what}.rank" if settings.train == "lora" else f"set {what}.train: lora")
         )
     if fits >= wanted:
         return settings.tokens_a_pass
     log.warning(
-        "refinement: a pass of %d tokens takes about %.1f GB and %.1f GB are free; passes of at most %d tokens instead",
+        "%s: a pass of %d tokens takes about %.1f GB and %.1f GB are free; passes of at most %d tokens instead",
+        what,
         wanted,
         needs.of(wanted) / 1e9,
         free / 1e9,
@@ -129,8 +139,48 @@ def fitting_pass(
     return fits
 
 
-def available() -> int | None:
-    """Bytes that this process may still take: of the machine, its control group and its own limit; None if unknown."""
+def check_batch(
+    model: PreTrainedModel, prompts: Sequence[int], rows: int, tokens: int, free: int | None
+) -> None:
+    """Make sure that so many programs can be sampled at once.
+
+    The batch is not made smaller by itself, since what is written depends on it by rounding.
+
+    Args:
+        model: that samples, loaded already.
+        prompts: the length of each, in tokens.
+        rows: programs at once.
+        tokens: the longest that one may become.
+        free: bytes, see `available`; None where nobody knows.
+
+    Raises:
+        UserError: they do not fit into the free memory.
+    """
+    if free is None:
+        return
+    kept = kept_a_token(model)
+    a_row = tokens * kept + _DRAWN_FROM * 4 * model.config.get_text_config().vocab_size
+    left = int(SHARE * free) - sum(prompts) * kept
+    if rows * a_row <= left:
+        return
+    fits = max(0, left // a_row)
+    raise UserError(
+        f"factory.batch: sampling {rows} programs at once, each of up to {tokens} tokens, takes about "
+        f"{(rows * a_row + sum(prompts) * kept) / 1e9:.1f} GB beside the model and {free / 1e9:.1f} GB of memory are "
+        "free; free some, take a smaller factory.max_new_tokens, or "
+        + (f"set factory.batch to {fits} or less" if fits else "a smaller factory.model")
+    )
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a device; None if unknown.
+
+    Of a GPU of CUDA's that is what its driver and torch's own cache have; elsewhere what is left of the machine, its
+    control group and its own limit.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     found = [bytes_ for bytes_ in (_machine(), _control_group(), _own_limit()) if bytes_ is not None]
     return min(found, default=None)
 

@@ -13,6 +13,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfdev.errors import UserError
+from selfdev.factory.decoder import TOLERANCE
 from selfdev.factory.lora_linear import lean_lora
 from selfdev.factory.packed_attention import IMPLEMENTATION, stretches
 from selfdev.factory.vocabulary import token_log_probs
@@ -36,16 +38,16 @@ def completion_log_probs(
     """
     hidden = completion_states(model, prompt, completions)
     target = torch.tensor([token for each in completions for token in each], device=hidden.device)
-    flat = token_log_probs(hidden, output_weight(model), target)
+    flat = token_log_probs(hidden, output_weight(model), target, output_bias(model))
     return list(flat.split([len(completion) for completion in completions]))
 
 
 def completion_states(model: Model, prompt: Sequence[int], completions: Sequence[Sequence[int]]) -> Tensor:
-    """The last hidden state from which each token of each completion is predicted.
+    """The hidden state from which each token of each completion is predicted: the last one, times any scale of logits.
 
     Args:
-        model: a causal language model whose logits are a linear function of its last hidden state, without bias,
-            scale or cap (Llama, Mistral, Qwen, SmolLM, ...), adapted by LoRA or not.
+        model: a causal language model whose logits are its output layer's, scaled or not (Llama, Mistral, Qwen, SmolLM,
+            Phi, Granite, ...), adapted by LoRA or not; `check_training` tells the others.
         prompt: token ids, at least one.
         completions: token ids of each completion, none empty.
 
@@ -68,7 +70,9 @@ def completion_states(model: Model, prompt: Sequence[int], completions: Sequence
             pack=stretches(len(prompt), [len(completion) for completion in completions]),
         ).last_hidden_state[0]
     # Not hidden[before]: its gradient adds up in an order that varies from run to run, this one's does not.
-    return hidden.index_select(0, torch.tensor(before, device=device))
+    states = hidden.index_select(0, torch.tensor(before, device=device))
+    scale = _logit_scale(causal.config)
+    return states if scale == 1 else states * scale
 
 
 def output_weight(model: Model) -> Tensor:
@@ -76,6 +80,57 @@ def output_weight(model: Model) -> Tensor:
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     weight: Tensor = causal.get_output_embeddings().weight
     return weight
+
+
+def output_bias(model: Model) -> Tensor | None:
+    """The output layer's bias, shape (vocabulary,), which few models have: Phi, GPT-J, CodeGen."""
+    causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    bias: Tensor | None = getattr(causal.get_output_embeddings(), "bias", None)
+    return bias
+
+
+def _logit_scale(config: Any) -> float:
+    """What a model multiplies its output layer's logits by: Cohere and Granite do, in opposite words."""
+    config = config.get_text_config()
+    factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    return float(factor or 1.0) / float(divisor or 1.0)
+
+
+def check_training(model: PreTrainedModel) -> None:
+    """Compare packed log-probabilities with those of the model's own logits, on a few tokens.
+
+    An architecture with attention or an output of its own would not complain, only be trained wrongly.
+
+    Raises:
+        UserError: they differ, or there are none.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = [(7 * i + 1) % vocabulary for i in range(9)]
+    prompt, completions = tokens[:4], [tokens[4:6], tokens[6:]]
+    with torch.no_grad():
+        try:
+            packed = completion_log_probs(model, prompt, completions)
+            right = all(_as_plain(model, prompt, *each) for each in zip(completions, packed, strict=True))
+        except (UserError, AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
+            right = (
+                False  # it does not call the attention interface, or caps its scores, or has no output layer
+            )
+    if not right:
+        raise UserError(
+            f"factory.model: a {type(model).__name__} ({model.config.model_type}) cannot be trained here: packed, its "
+            "log-probabilities are not those of its own logits. Set refinement.backend: trl, which takes the model's "
+            "own (with refinement.imitation.passes: 0 and factory.warm_start.steps: 0, in which TRL has no part), take "
+            "a model of another family, or set refinement.refit: never"
+        )
+
+
+def _as_plain(model: PreTrainedModel, prompt: list[int], completion: list[int], packed: Tensor) -> bool:
+    """Whether the log-probabilities of a completion are those of a plain pass."""
+    ids = torch.tensor([prompt + completion], device=model.device)
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    expected = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+    spread = float(logits.max() - logits.min())
+    return float((packed - expected).abs().max()) <= TOLERANCE.get(model.dtype, 0.05) * spread
 
 
 def passes(prompt: int, completions: Sequence[int], tokens_a_pass: int | None) -> list[range]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from selfdev.errors import SelfdevError
 from selfdev.factory.losses import preference_loss
 from selfdev.factory.optimiser import Moments, kept_moments, optimiser
-from selfdev.factory.packing import Model, completion_states, output_weight, passes
+from selfdev.factory.packing import Model, completion_states, output_bias, output_weight, passes
 from selfdev.factory.vocabulary import divergence, token_log_probs
 from selfdev.settings import RefinementSettings
 
@@ -238,7 +238,7 @@ def refine(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer, schedule = optimiser(model, settings, settings.epochs * len(steps), moments)
-    model.train()
+    model.eval()  # dropout, as in GPT-2, would draw from the global random stream; TRL leaves it out as well
     history: list[Losses] = []
     margins: list[float] = []
     stopped = None
@@ -263,7 +263,6 @@ def refine(
             break
     if not all(torch.isfinite(each).all() for each in trained):
         raise Diverged(diverged("a trained weight", settings))
-    model.eval()
     return Outcome(history, stopped, kept_moments(model, optimizer, settings))
 
 
@@ -284,7 +283,7 @@ def _forward(model: Model, prompt: Tokens, completions: Sequence[Tokens]) -> tup
     """Hidden states and log-probabilities of some completions, shapes (tokens, width) and (tokens,)."""
     hidden = completion_states(model, prompt, completions)
     target = torch.tensor([token for each in completions for token in each], device=hidden.device)
-    return hidden, token_log_probs(hidden, output_weight(model), target)
+    return hidden, token_log_probs(hidden, output_weight(model), target, output_bias(model))
 
 
 def backward(
@@ -331,13 +330,13 @@ def backward(
         raise Diverged(diverged("the loss", settings))
     loss.backward()
     assert log_probs.grad is not None
-    kl, weight, start = torch.zeros(()), output_weight(model), 0
+    kl, weight, bias, start = torch.zeros(()), output_weight(model), output_bias(model), 0
     for part, before in zip(parts, computed, strict=True):
         hidden, found = before if whole else _forward(model, step.prompt, part)
         rows = slice(start, start := start + len(found))
         roots, slopes = [found], [log_probs.grad[rows]]
         if reference.hidden is not None:
-            apart = divergence(hidden, reference.hidden[rows], weight, settings.kl_direction).sum()
+            apart = divergence(hidden, reference.hidden[rows], weight, settings.kl_direction, bias).sum()
             kl += apart.detach().cpu() / len(log_probs)
             roots.append(apart)
             slopes.append(torch.full_like(apart, settings.kl / len(log_probs)))

@@ -20,49 +20,67 @@ Direction = Literal["forward", "reverse"]
 
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         # d log p / d hidden = W[target] - E_p[W]
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = logits_in_blocks(hidden[rows], weight).float()
+            logits = logits_in_blocks(hidden[rows], weight, bias).float()
             lse = logits.logsumexp(-1, keepdim=True)
             log_probs[rows] = (logits.gather(-1, target[rows, None]) - lse)[:, 0]
             if slope is not None:
                 expected = logits.sub_(lse).exp_().to(weight.dtype) @ weight
                 slope[rows] = weight[target[rows]] - expected
         if slope is not None:
-            of_weight = (hidden, weight, target) if ctx.needs_input_grad[1] else ()
-            ctx.save_for_backward(slope, *of_weight)
+            of_layer = (hidden, weight, bias, target) if ctx.needs_input_grad[1] else ()
+            ctx.save_for_backward(slope, *of_layer)
         return log_probs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        slope, *of_weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        slope, *of_layer = ctx.saved_tensors
         factor = grads[0][:, None].to(slope.dtype)
-        return slope * factor, _to_weight(factor, *of_weight) if of_weight else None, None
+        to_weight, to_bias = _to_layer(factor, *of_layer) if of_layer else (None, None)
+        return slope * factor, to_weight, to_bias, None
 
 
-def _to_weight(factor: Tensor, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """The gradient of sum(factor log p[target]) with respect to W: of each position, (onehot - p) hidden^T."""
-    found = torch.zeros_like(weight)
+def _to_layer(
+    factor: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of sum(factor log p[target]).
+
+    With respect to W they are, of each position, (onehot - p) hidden^T, and with respect to the bias onehot - p.
+    """
+    to_weight = torch.zeros_like(weight)
+    to_bias = None if bias is None else torch.zeros_like(bias)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
-        p = logits_in_blocks(hidden[rows], weight).float().softmax(-1).to(weight.dtype)
-        found.addmm_(p.mul_(factor[rows]).T, hidden[rows], alpha=-1)
-    return found.index_add_(0, target, factor * hidden)
+        p = logits_in_blocks(hidden[rows], weight, bias).float().softmax(-1).to(weight.dtype)
+        to_weight.addmm_(p.mul_(factor[rows]).T, hidden[rows], alpha=-1)
+        if to_bias is not None:
+            to_bias -= p.sum(0)
+    if to_bias is not None:
+        to_bias.index_add_(0, target, factor[:, 0])
+    return to_weight.index_add_(0, target, factor * hidden), to_bias
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, reference: Tensor, weight: Tensor, direction: Direction) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        reference: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        direction: Direction,
+    ) -> Tensor:
         found = hidden.new_empty(len(hidden), dtype=torch.float32)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            log_p = logits_in_blocks(hidden[rows], weight).float().log_softmax(-1)
-            log_q = logits_in_blocks(reference[rows], weight).float().log_softmax(-1)
+            log_p = logits_in_blocks(hidden[rows], weight, bias).float().log_softmax(-1)
+            log_q = logits_in_blocks(reference[rows], weight, bias).float().log_softmax(-1)
             if direction == "reverse":
                 p, ratio = log_p.exp(), log_p.sub_(log_q)
                 found[rows] = (p * ratio).sum(-1)
@@ -79,39 +97,43 @@ class _Divergence(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grads[0][:, None].to(slope.dtype), None, None, None
+        return slope * grads[0][:, None].to(slope.dtype), None, None, None, None
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Log softmax(hidden W^T)[target], position by position.
+def token_log_probs(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Log softmax(hidden W^T + b)[target], position by position.
 
     Args:
         hidden: last hidden states, shape (positions, width); differentiable.
-        weight: W of an output layer without bias, shape (vocabulary, width); differentiable.
+        weight: W of the output layer, shape (vocabulary, width); differentiable.
         target: token ids, shape (positions,).
+        bias: b of the output layer, shape (vocabulary,), differentiable where W is; None for none.
 
     Returns:
         Nats, shape (positions,), float32.
     """
-    found: Tensor = _TokenLogProbs.apply(hidden, weight, target)  # type: ignore[no-untyped-call]
+    found: Tensor = _TokenLogProbs.apply(hidden, weight, bias, target)  # type: ignore[no-untyped-call]
     return found
 
 
-def divergence(hidden: Tensor, reference: Tensor, weight: Tensor, direction: Direction) -> Tensor:
+def divergence(
+    hidden: Tensor, reference: Tensor, weight: Tensor, direction: Direction, bias: Tensor | None = None
+) -> Tensor:
     """Kullback-Leibler divergence of two next-token distributions over the whole vocabulary, position by position.
 
     Args:
         hidden: last hidden states of the model, shape (positions, width); differentiable.
         reference: those of the reference, which has the same output layer; no gradient.
-        weight: W of that frozen layer without bias, shape (vocabulary, width).
+        weight: W of that frozen layer, shape (vocabulary, width).
         direction: `reverse`: KL(model || reference), large where the model likes what the reference does not, the
             term of RLHF's and DPO's objective. `forward`: KL(reference || model), large where the model has forgotten
             what the reference likes.
+        bias: of that layer, shape (vocabulary,); None for none.
 
     Returns:
         Nats, shape (positions,), float32, at least 0 up to rounding.
     """
-    found: Tensor = _Divergence.apply(hidden, reference, weight, direction)  # type: ignore[no-untyped-call]
+    found: Tensor = _Divergence.apply(hidden, reference, weight, bias, direction)  # type: ignore[no-untyped-call]
     return found

@@ -7,7 +7,7 @@ cached under their hash.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +31,7 @@ def warm_start(
     targets: int,
     seed: int,
     tick: Callable[[int, float], None] = lambda step, loss: None,
+    fitting: Callable[[Sequence[Lesson]], int | None] = lambda lessons: None,
 ) -> None:
     """Train the adapter in place.
 
@@ -44,6 +45,10 @@ def warm_start(
         targets: examples to be written, in one packed pass.
         seed: of the draw.
         tick: called after each step with its number and its loss in nats a token.
+        fitting: how many tokens a pass of these lessons may hold; see `memory.fitting_pass`.
+
+    Raises:
+        Diverged: a loss or a weight is not finite.
     """
     draw = random.Random(seed)
     deck: list[str] = []
@@ -57,7 +62,7 @@ def warm_start(
         prompt = ask(names, sources, Form.SHORT).tokens(tokenizer)
         completions = tuple(tuple(completion(tokenizer, sources[name])) for name in wanted)
         lessons.append(Lesson(tuple(prompt), completions))
-    imitate(model, lessons, learning_rate, tick)
+    imitate(model, lessons, learning_rate, tick, fitting(lessons), "factory.warm_start.learning_rate")
 
 
 def completion(tokenizer: PreTrainedTokenizerBase, source: str) -> list[int]:

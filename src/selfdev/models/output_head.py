@@ -28,12 +28,13 @@ class _Blocks(nn.Module):
         return logits_in_blocks(hidden.flatten(0, -2), self.weight).view(*hidden.shape[:-1], -1)
 
 
-def logits_in_blocks(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden W^T, outside of any graph.
+def logits_in_blocks(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Hidden W^T + b, outside of any graph.
 
     Args:
         hidden: shape (positions, width).
         weight: W, shape (vocabulary, width).
+        bias: b, shape (vocabulary,); None for none.
 
     Returns:
         Shape (positions, vocabulary).
@@ -41,7 +42,7 @@ def logits_in_blocks(hidden: Tensor, weight: Tensor) -> Tensor:
     logits = hidden.new_empty(len(hidden), len(weight))
     for block, part in zip(weight.split(BLOCK), logits.split(BLOCK, -1), strict=True):
         torch.mm(hidden, block.T, out=part)
-    return logits
+    return logits if bias is None else logits.add_(bias)
 
 
 @contextmanager
