@@ -63,9 +63,9 @@ class Recording(ScriptedFactory):
     def prompts(self, iteration: int) -> list[Prompt]:
         return [Prompt(f"prompt {iteration} {i}", (), form="short") for i in range(2)]  # type: ignore[arg-type]
 
-    def write(self, prompts: Sequence[Prompt], iteration: int, *rest: Any) -> list[tuple[int, Sample]]:
-        written = super().write(prompts, iteration, *rest)
-        return [(prompt, replace(s, tokens=(100 + iteration, *s.tokens))) for prompt, s in written]
+    def write(self, asked: Sequence[tuple[int, Prompt]], iteration: int, *rest: Any) -> list[Sample]:
+        written = super().write(asked, iteration, *rest)
+        return [replace(s, tokens=(100 + iteration, *s.tokens)) for s in written]
 
     def refine(
         self, pairs: Any, iteration: int, adapters: Any, out: Path, *rest: Any, **more: Any
@@ -141,8 +141,8 @@ def test_a_factory_that_always_writes_the_same_text_ends_with_the_one_program_it
 class Endless(ScriptedFactory):
     """Never comes to an end: the limit on new tokens cuts every text."""
 
-    def write(self, *arguments: Any) -> list[tuple[int, Sample]]:
-        return [(prompt, replace(s, finished=False)) for prompt, s in super().write(*arguments)]
+    def write(self, *arguments: Any) -> list[Sample]:
+        return [replace(s, finished=False) for s in super().write(*arguments)]
 
 
 def test_a_factory_that_always_runs_to_the_limit_ends_with_an_honest_nothing(tmp_path: Path) -> None:
