@@ -1,21 +1,24 @@
 """Merging real checkpoints from disk to disk: speed against mergekit's own command, and memory on any size.
 
     python benchmarks/merging.py speed --mergekit PATH/mergekit-yaml [--model FOLDER] [--methods ties ...]
-    python benchmarks/merging.py memory [--billions 0.5 2] [--experts 2] [--picture memory.png]
+    python benchmarks/merging.py memory [--billions 0.5 2] [--experts 2] [--repeats 3] [--picture memory.png]
 
 `speed` takes SmolLM2-135M as bf16 and three experts made of it by small noise, and runs whole processes, ours and
 mergekit's in turn, all tensors merged. mergekit 0.1.5 is best installed into an environment of its own. --passive keeps
 its threads from spinning while they wait, which costs it much where other work runs beside.
 
-`memory` makes a seed and experts of that many parameters in shards, and watches the resident memory of one merge. The
-files are put out of the system's cache before; `dd` reads and writes as many bytes on the same disk. Several sizes are
-done one after the other.
+`memory` makes a seed and experts of that many parameters in shards, and watches the resident memory of a merge. `dd`
+reads and writes as many bytes on the same disk, in turn with the merges, since what a disk gives varies; times are
+medians, memory is the highest. Before each of the two the files are put out of the system's cache, and that they are
+is looked up. Several sizes are done one after the other.
 
 Both write under --work, by default a temporary folder of this disk, and remove what they wrote.
 """
 
 import argparse
+import ctypes
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -164,10 +167,13 @@ def memory(options: argparse.Namespace, work: Path) -> None:
     """Merge large models under watch, and compare with what the disk gives."""
     curves = {}
     print(
-        f"{options.shards} shards, {options.experts} experts, {options.method}, load {os.getloadavg()[0]:.1f}\n"
+        f"{options.shards} shards, {options.experts} experts, {options.method}, load {os.getloadavg()[0]:.1f}; "
+        f"medians of {options.repeats}\n"
     )
-    print("| parameters | read | written | time | dd | share of dd's rate | peak | of it own | promise |")
-    print("| --- " * 9 + "|")
+    print(
+        "| parameters | read | written | time | processor | dd | share of dd's rate | peak | of it own | promise |"
+    )
+    print("| --- " * 10 + "|")
     for billions in options.billions:
         scene = work / f"{billions:g}"
         scene.mkdir()
@@ -187,25 +193,32 @@ def memory_of(
     files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     size = sum(file.stat().st_size for file in files)
     written = size // len(folders)
-    reading, writing = disk(files, written, work / "dd")
-
-    forget(files)
-    began = time.perf_counter()
     command = ours(options.method, folders[0], folders[1:], work / "out")
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    curve = watch(process, began)
-    seconds = time.perf_counter() - began
-    if process.returncode:
-        sys.exit("the merge failed")
-    peak, own = (max(point[which] for point in curve) for which in (1, 2))
+    disks, merges, curves = [], [], []
+    for _ in range(options.repeats):
+        disks.append(disk(files, written, work / "dd"))
+        forget(files)
+        before, began = os.times(), time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        curves.append(watch(process, began))
+        seconds, after = time.perf_counter() - began, os.times()
+        if process.returncode:
+            sys.exit("the merge failed")
+        processor = (
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+        merges.append((seconds, processor))
+        shutil.rmtree(work / "out")
+    reading, writing, rate = (statistics.median(values) for values in zip(*disks, strict=True))
+    seconds, processor = (statistics.median(values) for values in zip(*merges, strict=True))
+    peak, own = (max(point[which] for curve in curves for point in curve) for which in (1, 2))
     promise = 4 * options.experts * 4 * largest / 1e6 + 500
     print(
-        f"| {billions:g} billion | {size / 1e9:.1f} GB | {written / 1e9:.1f} GB | {seconds:.1f} s "
-        f"| {reading:.1f} + {writing:.1f} s | {(reading + writing) / seconds:.0%} | {peak:.0f} MB | {own:.0f} MB "
-        f"| {promise:.0f} MB |",
+        f"| {billions:g} billion | {size / 1e9:.1f} GB | {written / 1e9:.1f} GB | {seconds:.1f} s | {processor:.1f} s "
+        f"| {reading:.1f} + {writing:.1f} s | {rate / seconds:.0%} | {peak:.0f} MB | {own:.0f} MB | {promise:.0f} MB |",
         flush=True,
     )
-    return curve, promise
+    return max(curves, key=lambda curve: max(resident for _, resident, _ in curve)), promise
 
 
 def large_model(folder: Path, parameters: float, shards: int, number: int) -> int:
@@ -251,8 +264,8 @@ def large_model(folder: Path, parameters: float, shards: int, number: int) -> in
     return max(torch.Size(shape).numel() for shape in shapes.values())
 
 
-def disk(files: Sequence[Path], written: int, scratch: Path) -> tuple[float, float]:
-    """Seconds in which dd reads these files from the disk, and writes so many bytes to it."""
+def disk(files: Sequence[Path], written: int, scratch: Path) -> tuple[float, float, float]:
+    """Seconds in which dd reads these files from the disk, writes so many bytes to it, and does both."""
     forget(files)
     began = time.perf_counter()
     for file in files:
@@ -264,16 +277,30 @@ def disk(files: Sequence[Path], written: int, scratch: Path) -> tuple[float, flo
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     writing = time.perf_counter() - began
     scratch.unlink()
-    return reading, writing
+    return reading, writing, reading + writing
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Put files out of the system's cache."""
+    """Put files out of the system's cache; what stays there ends the benchmark."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+        if (share := cached(file)) > 0.01:
+            sys.exit(f"{share:.0%} of {file} stay in the system's cache; is another program using it?")
+
+
+def cached(file: Path) -> float:
+    """The share of a file's pages that lie in the system's cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+        pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
+        begin = ctypes.c_ubyte.from_buffer(mapping)
+        if libc.mincore(ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(len(mapping)), pages):
+            sys.exit(f"mincore: {os.strerror(ctypes.get_errno())}")
+        del begin  # or the mapping could not be closed
+        return sum(page & 1 for page in pages) / len(pages)
 
 
 def watch(process: "subprocess.Popen[bytes]", began: float) -> list[tuple[float, float, float]]:
@@ -340,6 +367,7 @@ def main() -> None:
     small.add_argument("--shards", type=int, default=8)
     small.add_argument("--experts", type=int, default=2)
     small.add_argument("--method", default="task_arithmetic")
+    small.add_argument("--repeats", type=int, default=3)
     small.add_argument("--picture", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as work:

@@ -31,7 +31,7 @@ _SLOWEST = 20e6
 
 @dataclass(frozen=True)
 class Inputs:
-    """One parameter tensor and what its experts made of it.
+    """One parameter tensor and what its experts made of it, or a part of the two.
 
     Attributes:
         experts: their names, in the order of `task_vectors`.
@@ -82,6 +82,11 @@ class Algorithm(Protocol):
         """Whether `merge` may be called by several threads at a time; otherwise its calls keep their order."""
         ...
 
+    @property
+    def entrywise(self) -> bool:
+        """Whether a tensor may be merged in parts, each a flat one; needs `concurrent`."""
+        ...
+
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         """The merged task vector of each, of its parameter's shape."""
         ...
@@ -113,6 +118,11 @@ class LibraryMethod:
     parameters_of: Callable[[Context], Mapping[str, Any]]
     batch_bytes: ClassVar[int] = 0
     concurrent: ClassVar[bool] = True
+
+    @property
+    def entrywise(self) -> bool:
+        """As the method says."""
+        return self.method.entrywise
 
     @property
     def origin(self) -> Origin:
@@ -152,6 +162,7 @@ class JailedProgram:
     factor: float = 1.0
     batch_bytes: ClassVar[int] = _JAIL_BATCH
     concurrent: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         outcomes = self.box.merge_many(
@@ -210,6 +221,7 @@ class TrustedFile:
     seed_of: Callable[[str], int]
     batch_bytes: ClassVar[int] = 0
     concurrent: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
     _loaded: list[Callable[..., Any]] = field(default_factory=list, repr=False)
 
     @property

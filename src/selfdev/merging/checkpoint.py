@@ -1,8 +1,9 @@
 """Merges real checkpoints, tensor by tensor, from disk to disk.
 
 Whatever the models' size, what lies in memory is one large tensor or a few small ones (`stream.py`): the task vectors
-and the seed's tensor in float32, what the algorithm makes of them, and at most two results that wait to be written.
-Inputs are memory-mapped; they are hashed a little ahead of the merge and released behind it.
+and the seed's tensor in float32, or parts of them where the method allows it, what the algorithm makes of them, and
+results that wait to be written or to be compared with what the disk holds. Inputs are memory-mapped; they are hashed a
+little ahead of the merge and released behind it.
 
 The folder is written aside under a name that begins with a dot and renamed once it is complete and verified. A merge
 that is interrupted or fails leaves nothing behind; one that is killed leaves the dot folder, whose config.json comes
@@ -15,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,10 @@ from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
 from selfdev.merging.read_ahead import ReadAhead
-from selfdev.merging.reader import is_finite
 from selfdev.merging.recipe import Dtype, Recipe
 from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
-from selfdev.merging.writer import SHARD_BYTES, Planned, Writer, write_failure
-from selfdev.models.weights import TYPES
+from selfdev.merging.writer import SHARD_BYTES, Writer, write_failure
 
 _CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -196,7 +194,7 @@ def _stream(
         Writer(folder, list(planned.values()), shard_bytes) as writer,
     ):
         for name, tensor in _told(merged_tensors(job, algorithm, steps, ahead)):
-            writer.put(name, _as_planned(name, tensor, planned[name]), partial(job.seed.release, name))
+            writer.put(name, tensor)
             done += planned[name].size
             tick(done, total, name)
         written = writer.finish()
@@ -227,19 +225,6 @@ def _told(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
     """The same tensors, under `_reading`."""
     with _reading():
         yield from tensors
-
-
-def _as_planned(name: str, tensor: Tensor, planned: Planned) -> Tensor:
-    """The tensor in the type in which it is written."""
-    dtype = TYPES.get(planned.dtype, tensor.dtype)
-    if tensor.dtype == dtype:
-        return tensor
-    converted = tensor.to(dtype)
-    if not is_finite(converted):
-        raise SelfdevError(
-            f"'{name}' holds values beyond what {planned.dtype} reaches; write --dtype bf16 or fp32 instead"
-        )
-    return converted
 
 
 def _write_beside(job: Job, folder: Path, card: str) -> None:

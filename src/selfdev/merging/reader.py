@@ -1,6 +1,7 @@
 """A model's folder as merging reads it: its config, and its tensors one at a time."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,16 +83,24 @@ class Checkpoint:
         """A view of a tensor as it is stored. Read only, and unread before it is used."""
         return self._files[name].tensor(self._stored_as.get(name, name))
 
-    def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
+    def entries(self, name: str, shape: Sequence[int], begin: int = 0) -> Tensor:
+        """As many entries of a tensor as the shape has, from `begin` on in the order of storage."""
+        return self.tensor(name).flatten()[begin : begin + math.prod(shape)].view(shape)
+
+    def in_parts(self, name: str) -> bool:
+        """Whether `entries` and `task_vector` take no longer for the parts of a tensor than for all of it."""
+        return self.tensor(name).is_contiguous()
+
+    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0) -> None:
         """Write this model's tensor minus the seed's into `out`, in float32.
 
         Args:
             name: of the tensor.
-            seed: the seed's tensor, float32; its first rows, where a vocabulary is cropped.
+            seed: the seed's tensor, float32; its first rows, where a vocabulary is cropped; or flat, a part of these.
             out: of the same shape, float32.
+            begin: entry at which the part begins. Only with `in_parts`.
         """
-        stored = self.tensor(name)
-        out.copy_(stored if stored.shape == seed.shape else stored[: len(seed)]).sub_(seed)
+        out.copy_(self.entries(name, seed.shape, begin)).sub_(seed)
 
     def release(self, name: str) -> None:
         """Let go of the memory of a tensor's pages."""
@@ -193,7 +202,10 @@ class AdaptedCheckpoint(Checkpoint):
     def made_of(self) -> dict[str, str]:
         return {} if self._on_seed else super().made_of()
 
-    def task_vector(self, name: str, seed: Tensor, out: Tensor) -> None:
+    def in_parts(self, name: str) -> bool:
+        return super().in_parts(name) and not self._adapter.changes(self._stored_as.get(name, name))
+
+    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0) -> None:
         stored = self._stored_as.get(name, name)
         replacement = self._adapter.replacement(stored)
         if replacement is not None:
@@ -201,13 +213,13 @@ class AdaptedCheckpoint(Checkpoint):
         elif self._on_seed:
             out.zero_()
         else:
-            super().task_vector(name, seed, out)
+            super().task_vector(name, seed, out, begin)
         self._adapter.add_update(stored, out)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity, found without a copy of it."""
+def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether a tensor has neither NaN nor infinity, also once it is rounded to a type, found without a copy of it."""
     if not tensor.numel():
         return True
-    low, high = torch.aminmax(tensor)  # NaN passes through both
-    return bool(low.isfinite() and high.isfinite())
+    ends = torch.aminmax(tensor)  # NaN passes through both, and rounding keeps the order
+    return all(math.isfinite(end.to(dtype or tensor.dtype).item()) for end in ends)

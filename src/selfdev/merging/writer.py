@@ -1,6 +1,7 @@
 """Writes tensors into safetensors files in transformers' layout, one after the other, while others are computed.
 
-Every byte is hashed on its way out, then read back from the disk and hashed again: what is kept is what was meant.
+Every byte is hashed on its way out, and what the disk then holds is compared with what is still in memory, a little
+behind the place of writing. The page in which two compared pieces meet may come from the system's cache.
 """
 
 import errno
@@ -10,14 +11,15 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,10 +30,16 @@ from selfdev.models.weights import TYPES
 SHARD_BYTES = 5_000_000_000
 """Largest file, in bytes, unless one tensor is larger; what the Hub advises."""
 
-_PIECE = 64 << 20
-_READ = 4 << 20
-_AHEAD = 2
-"""Tensors that may wait to be written. Each is held in memory."""
+_PIECE = 32 << 20
+"""Bytes that are compared with the disk at a time."""
+
+_BEHIND = 2
+"""Pieces that may wait for their comparison. Each is held in memory, with the tensors that it is of."""
+
+_READ = 1 << 20
+
+_WAITING = 64 << 20
+"""Bytes that may wait to be written, unless one tensor has more. They are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,9 @@ class Writer:
         self._left = deque[Planned]()
         self._file: _File | None = None
         self._digests: dict[str, str] = {}
-        self._waiting: deque[Future[None]] = deque()
+        self._waiting: deque[tuple[int, Future[None]]] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._verifier = ThreadPoolExecutor(1, thread_name_prefix="verifier")
 
     def __enter__(self) -> "Writer":
         return self
@@ -93,24 +102,25 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._verifier.shutdown(cancel_futures=True)
         if self._file is not None:
             with suppress(OSError):  # the file goes, and why it goes is told already
                 self._file.close()
 
-    def put(self, name: str, tensor: Tensor, then: Callable[[], None]) -> None:
+    def put(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor, which must not change any more.
 
         Args:
             name: the next one of the plan.
             tensor: on the CPU; its bytes are written as they are.
-            then: called once it is written.
 
         Raises:
             SelfdevError: an earlier tensor could not be written, or reads back differently.
         """
-        while len(self._waiting) >= _AHEAD:
+        size = self._sizes[name]
+        while self._waiting and sum(each for each, _ in self._waiting) + size > _WAITING:
             self._settle()
-        self._waiting.append(self._thread.submit(self._write, name, tensor, then))
+        self._waiting.append((size, self._thread.submit(self._write, name, tensor)))
 
     def finish(self) -> dict[str, str]:
         """Wait until all is on the disk and verified, and write the index if there are several files.
@@ -134,22 +144,21 @@ class Writer:
 
     def _settle(self) -> None:
         try:
-            self._waiting.popleft().result()
+            self._waiting.popleft()[1].result()
         except OSError as error:
             raise SelfdevError(write_failure(error, self._folder)) from error
 
-    def _write(self, name: str, tensor: Tensor, then: Callable[[], None]) -> None:
+    def _write(self, name: str, tensor: Tensor) -> None:
         if self._file is None:
             file, shard = self._shards.popleft()
             self._left.extend(shard)
-            self._file = _File(self._folder / file, _header(shard))
+            self._file = _File(self._folder / file, _header(shard), self._verifier)
         planned = self._left.popleft()
         data = _bytes(tensor)
         assert (planned.name, planned.size) == (name, data.nbytes), (
             f"{name} is not what was planned: {planned}"
         )
         self._file.append(data)
-        then()
         if not self._left:
             self._digests[self._file.path.name] = self._file.finish()
             self._file = None
@@ -168,26 +177,30 @@ def write_failure(error: OSError, folder: Path) -> str:
 
 
 class _File:
-    """One file that grows, is flushed piece by piece, and is read back behind the place of writing."""
+    """One file that grows, is flushed piece by piece, and is compared with memory behind the place of writing."""
 
-    def __init__(self, path: Path, header: bytes):
+    def __init__(self, path: Path, header: bytes, verifier: ThreadPoolExecutor):
         self.path = path
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        self._written, self._verified = 0, 0
-        self._meant, self._found = hashlib.sha256(), hashlib.sha256()
+        self._sha = hashlib.sha256()
+        self._written = 0
+        self._piece: list[memoryview] = []
+        self._verifier = verifier
+        self._verifying: deque[Future[None]] = deque()
         self.append(memoryview(header))
 
     def append(self, data: memoryview) -> None:
-        """Write bytes; every so often wait until the disk has them."""
+        """Write bytes, which must not change; wait for the disk where it is far behind."""
         for start in range(0, data.nbytes, _PIECE):
-            piece = data[start : start + _PIECE]
-            self._meant.update(piece)
+            part = data[start : start + _PIECE]
+            self._sha.update(part)
             done = 0
-            while done < piece.nbytes:
-                done += os.write(self._descriptor, piece[done:])
-            self._written += piece.nbytes
-            if self._written - self._verified >= _PIECE:
-                self._verify()
+            while done < part.nbytes:
+                done += os.write(self._descriptor, part[done:])
+            self._written += part.nbytes
+            self._piece.append(part)
+            if sum(each.nbytes for each in self._piece) >= _PIECE:
+                self._hand_over()
 
     def finish(self) -> str:
         """The file's sha256.
@@ -195,15 +208,13 @@ class _File:
         Raises:
             SelfdevError: the disk holds something else than what was written.
         """
-        self._verify()
-        whole = os.fstat(self._descriptor).st_size == self._written
+        self._hand_over()
+        while self._verifying:
+            self._verifying.popleft().result()
+        if os.fstat(self._descriptor).st_size != self._written:
+            self._refuse()
         self.close()
-        if not whole or self._found.digest() != self._meant.digest():
-            raise SelfdevError(
-                f"'{self.path.name}' reads back from the disk differently than it was written; nothing of it is kept. "
-                "Examine the disk, or choose an --out on another"
-            )
-        return self._meant.hexdigest()
+        return self._sha.hexdigest()
 
     def close(self) -> None:
         """Give the descriptor back. A second call does nothing."""
@@ -211,15 +222,31 @@ class _File:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _verify(self) -> None:
+    def _hand_over(self) -> None:
+        while len(self._verifying) >= _BEHIND:
+            self._verifying.popleft().result()
+        self._verifying.append(self._verifier.submit(self._verify, self._piece, self._written))
+        self._piece = []
+
+    def _verify(self, piece: list[memoryview], end: int) -> None:
+        """Compare what lies in the file up to byte `end` with what was written there."""
+        begin = end - sum(each.nbytes for each in piece)
         os.fdatasync(self._descriptor)
         # Out of the cache, so that the disk is asked.
-        os.posix_fadvise(
-            self._descriptor, self._verified, self._written - self._verified, os.POSIX_FADV_DONTNEED
+        os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_DONTNEED)
+        buffer = memoryview(bytearray(_READ))
+        for meant in piece:
+            while meant.nbytes:
+                count = os.preadv(self._descriptor, [buffer[: meant.nbytes]], begin)
+                if not count or not _equal(buffer[:count], meant[:count]):
+                    self._refuse()
+                meant, begin = meant[count:], begin + count
+
+    def _refuse(self) -> NoReturn:
+        raise SelfdevError(
+            f"'{self.path.name}' reads back from the disk differently than it was written; nothing of it is kept. "
+            "Examine the disk, or choose an --out on another"
         )
-        while piece := os.pread(self._descriptor, min(_READ, self._written - self._verified), self._verified):
-            self._found.update(piece)
-            self._verified += len(piece)
 
 
 def _shards(planned: Sequence[Planned], largest: int) -> Iterator[list[Planned]]:
@@ -251,3 +278,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    """Whether the bytes are the same. NumPy lets other threads run meanwhile, and is faster than memoryviews."""
+    return np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8))

@@ -110,6 +110,10 @@ class Adapter:
         for module, keys in factors.items():
             self._attach_factors(module, keys, shapes)
 
+    def changes(self, name: str) -> bool:
+        """Whether the tensor is another than the base's."""
+        return name in self._replacements or name in self._updates
+
     def replacement(self, name: str) -> Tensor | None:
         """The tensor that takes the base's place, as it is stored; None if the base's stays."""
         key = self._replacements.get(name)

@@ -92,19 +92,27 @@ class WeightFile:
         if path.suffix == ".safetensors":
             self._mapped: bool = True
             self.entries, self._mapping = _safetensors(path)
-            self._loaded: dict[str, Tensor] = {}
+            self._views: dict[str, Tensor] = {}
         else:
             self._mapped = zipfile.is_zipfile(path)
-            self._loaded = _pickled(path, self._mapped)
+            self._views = _pickled(path, self._mapped)
             self.entries = {
                 name: Entry(_NAMES[tensor.dtype], tuple(tensor.shape), 0, 0)
-                for name, tensor in self._loaded.items()
+                for name, tensor in self._views.items()
             }
 
     def tensor(self, name: str) -> Tensor:
         """A view of a tensor, of the type in which it is stored, or its bytes if torch has no such type. Read only."""
-        if self._loaded:
-            return self._loaded[name]
+        if name not in self._views:
+            self._views[name] = self._view(name)
+        return self._views[name]
+
+    def release(self, name: str) -> None:
+        """Let go of the memory that a tensor's pages take; it can be read again."""
+        if self._mapped:
+            _forget(self.tensor(name))
+
+    def _view(self, name: str) -> Tensor:
         entry = self.entries[name]
         shape = entry.shape if entry.dtype in TYPES else (entry.end - entry.begin,)
         dtype = TYPES.get(entry.dtype, torch.uint8)
@@ -117,11 +125,6 @@ class WeightFile:
             warnings.simplefilter("ignore", UserWarning)
             flat = torch.frombuffer(self._mapping, dtype=dtype, count=count, offset=entry.begin)
         return flat.view(shape)
-
-    def release(self, name: str) -> None:
-        """Let go of the memory that a tensor's pages take; it can be read again."""
-        if self._mapped:
-            _forget(self.tensor(name))
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Entry], Any]:

@@ -38,4 +38,5 @@ METHOD = Method(
     ),
     paper=Paper("Wang et al.", 2024, "2405.07813"),
     summary="the sum where it matters to several experts",
+    entrywise=True,
 )

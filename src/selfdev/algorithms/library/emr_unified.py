@@ -30,4 +30,5 @@ METHOD = Method(
     parameters=(Parameter("scale", default=1.0, low=0.1, high=2.0, screened=False),),
     paper=Paper("Huang et al.", 2024, "2405.17461"),
     summary="the elected sign with the largest agreeing magnitude",
+    entrywise=True,
 )

@@ -55,4 +55,5 @@ METHOD = Method(
     paper=Paper("Wortsman et al.", 2022, "2203.05482"),
     summary="the mean of the experts (model soup)",
     needs_seed_with=("normalize", False),
+    entrywise=True,
 )

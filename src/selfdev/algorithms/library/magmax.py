@@ -29,4 +29,5 @@ METHOD = Method(
     parameters=(Parameter("scale", default=1.0, low=0.1, high=2.0, screened=False),),
     paper=Paper("Marczak et al.", 2024, "2407.06322"),
     summary="at each entry the value of the largest magnitude",
+    entrywise=True,
 )

@@ -46,4 +46,5 @@ METHOD = Method(
     ),
     paper=Paper("alchemonaut", 2024, None),
     summary="entries clipped to a small distance from the seed, added",
+    entrywise=True,
 )

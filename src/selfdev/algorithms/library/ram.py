@@ -38,4 +38,5 @@ METHOD = Method(
     ),
     paper=Paper("Yuan et al.", 2026, "2601.13572"),
     summary="shared entries averaged, entries of one expert kept whole",
+    entrywise=True,
 )

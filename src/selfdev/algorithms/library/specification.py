@@ -133,6 +133,8 @@ class Method:
         needs_seed: whether the function takes the seed's tensor, shape (*parameter), as second argument.
         needs_seed_with: a parameter and its value with which alone the function takes it.
         experts: the only number of experts it takes; None if it takes any.
+        entrywise: whether each entry of the result follows from the values of that entry alone, so that a tensor
+            merged in parts is the same to the last bit.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Method:
     needs_seed: bool = False
     needs_seed_with: tuple[str, str | bool] | None = None
     experts: int | None = None
+    entrywise: bool = False
 
     def sample(self, rng: random.Random, experts: int) -> dict[str, Any]:
         """Draw a setting of all searched parameters, for tuning on `experts` experts."""

@@ -44,6 +44,7 @@ METHOD = Method(
     parameters=(Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),),
     paper=_PAPER,
     summary="one scale on the sum of the task vectors",
+    entrywise=True,
 )
 
 WEIGHTED_METHOD = Method(
@@ -52,4 +53,5 @@ WEIGHTED_METHOD = Method(
     parameters=(Parameter("weights", default=None, low=0.0, high=1.5, per_expert=True),),
     paper=_PAPER,
     summary="the sum of the task vectors with a weight for each expert",
+    entrywise=True,
 )
