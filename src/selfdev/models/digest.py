@@ -8,7 +8,8 @@ import hashlib
 import os
 from pathlib import Path
 
-_PIECE = 4 << 20
+_PIECE = 512 << 10
+"""Bytes that are read at a time, few enough to be hashed while they are in the processor's cache."""
 _LARGEST_GAP = 256 << 20
 """Bytes that a step may run ahead of what was asked for. A reader that jumps about pays for what it needs alone."""
 
