@@ -8,7 +8,7 @@ from types import TracebackType
 
 from selfdev.models.digest import FileDigest
 
-_WINDOW = 256 << 20
+_WINDOW = 128 << 20
 """Bytes that may lie read and unused. They are the system's, not this process's."""
 
 Span = tuple[Path, int, int]

@@ -1,7 +1,8 @@
 """The tensors of a merge in the order of writing, several of them made side by side.
 
 How much lies in memory follows from the largest tensor alone: as many steps are under way as fit into what it
-takes and a little more, each on a thread of its own. One that takes more than half of that has all threads.
+takes and a little more, each on a thread of its own. One that takes more than half of that has all threads, unless
+its algorithm is entrywise: then a tensor is merged a cache full at a time, and what it takes is what is written of it.
 """
 
 import math
