@@ -252,6 +252,17 @@ def test_methods_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in methods())
 
 
+def test_methods_shows_defaults_and_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [ties] = [line for line in lines if "Yadav" in line]
+    assert ties == (
+        "density=0.2 (0.1..1), scale=1 (0.2..4), weights (one for each expert), normalize (true or false), "
+        "rescale (true or false), reading=paper (paper or mergekit); Yadav et al. 2023, arXiv 2306.01708"
+    )
+    assert any(line.startswith("weights (0..1.5 for each expert);") for line in lines)
+
+
 def test_zoo_names_its_models_and_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "list"]) == 0
     assert set(load_config("quickstart").merge.experts.values()) <= set(capsys.readouterr().out.split())

@@ -39,10 +39,30 @@ def describe_methods() -> list[dict[str, Any]]:
 
 def methods_table(listed: list[dict[str, Any]]) -> RenderableType:
     """The same for people."""
-    rows = table("method", "what it does, its parameters, its paper", left=2)
+    rows = table("method", "what it does, its parameters (search range), its paper", left=2)
     for method in listed:
-        names = ", ".join(parameter["name"] for parameter in method["parameters"]) or "no parameter"
+        parameters = ", ".join(map(_described, method["parameters"])) or "no parameter"
         rows.add_row(
-            method["name"], Text.assemble(method["summary"], (f"\n{names}; {method['paper']}", "dim"))
+            method["name"], Text.assemble(method["summary"], (f"\n{parameters}; {method['paper']}", "dim"))
         )
     return rows
+
+
+def _described(parameter: dict[str, Any]) -> str:
+    """Its default as the command line takes it, and what it can be: `density=0.2 (0.1..1)`."""
+    name, default = parameter["name"], parameter["default"]
+    if default is not None:
+        name += f"={_written(default)}"
+    each = "for each expert" if parameter["per_expert"] else ""
+    if parameter["choices"]:
+        return f"{name} ({' or '.join(map(_written, parameter['choices']))})"
+    if parameter["low"] is not None:
+        values = f"{_written(parameter['low'])}..{_written(parameter['high'])}"
+        return f"{name} ({values} {each})" if each else f"{name} ({values})"
+    return f"{name} (one {each})" if each else name
+
+
+def _written(value: float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
