@@ -50,16 +50,15 @@ def methods_table(listed: list[dict[str, Any]]) -> RenderableType:
 
 def _described(parameter: dict[str, Any]) -> str:
     """Its default as the command line takes it, and what it can be: `density=0.2 (0.1..1)`."""
-    name, default = parameter["name"], parameter["default"]
-    if default is not None:
-        name += f"={_written(default)}"
-    each = "for each expert" if parameter["per_expert"] else ""
+    default, values = parameter["default"], []
     if parameter["choices"]:
-        return f"{name} ({' or '.join(map(_written, parameter['choices']))})"
+        values.append(" or ".join(map(_written, parameter["choices"])))
     if parameter["low"] is not None:
-        values = f"{_written(parameter['low'])}..{_written(parameter['high'])}"
-        return f"{name} ({values} {each})" if each else f"{name} ({values})"
-    return f"{name} (one {each})" if each else name
+        values.append(f"{_written(parameter['low'])}..{_written(parameter['high'])}")
+    if parameter["per_expert"]:
+        values.append("one for each expert")
+    given = "" if default is None else f"={_written(default)}"
+    return f"{parameter['name']}{given} ({', '.join(values)})"
 
 
 def _written(value: float | str) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor
 
 Kept = Callable[[Tensor, slice], Tensor]
@@ -10,7 +9,6 @@ Kept = Callable[[Tensor, slice], Tensor]
 
 # Entries of each expert that are merged at a time. Smaller blocks keep several threads waiting for each other.
 _BLOCK = 1 << 17
-_BLOCK_OF_ONE_THREAD = 1 << 15
 
 
 def in_blocks(length: int, size: int) -> Iterator[slice]:
@@ -35,7 +33,6 @@ def blockwise(merge: Callable[[Tensor, slice], Tensor], task_vectors: Tensor) ->
     """The same by a function that is told as well which entries a block has, as their slice."""
     flat = task_vectors.reshape(len(task_vectors), -1)
     result = flat.new_empty(flat.shape[1])
-    size = _BLOCK if torch.get_num_threads() > 1 else _BLOCK_OF_ONE_THREAD
-    for entries in in_blocks(len(result), size):
+    for entries in in_blocks(len(result), _BLOCK):
         result[entries] = merge(flat[:, entries], entries)
     return result.reshape(task_vectors.shape[1:])

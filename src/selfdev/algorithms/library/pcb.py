@@ -29,15 +29,20 @@ def pcb(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Te
     """
     flat = task_vectors.reshape(len(task_vectors), -1)
     blocks = [(entries, flat[:, entries]) for entries in in_blocks(flat.shape[1], _BLOCK)]
-    peaks = torch.stack([_products(block).abs_().amax(dim=2) for _, block in blocks]).amax(dim=0)
+    # Added up block by block: a list of small tensors would keep what lies between them from being used again.
+    peaks = flat.new_zeros(len(flat), len(flat))
+    for _, block in blocks:
+        torch.maximum(peaks, _products(block).abs_().amax(dim=2), out=peaks)
     peaks = torch.where(peaks > 0, peaks, 1.0)
-    sums = torch.stack([_powers(block, peaks).sum(dim=2, dtype=torch.float64) for _, block in blocks])
+    sums = flat.new_zeros(len(flat), 1 + len(flat), dtype=torch.float64)
+    for _, block in blocks:
+        sums += _powers(block, peaks).sum(dim=2, dtype=torch.float64)
     # Divided by means instead of sums, so that products of two do not sink below float32; it cancels in the mean.
-    means = (sums.sum(dim=0) / flat.shape[1]).to(flat.dtype)[..., None]
+    means = (sums / flat.shape[1]).to(flat.dtype)[..., None]
     weights = torch.empty_like(flat)
     for entries, block in blocks:
-        intra, *inter = _powers(block, peaks).div_(means).unbind(dim=1)
-        weights[:, entries] = intra.mul_(torch.stack(inter).sum(dim=0))
+        softmaxes = _powers(block, peaks).div_(means)
+        torch.mul(softmaxes[:, 0], softmaxes[:, 1:].sum(dim=1), out=weights[:, entries])
     least = thresholds(weights, density)
 
     def merged(block: Tensor, entries: slice) -> Tensor:
