@@ -20,6 +20,20 @@ READINGS = sorted(
     for name, entry in METHODS.items()
     if any(parameter.name == "reading" for parameter in entry.parameters)
 )
+BLOCKWISE = [
+    "weighted_task_arithmetic",
+    "ties",
+    "breadcrumbs",
+    "sce",
+    "magmax",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "pcb",
+    "emr_unified",
+    "consensus_ta",
+    "wudi",
+]
 # Under these parameters nothing is trimmed, dropped, clipped or damped.
 NEUTRAL = {
     "linear": {},
@@ -116,6 +130,18 @@ def test_the_order_of_the_experts_does_not_matter(name, stack, order):
     shuffled = stack[[index for index in order if index < len(stack)]]
     one, other = merge(method, stack), merge(method, shuffled)
     assert (one - other).norm() <= 1e-3 * one.norm() + 1e-7
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+def test_the_order_of_the_rows_does_not_matter_in_large_tensors(name):
+    """They are merged block by block: with the rows turned about every entry lies in another block."""
+    method = METHODS[name]
+    generator = torch.Generator().manual_seed(0)
+    stack = (0.01 * torch.randn(3, 900, 300, generator=generator)).bfloat16().float()
+    seed_tensor = torch.randn(900, 300, generator=generator)
+    merged = method.merge(stack, seed_tensor)
+    turned = method.merge(stack.flip(1), seed_tensor.flip(0)).flip(0)
+    assert (turned - merged).norm() <= 1e-5 * merged.norm()
 
 
 @pytest.mark.parametrize("name", sorted(set(METHODS) - FIXED_SCALE))

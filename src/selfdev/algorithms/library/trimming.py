@@ -1,6 +1,6 @@
-"""Which entries of a task vector are kept: the largest, a middle band, or a random share."""
+"""Which entries of a task vector are kept: the largest, a middle band, or those that a mask marks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,17 +8,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
+from selfdev.algorithms.library.blocks import Kept
 from selfdev.errors import UserError
 
 Shares = float | Sequence[float]
 """One number for all experts, or one for each."""
 
-# Entries from which on a rank is looked for by a sample of so many; the bracket reaches so many standard deviations to
-# both sides of where the sample expects it. Outside of it lies one case in millions, which costs time alone.
+# Entries from which on a rank is looked for by a sample: of n entries it takes one in n^(1/3) / 4. The bracket reaches
+# so many standard deviations to both sides of where the sample expects it. Outside of it lies one case in two
+# thousand, which costs time alone.
 _MANY = 1 << 17
-_SAMPLE = 1 << 14
-_DEVIATIONS = 5.0
+_SAMPLED = 0.25
+_DEVIATIONS = 3.5
 _BRACKETED = 1 << 16
 
 # Entries that are added up at a time, few enough for one thread.
@@ -70,21 +73,36 @@ def smallest(values: Tensor, rank: int, *, of_magnitudes: bool = False) -> Tenso
 def _found_by_sample(array: NDArray[Any], rank: int, of_magnitudes: bool) -> Any:
     """The value of a rank, or None where the sample misleads."""
     # An odd stride, or all of the sample could come from a few columns of a matrix.
-    sample = array[:: len(array) // _SAMPLE | 1]
-    sample = np.sort(np.abs(sample) if of_magnitudes else sample)
-    place, margin = rank / len(array) * len(sample), _DEVIATIONS * 0.5 * len(sample) ** 0.5
-    low, high = sample[max(0, int(place - margin))], sample[min(len(sample) - 1, int(place + margin))]
-    below, between = 0, []
+    sample = array[:: int(_SAMPLED * len(array) ** (1 / 3)) | 1]
+    sample = np.abs(sample) if of_magnitudes else sample
+    share = rank / len(array)
+    place = share * len(sample)
+    margin = _DEVIATIONS * (place * (1 - share)) ** 0.5 + 1
+    ends = [max(0, int(place - margin)), min(len(sample) - 1, int(place + margin))]
+    low, high = np.partition(sample, ends)[ends]
+    above, between = 0, []
+    for block in _blocks(array, of_magnitudes):
+        over = block > low
+        above += int(np.count_nonzero(over))
+        over &= block < high
+        between.append(block[over])  # the slowest step by far, if many were left
+    inside = np.concatenate(between)
+    left = rank - (len(array) - above)
+    if 0 < left <= len(inside):
+        return np.partition(inside, left - 1)[left - 1]
+    # Where values are few, as differences of bfloat16 weights are, it is often an end of the bracket.
+    end = low if left <= 0 else high
+    below = sum(int(np.count_nonzero(block < end)) for block in _blocks(array, of_magnitudes))
+    equal = sum(int(np.count_nonzero(block == end)) for block in _blocks(array, of_magnitudes))
+    return end if below < rank <= below + equal else None
+
+
+def _blocks(array: NDArray[Any], of_magnitudes: bool) -> Iterator[NDArray[Any]]:
+    """Its values or magnitudes, each block gone when the next one comes."""
+    magnitudes = np.empty(_BRACKETED, array.dtype)
     for start in range(0, len(array), _BRACKETED):
         block = array[start : start + _BRACKETED]
-        block = np.abs(block) if of_magnitudes else block
-        under = block < low
-        below += int(np.count_nonzero(under))
-        between.append(block[(block <= high) ^ under])
-    inside = np.concatenate(between)
-    if not below < rank <= below + len(inside):
-        return None
-    return np.partition(inside, rank - below - 1)[rank - below - 1]
+        yield np.abs(block, out=magnitudes[: len(block)]) if of_magnitudes else block
 
 
 def thresholds(scores: Tensor, density: Shares) -> Tensor:
@@ -110,8 +128,22 @@ def thresholds(scores: Tensor, density: Shares) -> Tensor:
 def magnitude_thresholds(task_vectors: Tensor, density: Shares) -> Tensor:
     """Return the thresholds of the magnitudes, shape (experts, 1), without a copy of them."""
     check_density(density)
+    entries = task_vectors[0].numel()
+    shares = for_each(density, len(task_vectors))
+    return magnitudes_at([_first_kept(share, entries) for share in shares], task_vectors)
+
+
+def magnitudes_at(ranks: Sequence[int], task_vectors: Tensor) -> Tensor:
+    """Return the magnitude that has a rank in its expert, 1 that of the smallest, without a copy of all.
+
+    Args:
+        ranks: one for each expert.
+        task_vectors: shape (experts, *parameter), float32.
+
+    Returns:
+        Shape (experts, 1).
+    """
     rows = [row.reshape(-1) for row in task_vectors]
-    ranks = [_first_kept(share, len(rows[0])) for share in for_each(density, len(rows))]
     if len(rows[0]) < _MANY:
         return torch.stack(list(map(_smallest_magnitude, rows, ranks)))[:, None]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # NumPy itself has but one
@@ -120,6 +152,28 @@ def magnitude_thresholds(task_vectors: Tensor, density: Shares) -> Tensor:
 
 def _smallest_magnitude(values: Tensor, rank: int) -> Tensor:
     return smallest(values, rank, of_magnitudes=True)
+
+
+def band(least: Tensor, most: Tensor | None = None) -> Kept:
+    """Keep what lies between two magnitudes of its expert, themselves included.
+
+    Args:
+        least: shape (experts, 1).
+        most: the same; no bound if None.
+    """
+    # Shrinking at the next smaller number keeps what reaches `least`, in one pass instead of three.
+    cuts = torch.nextafter(least, least.new_tensor(-1.0)).flatten().tolist()
+    bounds = [] if most is None else most.flatten().tolist()
+
+    def kept(block: Tensor, _: slice) -> Tensor:
+        own = torch.empty_like(block, memory_format=torch.contiguous_format)
+        for row, cut, out in zip(block, cuts, own, strict=True):
+            torch.hardshrink(row, cut, out=out)
+        for row, bound, out in zip(block, bounds, own, strict=False):
+            out.sub_(hardshrink(row, bound))  # which leaves what exceeds the bound
+        return own
+
+    return kept
 
 
 def _first_kept(density: float, entries: int) -> int:
@@ -163,59 +217,33 @@ def keep_largest(task_vectors: Tensor, density: Shares) -> Tensor:
     return task_vectors * largest(task_vectors.abs(), density)
 
 
-def keep_randomly(
-    task_vectors: Tensor, probability: Shares | Tensor, seed: int, *, rescale: bool = True
-) -> Tensor:
-    """Keep each entry with a probability and divide it by that, so that the expectation stays.
+def masked(masks: Tensor, factors: Sequence[float] = ()) -> Kept:
+    """Keep what masks mark.
 
     Args:
-        task_vectors: shape (experts, *parameter).
-        probability: of keeping an entry, in (0, 1]; one number, one for each expert, or a tensor of the same
-            shape.
-        seed: of a generator of its own; torch's global one is not touched.
-        rescale: False keeps the entries as they are.
-
-    Returns:
-        The thinned task vectors, same shape.
+        masks: shape (experts, entries), boolean.
+        factors: of what is kept of each expert; none if empty.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.empty_like(task_vectors)
-    chances = probability if isinstance(probability, Tensor) else for_each(probability, len(task_vectors))
-    for row, chance, out in zip(task_vectors, chances, kept, strict=True):
-        # Drawn in float32 on the CPU, whatever torch's defaults: the drawing is the same everywhere.
-        uniform = torch.rand(row.shape, generator=generator, dtype=torch.float32).to(row.device)
-        torch.mul(row, uniform < chance, out=out)
-        if rescale:
-            out /= chance
+    grown = torch.tensor(factors, dtype=torch.float32, device=masks.device)[:, None]
+
+    def kept(block: Tensor, entries: slice) -> Tensor:
+        own = block * masks[:, entries]
+        return own.mul_(grown) if len(grown) else own
+
     return kept
 
 
-def keep_by_coin(
-    tensor: Tensor, probability: float | Tensor, generator: torch.Generator, *, rescale: bool = True
-) -> Tensor:
-    """Keep each entry with a probability, and bring the rest to the L1 norm of the whole: mergekit's way.
+def growth(whole: Tensor, mask: Tensor) -> float:
+    """Return the factor that brings what a mask keeps to the L1 norm of the whole; 1 if either is next to zero.
 
     Args:
-        tensor: shape (*parameter), float32.
-        probability: of keeping an entry, in [0, 1]; one number or a tensor of the same shape.
-        generator: it draws as the global one does for mergekit from the same seed, on the CPU.
-        rescale: False leaves the rest as it is.
-
-    Returns:
-        The thinned tensor, same shape.
+        whole: shape (*parameter).
+        mask: boolean, with as many entries.
     """
-    chances = torch.full_like(tensor, probability) if isinstance(probability, float) else probability
-    kept = tensor * torch.bernoulli(chances, generator=generator)
-    return to_the_l1_norm_of(tensor, kept) if rescale else kept
-
-
-def to_the_l1_norm_of(whole: Tensor, kept: Tensor) -> Tensor:
-    """Scale what is kept of a tensor to the sum of magnitudes of the whole, unless either is next to zero."""
-    before, after = _l1_norm(whole), _l1_norm(kept)
-    return kept if min(before, after) < _NO_LENGTH else kept * (before / after)
-
-
-def _l1_norm(tensor: Tensor) -> float:
+    before = after = 0.0
     # In blocks that torch adds up in one thread: the order of a sum must not depend on how many there are.
-    total = sum(block.abs().sum(dtype=torch.float64).item() for block in tensor.reshape(-1).split(_BLOCK))
-    return float(total)
+    for block, kept in zip(whole.reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True):
+        magnitudes = block.abs()
+        before += magnitudes.sum(dtype=torch.float64).item()
+        after += magnitudes.mul_(kept).sum(dtype=torch.float64).item()
+    return 1.0 if min(before, after) < _NO_LENGTH else before / after
