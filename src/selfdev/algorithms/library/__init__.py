@@ -2,7 +2,7 @@
 
 Each method is a pure function in a file of its own, beside the record that names its parameters, their
 search ranges and its paper. `specification` says what such a record is; `trimming`, `sign_election`,
-`spectrum` and `sphere` hold the steps that several methods share.
+`spectrum` and `sphere` hold the steps that several methods share, and `blocks` how they get by with little memory.
 """
 
 from selfdev.algorithms.library import (

@@ -1,14 +1,20 @@
 """Arcee Fusion: only the most important changes of an expert."""
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 from selfdev.algorithms.library.trimming import smallest
 from selfdev.errors import UserError
 
 # Added to probabilities before their logarithm.
 _LEAST = 1e-8
+
+# Entries whose importance is found at a time, in whole rows.
+_BLOCK = 1 << 17
 
 
 def arcee_fusion(
@@ -37,14 +43,26 @@ def arcee_fusion(
         raise UserError(
             f"spread {spread}: it is a number of interquartile ranges; give one that is not negative"
         )
-    before = torch.softmax(seed_tensor, dim=-1) + _LEAST
-    merged = torch.zeros_like(seed_tensor)
-    for expert in task_vectors:
-        after = torch.softmax(seed_tensor + expert, dim=-1) + _LEAST
-        divergence = (after * torch.log(after / before)).sum(dim=-1, keepdim=True)
-        importance = expert.abs() * divergence
-        merged += expert * (importance >= _threshold(importance.reshape(-1), spread))
-    return scale * merged
+    kept = (_important(expert, seed_tensor, spread) for expert in task_vectors)
+    return reduce(Tensor.add_, kept).mul_(scale)
+
+
+def _important(expert: Tensor, seed_tensor: Tensor, spread: float) -> Tensor:
+    importance = _importance(expert, seed_tensor)
+    # Marks and what they keep take over the memory.
+    return importance.ge_(_threshold(importance.reshape(-1), spread)).mul_(expert)
+
+
+def _importance(expert: Tensor, seed_tensor: Tensor) -> Tensor:
+    width = seed_tensor.shape[-1] if seed_tensor.dim() else 1
+    changes, seeds = expert.reshape(-1, width), seed_tensor.reshape(-1, width)
+    importance = torch.empty_like(seeds)
+    for rows in in_blocks(len(seeds), max(1, _BLOCK // width)):
+        before = torch.softmax(seeds[rows], dim=-1).add_(_LEAST)
+        after = torch.softmax(seeds[rows] + changes[rows], dim=-1).add_(_LEAST)
+        divergence = after.mul(after.div(before).log_()).sum(dim=-1, keepdim=True)
+        torch.mul(changes[rows].abs(), divergence, out=importance[rows])
+    return importance.reshape(seed_tensor.shape)
 
 
 def _threshold(importance: Tensor, spread: float) -> Tensor:

@@ -19,12 +19,15 @@ from selfdev.algorithms.library.specification import (
 )
 from selfdev.algorithms.library.trimming import (
     Shares,
+    band,
     check_density,
     exactly,
     for_each,
+    growth,
+    magnitudes_at,
     marked_at,
+    masked,
     smallest,
-    to_the_l1_norm_of,
 )
 from selfdev.errors import UserError
 
@@ -69,24 +72,33 @@ def breadcrumbs(
         The merged task vector, shape (*parameter).
     """
     check_density(density)
-    kept = torch.empty_like(task_vectors)
     experts = len(task_vectors)
-    shares = zip(for_each(density, experts), for_each(outliers, experts), strict=True)
-    for expert, (share, top), out in zip(task_vectors, shares, kept, strict=True):
+    shares = list(zip(for_each(density, experts), for_each(outliers, experts), strict=True))
+    for _, top in shares:
         if not 0.0 <= top < 1.0:
             raise UserError(f"outliers {top}: it is the share of entries dropped; give a number in [0, 1)")
-        magnitudes = expert.reshape(-1).abs()
-        marked = (_mergekits_band if reading == MERGEKIT else _band)(magnitudes, share, top)
-        torch.mul(expert, marked.reshape(expert.shape), out=out)
-        if rescale:
-            out.copy_(to_the_l1_norm_of(expert, out))
-    return scale * combine(kept, elect=elect, normalize=normalize is True, weights=weights, reading=reading)
+    if reading == MERGEKIT or rescale:
+        marked = _mergekits_band if reading == MERGEKIT else _band
+        rows = zip(task_vectors, shares, strict=True)
+        masks = torch.stack([marked(row.reshape(-1).abs(), *each) for row, each in rows])
+        kept = masked(masks, list(map(growth, task_vectors, masks)) if rescale else ())
+    else:
+        firsts, lasts = zip(*(_ranks(task_vectors[0].numel(), *each) for each in shares), strict=True)
+        kept = band(magnitudes_at(firsts, task_vectors), magnitudes_at(lasts, task_vectors))
+    merged = combine(
+        task_vectors, elect=elect, normalize=normalize is True, weights=weights, kept=kept, reading=reading
+    )
+    return merged.mul_(scale)
+
+
+def _ranks(entries: int, density: float, outliers: float) -> tuple[int, int]:
+    """The ranks of the smallest and of the largest magnitude kept, from 1."""
+    last = max(1, entries - int(outliers * entries))
+    return max(1, last - max(1, int(density * entries)) + 1), last
 
 
 def _band(magnitudes: Tensor, density: float, outliers: float) -> Tensor:
-    entries = len(magnitudes)
-    last = max(1, entries - int(outliers * entries))
-    first = max(1, last - max(1, int(density * entries)) + 1)
+    first, last = _ranks(len(magnitudes), density, outliers)
     return (magnitudes >= smallest(magnitudes, first)) & (magnitudes <= smallest(magnitudes, last))
 
 

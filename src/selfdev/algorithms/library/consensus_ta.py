@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
 
@@ -22,10 +23,13 @@ def consensus_ta(
     Returns:
         The merged task vector, shape (*parameter).
     """
-    total = task_vectors.sum(dim=0)
-    matters = task_vectors.abs() >= strictness * (total - task_vectors).abs()
-    kept = matters.sum(dim=0) >= min(agreement, len(task_vectors))
-    return scale * total * kept
+
+    def merged(block: Tensor) -> Tensor:
+        total = block.sum(dim=0)
+        matters = block.abs() >= strictness * (total - block).abs()
+        return total.mul_(matters.sum(dim=0) >= min(agreement, len(block)))
+
+    return entrywise(merged, task_vectors).mul_(scale)
 
 
 METHOD = Method(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Kept
 from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
@@ -21,9 +22,12 @@ from selfdev.algorithms.library.trimming import (
     Shares,
     check_density,
     for_each,
-    keep_by_coin,
-    keep_randomly,
+    growth,
+    masked,
 )
+
+# Entries that are drawn at a time.
+_DRAWN = 1 << 16
 
 _PAPER = Paper("Yu et al.", 2023, "2311.03099")
 _DENSITY = Parameter("density", default=0.5, low=0.1, high=1.0, broadcast=True)
@@ -63,7 +67,10 @@ def dare_linear(
         The merged task vector, shape (*parameter).
     """
     kept = _thinned(task_vectors, density, seed, reading, rescale=rescale is not False)
-    return scale * combine(kept, elect=False, normalize=normalize is True, weights=weights, reading=reading)
+    merged = combine(
+        task_vectors, elect=False, normalize=normalize is True, weights=weights, kept=kept, reading=reading
+    )
+    return merged.mul_(scale)
 
 
 def dare_ties(
@@ -100,19 +107,34 @@ def dare_ties(
     """
     kept = _thinned(task_vectors, density, seed, reading, rescale=rescale is not False)
     averaged = normalize if normalize is not None else reading == PAPER
-    return scale * combine(kept, elect=True, normalize=averaged, weights=weights, reading=reading)
+    merged = combine(
+        task_vectors, elect=True, normalize=averaged, weights=weights, kept=kept, reading=reading
+    )
+    return merged.mul_(scale)
 
 
-def _thinned(task_vectors: Tensor, density: Shares, seed: int, reading: str, *, rescale: bool) -> Tensor:
+def _thinned(task_vectors: Tensor, density: Shares, seed: int, reading: str, *, rescale: bool) -> Kept:
     check_density(density)
-    if reading != MERGEKIT:
-        return keep_randomly(task_vectors, density, seed, rescale=rescale)
+    shares = for_each(density, len(task_vectors))
+    masks = _drawn(shares, task_vectors[0].numel(), seed, reading).to(task_vectors.device)
+    if reading == MERGEKIT:
+        return masked(masks, list(map(growth, task_vectors, masks)) if rescale else ())
+    kept = masked(masks)
+    chances = task_vectors.new_tensor(shares)[:, None]
+    return (lambda block, entries: kept(block, entries).div_(chances)) if rescale else kept
+
+
+def _drawn(shares: Sequence[float], entries: int, seed: int, reading: str) -> Tensor:
+    """Masks of the entries that are kept, shape (experts, entries), a quarter of what the entries take."""
+    # A generator of its own, on the CPU and in float32, whatever torch's defaults: the drawing is the same everywhere.
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.empty_like(task_vectors)
-    for row, share, out in zip(task_vectors, for_each(density, len(kept)), kept, strict=True):
-        # At density 1 mergekit draws nothing, which leaves the generator to the next expert as it is.
-        out.copy_(row if share == 1.0 else keep_by_coin(row, share, generator, rescale=rescale))
-    return kept
+    masks = torch.ones(len(shares), entries, dtype=torch.bool)
+    for mask, share in zip(masks, shares, strict=True):
+        if reading == MERGEKIT and share == 1.0:
+            continue  # mergekit draws nothing, which leaves the generator to the next expert as it is
+        for block in mask.split(_DRAWN):
+            torch.lt(torch.rand(len(block), generator=generator, dtype=torch.float32), share, out=block)
+    return masks
 
 
 LINEAR_METHOD = Method(

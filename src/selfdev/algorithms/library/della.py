@@ -1,10 +1,13 @@
 """DELLA: drop at random, small entries more often, then merge as TIES does."""
 
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Kept, in_blocks
 from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
@@ -21,13 +24,16 @@ from selfdev.algorithms.library.trimming import (
     Shares,
     check_density,
     for_each,
-    keep_by_coin,
-    keep_randomly,
+    growth,
+    masked,
 )
 from selfdev.errors import UserError
 
 # A keep probability near zero would scale a surviving entry without bound.
 _RAREST = 0.01
+
+# Entries of each expert that are ranked and drawn at a time.
+_BLOCK = 1 << 17
 
 
 def della(
@@ -79,31 +85,73 @@ def della(
     check_density(density)
     experts = len(task_vectors)
     spreads = list(zip(for_each(density, experts), for_each(epsilon, experts), strict=True))
-    kept = (
-        _thinned_by_mergekit(task_vectors, spreads, seed, rescale=rescale is not False)
-        if reading == MERGEKIT
-        else _thinned(task_vectors, spreads, seed, rescale=rescale is not False)
-    )
     averaged = normalize if normalize is not None else elect
-    return scale * combine(kept, elect=elect, normalize=averaged, weights=weights, reading=reading)
+    add = partial(combine, elect=elect, normalize=averaged, weights=weights, reading=reading)
+    if reading == MERGEKIT:
+        kept = _thinned_by_mergekit(task_vectors, spreads, seed, rescale=rescale is not False)
+        return add(task_vectors, kept=kept).mul_(scale)
+
+    # By blocks of rows, although the drawing goes expert by expert: what is thinned is never there as a whole.
+    stack = task_vectors.reshape(experts, -1, task_vectors.shape[-1] if task_vectors.dim() > 1 else 1)
+    merged = torch.empty_like(stack[0])
+    streams = _streams(seed, experts, merged.numel())
+    for rows in in_blocks(len(merged), _rows_of(merged)):
+        merged[rows] = add(_thinned(stack[:, rows], spreads, streams, rescale=rescale is not False))
+    return merged.reshape(task_vectors.shape[1:]).mul_(scale)
 
 
-def _thinned(task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int, *, rescale: bool) -> Tensor:
-    probability = torch.empty_like(task_vectors)
-    for expert, (density, epsilon), out in zip(task_vectors, spreads, probability, strict=True):
-        rows = expert.reshape(1, -1) if expert.dim() < 2 else expert
-        ranks = _ranks(rows, dim=-1, descending=True)
-        chances = density + epsilon / 2 - epsilon * ranks / rows.shape[-1]
-        out.copy_(chances.clamp(_RAREST, 1.0).reshape(out.shape))
-    return keep_randomly(task_vectors, probability, seed, rescale=rescale)
+def _rows_of(matrix: Tensor) -> int:
+    """How many rows are drawn at a time."""
+    return max(1, _BLOCK // max(1, matrix[0].numel()))
+
+
+def _streams(seed: int, experts: int, entries: int) -> list[torch.Generator]:
+    """Give each expert a generator that stands where one for all would stand when it comes to it."""
+    generator = torch.Generator().manual_seed(seed)
+    streams = [torch.Generator() for _ in range(experts)]
+    for expert, stream in enumerate(streams):
+        for block in in_blocks(entries if expert else 0, _BLOCK):  # what the one before draws
+            torch.rand(block.stop - block.start, generator=generator, dtype=torch.float32)
+        stream.set_state(generator.get_state())
+    return streams
+
+
+def _thinned(
+    stack: Tensor, spreads: list[tuple[float, float]], streams: list[torch.Generator], *, rescale: bool
+) -> Tensor:
+    kept = stack.new_empty(stack.shape)
+    for rows, (density, epsilon), stream, out in zip(stack, spreads, streams, kept, strict=True):
+        entries = rows.shape[-1]
+        falling = density + epsilon / 2 - epsilon * torch.arange(entries, dtype=torch.float32) / entries
+        falling = falling.clamp_(_RAREST, 1.0).to(rows.device)
+        # Scattering them to where the ranks came from is a second argsort without sorting.
+        chances = torch.empty_like(out).scatter_(-1, _order(rows), falling.expand(rows.shape))
+        # Drawn in float32 on the CPU, whatever torch's defaults: the drawing is the same everywhere.
+        uniform = torch.rand(rows.shape, generator=stream, dtype=torch.float32).to(rows.device)
+        torch.mul(rows, uniform < chances, out=out)
+        if rescale:
+            out.div_(chances)
+    return kept
+
+
+def _order(rows: Tensor) -> Tensor:
+    """Return the places in each row, that of the largest magnitude first; equal ones keep their order.
+
+    A stable argsort, but several times as fast: NumPy sorts numbers by vector instructions, and these hold the bits of
+    a magnitude, which order as it does, above its place.
+    """
+    bits = rows.abs().view(torch.int32).to(torch.int64)
+    keys = bits.neg_().bitwise_left_shift_(32).add_(torch.arange(rows.shape[-1], device=rows.device))
+    places = torch.from_numpy(np.sort(keys.numpy(force=True), axis=-1)).bitwise_and_(2**32 - 1)
+    return places.to(rows.device)
 
 
 def _thinned_by_mergekit(
     task_vectors: Tensor, spreads: list[tuple[float, float]], seed: int, *, rescale: bool
-) -> Tensor:
+) -> Kept:
     generator = torch.Generator().manual_seed(seed)
-    kept = task_vectors.clone()
-    for expert, (density, epsilon), out in zip(task_vectors, spreads, kept, strict=True):
+    masks = torch.ones(task_vectors.shape, dtype=torch.bool)
+    for expert, (density, epsilon), mask in zip(task_vectors, spreads, masks, strict=True):
         if density == 1.0:
             continue
         if not (density - epsilon > 0.0 and density + epsilon < 1.0):
@@ -111,22 +159,23 @@ def _thinned_by_mergekit(
                 f"epsilon {epsilon} with density {density}: in mergekit's reading density - epsilon and density + "
                 "epsilon are probabilities in (0, 1); give a smaller epsilon"
             )
-        rows = expert.reshape(1, -1) if expert.dim() < 2 else expert
-        ranks = _ranks(rows, dim=1, descending=False) / max(1, rows.shape[1] - 1)
-        chances = density - epsilon + 2.0 * epsilon * ranks
-        out.copy_(keep_by_coin(rows, chances, generator, rescale=rescale).reshape(out.shape))
-    return kept
+        whole, marked = (each.reshape(1, -1) if each.dim() < 2 else each for each in (expert, mask))
+        for rows in in_blocks(len(whole), _rows_of(whole)):
+            chances = density - epsilon + 2.0 * epsilon * _mergekits_ranks(whole[rows])
+            marked[rows] = torch.bernoulli(chances, generator=generator).bool()
+    masks = masks.reshape(len(masks), -1)
+    return masked(masks, list(map(growth, task_vectors, masks)) if rescale else ())
 
 
-def _ranks(values: Tensor, dim: int, *, descending: bool) -> Tensor:
-    """Return the rank of each magnitude along a dimension, from 0, as float32."""
-    # mergekit's ascending sort is not stable, and which of equal magnitudes comes first is its own affair.
-    order = values.abs().argsort(dim=dim, descending=descending, stable=descending)
-    places = [1] * values.dim()
-    places[dim] = values.shape[dim]
-    numbers = torch.arange(values.shape[dim], dtype=torch.float32).reshape(places).expand(values.shape)
-    # Scattering the numbers to where they came from is a second argsort without sorting.
-    return torch.empty_like(values, dtype=torch.float32).scatter_(dim, order, numbers)
+def _mergekits_ranks(rows: Tensor) -> Tensor:
+    """Return the rank of each magnitude along the second dimension, from 0 to 1, as float32."""
+    # mergekit's sort is not stable, and which of equal magnitudes comes first is its own affair.
+    order = rows.abs().argsort(dim=1)
+    places = [1] * rows.dim()
+    places[1] = rows.shape[1]
+    numbers = torch.arange(rows.shape[1], dtype=torch.float32).reshape(places).expand(rows.shape)
+    ranks = torch.empty_like(rows, dtype=torch.float32).scatter_(1, order, numbers)
+    return ranks / max(1, rows.shape[1] - 1)
 
 
 METHOD = Method(

@@ -1,8 +1,8 @@
 """EMR's unified task vector: an elected sign at the largest agreeing magnitude."""
 
-import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.sign_election import elected_sign
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
@@ -20,8 +20,12 @@ def emr_unified(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     Returns:
         The merged task vector, shape (*parameter).
     """
-    sign = elected_sign(task_vectors)
-    return scale * sign * torch.clamp(task_vectors * sign, min=0.0).amax(dim=0)
+
+    def merged(block: Tensor) -> Tensor:
+        sign = elected_sign(block)
+        return (block * sign).clamp_(min=0.0).amax(dim=0).mul_(sign)
+
+    return entrywise(merged, task_vectors).mul_(scale)
 
 
 METHOD = Method(

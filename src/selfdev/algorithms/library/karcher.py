@@ -56,7 +56,7 @@ def karcher(
     """
     if reading != MERGEKIT:
         weights = task_vectors.new_ones(len(task_vectors))
-        return scale * _spherical_mean(task_vectors, weights, _STEPS)
+        return _spherical_mean(task_vectors, weights, _STEPS).mul_(scale)
     if seed_tensor is None:
         raise UserError(
             "mergekit averages the weights: its reading of 'karcher' needs the seed's tensor; pass it"
@@ -76,7 +76,7 @@ def karcher(
         start[counted.argmax()] = 1.0
     mean = karcher_mean(cosines, shares, _MERGEKITS_STEPS, start=start, enough=_NO_DIRECTION)
     factors = norms.mean() * mean / norms.clamp(min=_NO_DIRECTION)
-    return scale * combination(factors, task_vectors, seed_tensor)
+    return combination(factors, task_vectors, seed_tensor).mul_(scale)
 
 
 def multislerp(
@@ -117,7 +117,7 @@ def multislerp(
     if reading != MERGEKIT:
         if normalize is False:
             raise UserError("shares of a mean sum to 1 in the paper's reading; leave normalize=False out")
-        return scale * _spherical_mean(task_vectors, factors, steps=1)
+        return _spherical_mean(task_vectors, factors, steps=1).mul_(scale)
     if len(task_vectors) == 1:
         return scale * task_vectors[0]
     products = gram(task_vectors)
@@ -126,9 +126,9 @@ def multislerp(
     mean = shares / (norms + _NO_SUM)
     length = (mean @ products @ mean).clamp(min=0.0).sqrt()
     if length >= _NO_SUM:
-        return scale * combination((shares @ norms) * mean / length, task_vectors)
+        return combination((shares @ norms) * mean / length, task_vectors).mul_(scale)
     if len(task_vectors) == 2:
-        return scale * combination(shares, task_vectors)
+        return combination(shares, task_vectors).mul_(scale)
     raise UserError("the weighted directions of the experts cancel each other; change the weights")
 
 

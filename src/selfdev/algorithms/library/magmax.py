@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
 
@@ -17,10 +18,14 @@ def magmax(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     Returns:
         The merged task vector, shape (*parameter).
     """
-    highest = task_vectors.amax(dim=0)
-    lowest = task_vectors.amin(dim=0)
-    largest = highest.where(highest.abs() > lowest.abs(), lowest)
-    return scale * largest.masked_fill((highest == -lowest) & (highest != lowest), 0.0)
+
+    def merged(block: Tensor) -> Tensor:
+        highest = block.amax(dim=0)
+        lowest = block.amin(dim=0)
+        largest = highest.where(highest.abs() > lowest.abs(), lowest)
+        return largest.masked_fill_((highest == -lowest) & (highest != lowest), 0.0)
+
+    return entrywise(merged, task_vectors).mul_(scale)
 
 
 METHOD = Method(

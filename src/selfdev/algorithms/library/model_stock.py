@@ -35,7 +35,7 @@ def model_stock(
     experts = len(task_vectors)
     mean = task_vectors.mean(dim=0)
     if experts == 1:
-        return scale * mean
+        return mean.mul_(scale)
     products = gram_by_row(task_vectors) if filter_wise else gram(task_vectors)
     norms = products.diagonal().movedim(-1, 0).sqrt()
     least = _SINGULAR if reading == MERGEKIT else torch.finfo(torch.float64).tiny
@@ -47,7 +47,7 @@ def model_stock(
     divisor = 1.0 + (experts - 1) * cosine
     share = torch.where(divisor.abs() < _SINGULAR, 0.0, experts * cosine / divisor)
     share = scale * share
-    return mean * (share[..., None] if filter_wise else share).to(mean.dtype)
+    return mean.mul_((share[..., None] if filter_wise else share).to(mean.dtype))
 
 
 METHOD = Method(

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import MERGEKIT, PAPER, READING, Method, Paper, Parameter
 from selfdev.errors import UserError
 
@@ -30,10 +31,14 @@ def nearswap(task_vectors: Tensor, *, t: float = 0.001, scale: float = 1.0, read
     """
     if not t > 0.0:
         raise UserError(f"t {t}: it is the farthest an entry may move; give a number above 0")
-    if reading == MERGEKIT and t < _LEAST:
-        weights = (t / task_vectors.abs().clamp(min=_LEAST)).clamp(max=1.0)
-        return scale * (weights * task_vectors).sum(dim=0)
-    return scale * task_vectors.clamp(-t, t).sum(dim=0)
+
+    def merged(block: Tensor) -> Tensor:
+        if reading == MERGEKIT and t < _LEAST:
+            weights = (t / block.abs().clamp_(min=_LEAST)).clamp_(max=1.0)
+            return weights.mul_(block).sum(dim=0)
+        return block.clamp(-t, t).sum(dim=0)
+
+    return entrywise(merged, task_vectors).mul_(scale)
 
 
 METHOD = Method(

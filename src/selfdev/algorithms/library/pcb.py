@@ -3,8 +3,12 @@
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import blockwise, in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.trimming import largest
+from selfdev.algorithms.library.trimming import thresholds
+
+# Entries that compete at a time.
+_BLOCK = 1 << 15
 
 
 def pcb(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
@@ -23,29 +27,43 @@ def pcb(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Te
     Returns:
         The merged task vector, shape (*parameter).
     """
-    experts = len(task_vectors)
-    flat = task_vectors.reshape(experts, -1)
+    flat = task_vectors.reshape(len(task_vectors), -1)
+    blocks = [(entries, flat[:, entries]) for entries in in_blocks(flat.shape[1], _BLOCK)]
+    # Added up block by block: a list of small tensors would keep what lies between them from being used again.
+    peaks = flat.new_zeros(len(flat), len(flat))
+    for _, block in blocks:
+        torch.maximum(peaks, _products(block).abs_().amax(dim=2), out=peaks)
+    peaks = torch.where(peaks > 0, peaks, 1.0)
+    sums = flat.new_zeros(len(flat), 1 + len(flat), dtype=torch.float64)
+    for _, block in blocks:
+        sums += _powers(block, peaks).sum(dim=2, dtype=torch.float64)
+    # Divided by means instead of sums, so that products of two do not sink below float32; it cancels in the mean.
+    means = (sums / flat.shape[1]).to(flat.dtype)[..., None]
     weights = torch.empty_like(flat)
-    for index, own in enumerate(flat):
-        intra = _softmax(experts * _normalised(own * own))
-        inter = torch.zeros_like(own)
-        for other in flat:
-            inter += _softmax(_normalised(own * other))
-        weights[index] = intra * inter
-    weights = weights * largest(weights, density)
-    total = weights.sum(dim=0)
-    merged = (weights * flat).sum(dim=0) / torch.where(total > 0, total, 1.0)
-    return scale * merged.reshape(task_vectors.shape[1:])
+    for entries, block in blocks:
+        softmaxes = _powers(block, peaks).div_(means)
+        torch.mul(softmaxes[:, 0], softmaxes[:, 1:].sum(dim=1), out=weights[:, entries])
+    least = thresholds(weights, density)
+
+    def merged(block: Tensor, entries: slice) -> Tensor:
+        kept = weights[:, entries]
+        kept.mul_(kept >= least)
+        total = kept.sum(dim=0)
+        return kept.mul_(block).sum(dim=0).div_(total.add_(total == 0))
+
+    return blockwise(merged, task_vectors).mul_(scale)
 
 
-def _normalised(values: Tensor) -> Tensor:
-    peak = values.abs().amax()
-    return values / torch.where(peak > 0, peak, 1.0)
+def _products(block: Tensor) -> Tensor:
+    """Of every pair of experts, shape (experts, experts, n)."""
+    return block[:, None] * block
 
 
-def _softmax(values: Tensor) -> Tensor:
-    # Times the number of entries, so that products of two do not sink below float32; it cancels in the mean.
-    return torch.softmax(values, dim=0) * values.numel()
+def _powers(block: Tensor, peaks: Tensor) -> Tensor:
+    """What each expert's softmaxes sum up, the one within it first: shape (experts, 1 + experts, n)."""
+    normalised = _products(block).div_(peaks[..., None])
+    within = len(block) * normalised.diagonal().T[:, None]
+    return torch.cat([within, normalised], dim=1).exp_()
 
 
 METHOD = Method(

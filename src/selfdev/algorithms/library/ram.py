@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from selfdev.algorithms.library.sign_election import entrywise
+from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 
 _PAPER = Paper("Ilharco et al.", 2022, "2212.04089")
@@ -34,8 +35,7 @@ def weighted_task_arithmetic(task_vectors: Tensor, *, weights: Sequence[float] |
     """
     if weights is None:
         return task_vectors.mean(dim=0)
-    factors = task_vectors.new_tensor(weights).reshape(-1, *[1] * (task_vectors.dim() - 1))
-    return (factors * task_vectors).sum(dim=0)
+    return combine(task_vectors, elect=False, normalize=False, weights=weights)
 
 
 METHOD = Method(

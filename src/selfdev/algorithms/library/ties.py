@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Kept
 from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
@@ -19,14 +20,16 @@ from selfdev.algorithms.library.specification import (
 )
 from selfdev.algorithms.library.trimming import (
     Shares,
+    band,
     check_density,
     exactly,
     for_each,
+    growth,
     kept_count,
     largest,
     magnitude_thresholds,
     marked_at,
-    to_the_l1_norm_of,
+    masked,
 )
 
 
@@ -68,20 +71,26 @@ def ties(
     """
     normalize = normalize is not False
     if reading != MERGEKIT and not rescale:
-        least = magnitude_thresholds(task_vectors, density)
-        merged = combine(task_vectors, elect=True, normalize=normalize, weights=weights, least=least)
-        return merged.mul_(scale)
-    check_density(density)
-    trimmed = torch.empty_like(task_vectors)
-    for row, share, out in zip(task_vectors, for_each(density, len(trimmed)), trimmed, strict=True):
+        kept = band(magnitude_thresholds(task_vectors, density))
+    else:
+        check_density(density)
+        kept = _marked(task_vectors, for_each(density, len(task_vectors)), reading, rescale=rescale is True)
+    merged = combine(
+        task_vectors, elect=True, normalize=normalize, weights=weights, kept=kept, reading=reading
+    )
+    return merged.mul_(scale)
+
+
+def _marked(task_vectors: Tensor, density: list[float], reading: str, *, rescale: bool) -> Kept:
+    masks = torch.empty(len(task_vectors), task_vectors[0].numel(), dtype=torch.bool)
+    for row, share, mask in zip(task_vectors, density, masks, strict=True):
         magnitudes = row.reshape(-1).abs()
-        kept = (
-            _kept_by_mergekit(magnitudes, share) if reading == MERGEKIT else largest(magnitudes[None], share)
+        mask.copy_(
+            _kept_by_mergekit(magnitudes, share)
+            if reading == MERGEKIT
+            else largest(magnitudes[None], share)[0]
         )
-        torch.mul(row, kept.reshape(row.shape), out=out)
-        if rescale:
-            out.copy_(to_the_l1_norm_of(row, out))
-    return scale * combine(trimmed, elect=True, normalize=normalize, weights=weights, reading=reading)
+    return masked(masks, list(map(growth, task_vectors, masks)) if rescale else ())
 
 
 def _kept_by_mergekit(magnitudes: Tensor, density: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which entries of a task vector are kept: the largest, a middle band, or a random share."""
+"""Which entries of a task vector are kept: the largest, a middle band, or those that a mask marks."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
+from selfdev.algorithms.library.blocks import Kept
 from selfdev.errors import UserError
 
 Shares = float | Sequence[float]
@@ -110,8 +112,22 @@ def thresholds(scores: Tensor, density: Shares) -> Tensor:
 def magnitude_thresholds(task_vectors: Tensor, density: Shares) -> Tensor:
     """Return the thresholds of the magnitudes, shape (experts, 1), without a copy of them."""
     check_density(density)
+    entries = task_vectors[0].numel()
+    shares = for_each(density, len(task_vectors))
+    return magnitudes_at([_first_kept(share, entries) for share in shares], task_vectors)
+
+
+def magnitudes_at(ranks: Sequence[int], task_vectors: Tensor) -> Tensor:
+    """Return the magnitude that has a rank in its expert, 1 that of the smallest, without a copy of all.
+
+    Args:
+        ranks: one for each expert.
+        task_vectors: shape (experts, *parameter), float32.
+
+    Returns:
+        Shape (experts, 1).
+    """
     rows = [row.reshape(-1) for row in task_vectors]
-    ranks = [_first_kept(share, len(rows[0])) for share in for_each(density, len(rows))]
     if len(rows[0]) < _MANY:
         return torch.stack(list(map(_smallest_magnitude, rows, ranks)))[:, None]
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # NumPy itself has but one
@@ -120,6 +136,28 @@ def magnitude_thresholds(task_vectors: Tensor, density: Shares) -> Tensor:
 
 def _smallest_magnitude(values: Tensor, rank: int) -> Tensor:
     return smallest(values, rank, of_magnitudes=True)
+
+
+def band(least: Tensor, most: Tensor | None = None) -> Kept:
+    """Keep what lies between two magnitudes of its expert, themselves included.
+
+    Args:
+        least: shape (experts, 1).
+        most: the same; no bound if None.
+    """
+    # Shrinking at the next smaller number keeps what reaches `least`, in one pass instead of three.
+    cuts = torch.nextafter(least, least.new_tensor(-1.0)).flatten().tolist()
+    bounds = [] if most is None else most.flatten().tolist()
+
+    def kept(block: Tensor, _: slice) -> Tensor:
+        own = torch.empty_like(block, memory_format=torch.contiguous_format)
+        for row, cut, out in zip(block, cuts, own, strict=True):
+            torch.hardshrink(row, cut, out=out)
+        for row, bound, out in zip(block, bounds, own, strict=False):
+            out.sub_(hardshrink(row, bound))  # which leaves what exceeds the bound
+        return own
+
+    return kept
 
 
 def _first_kept(density: float, entries: int) -> int:
@@ -163,59 +201,33 @@ def keep_largest(task_vectors: Tensor, density: Shares) -> Tensor:
     return task_vectors * largest(task_vectors.abs(), density)
 
 
-def keep_randomly(
-    task_vectors: Tensor, probability: Shares | Tensor, seed: int, *, rescale: bool = True
-) -> Tensor:
-    """Keep each entry with a probability and divide it by that, so that the expectation stays.
+def masked(masks: Tensor, factors: Sequence[float] = ()) -> Kept:
+    """Keep what masks mark.
 
     Args:
-        task_vectors: shape (experts, *parameter).
-        probability: of keeping an entry, in (0, 1]; one number, one for each expert, or a tensor of the same
-            shape.
-        seed: of a generator of its own; torch's global one is not touched.
-        rescale: False keeps the entries as they are.
-
-    Returns:
-        The thinned task vectors, same shape.
+        masks: shape (experts, entries), boolean.
+        factors: of what is kept of each expert; none if empty.
     """
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.empty_like(task_vectors)
-    chances = probability if isinstance(probability, Tensor) else for_each(probability, len(task_vectors))
-    for row, chance, out in zip(task_vectors, chances, kept, strict=True):
-        # Drawn in float32 on the CPU, whatever torch's defaults: the drawing is the same everywhere.
-        uniform = torch.rand(row.shape, generator=generator, dtype=torch.float32).to(row.device)
-        torch.mul(row, uniform < chance, out=out)
-        if rescale:
-            out /= chance
+    grown = torch.tensor(factors, dtype=torch.float32, device=masks.device)[:, None]
+
+    def kept(block: Tensor, entries: slice) -> Tensor:
+        own = block * masks[:, entries]
+        return own.mul_(grown) if len(grown) else own
+
     return kept
 
 
-def keep_by_coin(
-    tensor: Tensor, probability: float | Tensor, generator: torch.Generator, *, rescale: bool = True
-) -> Tensor:
-    """Keep each entry with a probability, and bring the rest to the L1 norm of the whole: mergekit's way.
+def growth(whole: Tensor, mask: Tensor) -> float:
+    """Return the factor that brings what a mask keeps to the L1 norm of the whole; 1 if either is next to zero.
 
     Args:
-        tensor: shape (*parameter), float32.
-        probability: of keeping an entry, in [0, 1]; one number or a tensor of the same shape.
-        generator: it draws as the global one does for mergekit from the same seed, on the CPU.
-        rescale: False leaves the rest as it is.
-
-    Returns:
-        The thinned tensor, same shape.
+        whole: shape (*parameter).
+        mask: boolean, with as many entries.
     """
-    chances = torch.full_like(tensor, probability) if isinstance(probability, float) else probability
-    kept = tensor * torch.bernoulli(chances, generator=generator)
-    return to_the_l1_norm_of(tensor, kept) if rescale else kept
-
-
-def to_the_l1_norm_of(whole: Tensor, kept: Tensor) -> Tensor:
-    """Scale what is kept of a tensor to the sum of magnitudes of the whole, unless either is next to zero."""
-    before, after = _l1_norm(whole), _l1_norm(kept)
-    return kept if min(before, after) < _NO_LENGTH else kept * (before / after)
-
-
-def _l1_norm(tensor: Tensor) -> float:
+    before = after = 0.0
     # In blocks that torch adds up in one thread: the order of a sum must not depend on how many there are.
-    total = sum(block.abs().sum(dtype=torch.float64).item() for block in tensor.reshape(-1).split(_BLOCK))
-    return float(total)
+    for block, kept in zip(whole.reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True):
+        magnitudes = block.abs()
+        before += magnitudes.sum(dtype=torch.float64).item()
+        after += magnitudes.mul_(kept).sum(dtype=torch.float64).item()
+    return 1.0 if min(before, after) < _NO_LENGTH else before / after

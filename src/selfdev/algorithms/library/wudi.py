@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
+
+# Entries that are merged at a time, in whole rows.
+_BLOCK = 1 << 18
 
 
 def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> Tensor:
@@ -25,17 +29,18 @@ def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> T
     """
     total = task_vectors.sum(dim=0)
     if task_vectors.dim() != 3:
-        return scale * total
-    powers = task_vectors.square().sum(dim=(1, 2), keepdim=True)
-    scaled = task_vectors / torch.where(powers > 0, powers, 1.0)
-    grams = task_vectors.mT @ scaled
+        return total.mul_(scale)
+    grams = task_vectors.mT @ task_vectors
+    powers = grams.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+    grams /= torch.where(powers > 0, powers, 1.0)
     values, vectors = torch.linalg.eigh(grams.sum(dim=0))
     # Zero experts give a zero matrix, whose largest eigenvalue is 0: nothing passes, and the sum stays.
     solved = (values > max(cutoff, 1e-6) * values[-1].clamp(min=0.0)) & (values > 0)
     vectors, values = vectors[:, solved], values[solved]
-    gap = ((task_vectors - total) @ grams).sum(dim=0)
-    merged: Tensor = total + (gap @ vectors / values) @ vectors.T
-    return scale * merged
+    for rows in in_blocks(len(total), max(1, _BLOCK // max(1, total.shape[1]))):
+        gap = ((task_vectors[:, rows] - total[rows]) @ grams).sum(dim=0)
+        total[rows] += (gap @ vectors / values) @ vectors.T
+    return total.mul_(scale)
 
 
 METHOD = Method(

@@ -1,0 +1,38 @@
+"""Work on blocks of entries: what is in between stays in the cache, and takes next to no memory."""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+Kept = Callable[[Tensor, slice], Tensor]
+"""Gives what has a part of a block of entries, shape (experts, n), and their slice: in memory of its own."""
+
+# Entries of each expert that are merged at a time. Smaller blocks keep several threads waiting for each other.
+_BLOCK = 1 << 17
+
+
+def in_blocks(length: int, size: int) -> Iterator[slice]:
+    """Give slices of at most `size` that cover so many."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+
+
+def entrywise(merge: Callable[[Tensor], Tensor], task_vectors: Tensor) -> Tensor:
+    """Merge by a function that sees the experts' values of each entry alone, block by block.
+
+    Args:
+        merge: from shape (experts, n) to shape (n,), for any n.
+        task_vectors: shape (experts, *parameter).
+
+    Returns:
+        Shape (*parameter), in memory of its own.
+    """
+    return blockwise(lambda block, _: merge(block), task_vectors)
+
+
+def blockwise(merge: Callable[[Tensor, slice], Tensor], task_vectors: Tensor) -> Tensor:
+    """The same by a function that is told as well which entries a block has, as their slice."""
+    flat = task_vectors.reshape(len(task_vectors), -1)
+    result = flat.new_empty(flat.shape[1])
+    for entries in in_blocks(len(result), _BLOCK):
+        result[entries] = merge(flat[:, entries], entries)
+    return result.reshape(task_vectors.shape[1:])
