@@ -17,8 +17,9 @@ def rows() -> dict[str, torch.Tensor]:
         "all equal": torch.ones(ENTRIES),
         "mostly zero": normal * (torch.rand(ENTRIES, generator=generator) < 0.05),
         "sorted": normal.sort().values,
-        # The sample takes every thirteenth entry, and these are all that it sees.
-        "misleading": torch.where(torch.arange(ENTRIES) % 13 == 0, 1e6, normal),
+        "few values": (2 * normal).round(),
+        # The sample takes every fifteenth entry, and these are all that it sees.
+        "misleading": torch.where(torch.arange(ENTRIES) % 15 == 0, 1e6, normal),
         "one outlier": torch.cat([normal[:-1], torch.tensor([1e30])]),
     }
 
