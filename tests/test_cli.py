@@ -252,6 +252,16 @@ def test_methods_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in methods())
 
 
+def test_methods_shows_defaults_and_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert (
+        "density=0.2 (0.1..1), scale=1 (0.2..4), weights (one for each expert), normalize (true or false), "
+        "rescale (true or false), reading=paper (paper or mergekit); Yadav et al. 2023, arXiv 2306.01708"
+    ) in out
+    assert "weights (0..1.5, one for each expert); Ilharco" in out
+
+
 def test_zoo_names_its_models_and_their_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["zoo", "list"]) == 0
     assert set(load_config("quickstart").merge.experts.values()) <= set(capsys.readouterr().out.split())

@@ -39,10 +39,29 @@ def describe_methods() -> list[dict[str, Any]]:
 
 def methods_table(listed: list[dict[str, Any]]) -> RenderableType:
     """The same for people."""
-    rows = table("method", "what it does, its parameters, its paper", left=2)
+    rows = table("method", "what it does, its parameters (search range), its paper", left=2)
     for method in listed:
-        names = ", ".join(parameter["name"] for parameter in method["parameters"]) or "no parameter"
+        parameters = ", ".join(map(_described, method["parameters"])) or "no parameter"
         rows.add_row(
-            method["name"], Text.assemble(method["summary"], (f"\n{names}; {method['paper']}", "dim"))
+            method["name"], Text.assemble(method["summary"], (f"\n{parameters}; {method['paper']}", "dim"))
         )
     return rows
+
+
+def _described(parameter: dict[str, Any]) -> str:
+    """Its default as the command line takes it, and what it can be: `density=0.2 (0.1..1)`."""
+    default, values = parameter["default"], []
+    if parameter["choices"]:
+        values.append(" or ".join(map(_written, parameter["choices"])))
+    if parameter["low"] is not None:
+        values.append(f"{_written(parameter['low'])}..{_written(parameter['high'])}")
+    if parameter["per_expert"]:
+        values.append("one for each expert")
+    given = "" if default is None else f"={_written(default)}"
+    return f"{parameter['name']}{given} ({', '.join(values)})"
+
+
+def _written(value: float | str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)

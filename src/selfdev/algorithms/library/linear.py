@@ -18,6 +18,9 @@ def linear(
 ) -> Tensor:
     """Average the task vectors: a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
+    Tuning has nothing to search here: a soup is the plain mean. What other factors give is task_arithmetic with one
+    for all, and weighted_task_arithmetic with one for each expert, which have search ranges.
+
     Args:
         task_vectors: shape (experts, *parameter), float32.
         seed_tensor: the seed's tensor, shape (*parameter); for `normalize=False` alone.
