@@ -384,7 +384,9 @@ def test_where_the_readings_part(case, experts, paper, theirs):
     seed = torch.zeros(vectors.shape[1:])
 
     def check(merged: Tensor, expected: list[float]) -> None:
-        torch.testing.assert_close(merged, torch.tensor(expected), rtol=2e-6, atol=1e-9)
+        # Zeros beside large entries are as exact as those: libraries of linear algebra round in their own ways.
+        least = 1e-7 * max(map(abs, expected))
+        torch.testing.assert_close(merged, torch.tensor(expected), rtol=2e-6, atol=max(1e-12, least))
 
     check(method(case.ours).merge(vectors, seed, **case.parameters), paper)
     check(method(case.ours).merge(vectors, seed, **case.parameters, **MERGEKIT), theirs)
