@@ -74,7 +74,7 @@ def settings() -> Config:
     return scripted_config(
         programs=len(USUAL),
         factory={"model": "scripted", "repair_turn": True},
-        preferences={"chosen_floor": 4, "failures_as_rejected": True, "pairs": 8},
+        preferences={"chosen_floor": 4, "failures_as_rejected": True, "failing_cap": 1, "pairs": 8},
         refinement={"imitation": {"passes": 1}},
         scaling={},
         rivals=[],
