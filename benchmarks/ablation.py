@@ -16,9 +16,12 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from quickstart import MEASURES, interval, iterations, number
+from quickstart import SCORES, SHARES, interval, iterations, number
 from selfdev.lock import held
 from selfdev.runs import Run, open_run
+
+MEASURES = {**{column: f"% that {what}" for column, what in SHARES.items()}, "mean_dev": SCORES["mean_dev"]}
+"""What the variants are compared in."""
 
 ALONE = ("controls=[]", "rivals=[]", "scaling.programs=0", "task.test=64", "verdict.finalists=1")
 """The learning arm and nothing else: who wins is another benchmark's question."""
@@ -87,7 +90,7 @@ def table(runs: dict[str, dict[int, Run]]) -> None:
             cells.append(f"{mean(values.values()):.1f}")
             cells.append("" if name == "preset" or not apart else difference(apart))
         cells.append(f"{mean(number(last(run), 'entropy') for run in its.values()):.2f}")
-        cells.append(f"{100 * mean(number(last(run), 'copies') for run in its.values()):.0f}")
+        cells.append(f"{mean(number(last(run), 'copies') for run in its.values()):.0f}")
         cells.append(f"{mean(run.archive.run.seconds for run in its.values()) / 60:.1f}")
         print("| " + " | ".join(cells) + " |")
 
@@ -113,6 +116,10 @@ def draw(runs: dict[str, dict[int, Run]], path: Path) -> None:
             values = [number(last(run), column) for run in its.values()]
             axis.barh(place, mean(values), color="tab:blue" if place else "tab:gray", alpha=0.5)
             axis.plot(values, [place] * len(values), "o", color="black", markersize=4, alpha=0.6)
+        if column in SCORES:  # from zero on all bars would be of one length
+            axis.set_xlim(
+                left=min(number(last(run), column) for its in runs.values() for run in its.values()) - 2
+            )
         axis.set_title(what, fontsize=9)
         axis.set_yticks(range(len(names)), names)
         axis.grid(alpha=0.3, axis="x")
