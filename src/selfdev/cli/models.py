@@ -99,7 +99,9 @@ def merge(
 ) -> None:
     """Merge experts into a seed, and write a model that transformers loads."""
     from selfdev.merging.head_start import HeadStart
+    from selfdev.merging.heap import return_large_blocks
 
+    return_large_blocks()
     ahead = HeadStart([seed or "", *(each.partition("=")[2] for each in expert or ())])
     with _importing():
         from selfdev.merging.checkpoint import merge_checkpoints
