@@ -100,7 +100,8 @@ def test_a_python_file_needs_torch_alone(tmp_path: Path) -> None:
     vectors = read_task_vectors(ZOO["seed"], ZOO["experts"], "mlp")
     merged = run_alone(out, {name: [each] for name, each in vectors.vectors.items()}, tmp_path)
     for name, tensor in expected().items():
-        assert torch.equal(vectors.seed[name] + merged[name], tensor)
+        # To the last bit only where both processes have as many threads, which add up in another order.
+        torch.testing.assert_close(vectors.seed[name] + merged[name], tensor, rtol=1e-5, atol=1e-6)
     assert main(["export", str(run), NAME, "--to", "py", "--out", str(out)]) == 2
 
 
@@ -119,7 +120,7 @@ def test_a_python_file_takes_the_context_that_its_program_asks_for(tmp_path: Pat
     model = load_file(tmp_path / "model/model.safetensors")
     assert set(merged) == set(model)
     for name, tensor in merged.items():
-        assert torch.equal(vectors.seed[name] + tensor, model[name])
+        torch.testing.assert_close(vectors.seed[name] + tensor, model[name], rtol=1e-5, atol=1e-6)
 
 
 def by_mergekit(module: Path, out: Path, more: str = "") -> dict[str, torch.Tensor]:
