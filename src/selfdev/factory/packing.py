@@ -107,21 +107,29 @@ def check_training(model: PreTrainedModel) -> None:
     vocabulary = model.config.get_text_config().vocab_size
     tokens = [(7 * i + 1) % vocabulary for i in range(9)]
     prompt, completions = tokens[:4], [tokens[4:6], tokens[6:]]
+    cause: Exception | None = None
     with torch.no_grad():
         try:
             packed = completion_log_probs(model, prompt, completions)
             right = all(_as_plain(model, prompt, *each) for each in zip(completions, packed, strict=True))
-        except (UserError, AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
-            right = (
-                False  # it does not call the attention interface, or caps its scores, or has no output layer
-            )
+        except (
+            UserError,
+            AttributeError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            KeyError,
+            IndexError,
+        ) as error:
+            # It does not call the attention interface, or caps its scores, or has no output layer.
+            right, cause = False, error
     if not right:
         raise UserError(
             f"factory.model: a {type(model).__name__} ({model.config.model_type}) cannot be trained here: packed, its "
             "log-probabilities are not those of its own logits. Set refinement.backend: trl, which takes the model's "
             "own (with refinement.imitation.passes: 0 and factory.warm_start.steps: 0, in which TRL has no part), take "
             "a model of another family, or set refinement.refit: never"
-        )
+        ) from cause
 
 
 def _as_plain(model: PreTrainedModel, prompt: list[int], completion: list[int], packed: Tensor) -> bool:
