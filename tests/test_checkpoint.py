@@ -180,6 +180,12 @@ WIDE = (301, 499)  # two parts of which each fills the cache, and a third
 
 IN_PARTS = [
     *((name, {}) for name, each in methods().items() if each.entrywise),
+    *((name, {}) for name, each in methods().items() if each.by_parts),
+    ("ties", {"density": [0.1, 0.5, 1.0], "weights": [0.5, 0.2, 0.7], "normalize": False, "scale": 0.7}),
+    ("ties", {"reading": "mergekit"}),
+    ("ties", {"rescale": True}),
+    ("breadcrumbs", {"density": 0.3, "outliers": [0.0, 0.1, 0.2], "weights": [0.5, 0.2, 0.7], "elect": True}),
+    ("breadcrumbs", {"rescale": True}),
     ("linear", {"weights": [0.5, 0.2, 0.7]}),
     ("weighted_task_arithmetic", {"weights": [0.5, 0.2, 0.7]}),
     ("nearswap", {"t": 1e-7, "reading": "mergekit"}),

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from selfdev.algorithms.library.trimming import magnitude_thresholds, smallest
+from selfdev.algorithms.library.blocks import Stack
+from selfdev.algorithms.library.trimming import magnitude_thresholds, magnitudes_at, smallest
 
 ENTRIES = 200_000
 
@@ -29,10 +30,25 @@ def rows() -> dict[str, torch.Tensor]:
 def test_is_what_sorting_finds(kind, rank):
     row = rows()[kind]
     assert smallest(row, rank) == row.sort().values[rank - 1]
-    assert smallest(row, rank, of_magnitudes=True) == row.abs().sort().values[rank - 1]
+    assert magnitudes_at([rank], Stack.of(row[None])).item() == row.abs().sort().values[rank - 1]
 
 
 def test_thresholds_of_several_rows_of_a_matrix():
     stack = torch.stack([rows()["normal"], rows()["mostly zero"]]).reshape(2, 400, 500)
     expected = [row.abs().flatten().sort(descending=True).values[ENTRIES // 5 - 1] for row in stack]
-    assert magnitude_thresholds(stack, 0.2).flatten().tolist() == [value.item() for value in expected]
+    assert magnitude_thresholds(Stack.of(stack), 0.2).flatten().tolist() == [value.item() for value in expected]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_whose_sample_misleads_does_not_mislead_the_others(threads):
+    stack = torch.stack([rows()[kind] for kind in ("normal", "misleading", "on a grid")])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = magnitudes_at([7, ENTRIES // 2, ENTRIES], Stack.of(stack)).flatten().tolist()
+    finally:
+        torch.set_num_threads(before)
+    assert found == [
+        row.abs().sort().values[rank - 1].item()
+        for row, rank in zip(stack, (7, ENTRIES // 2, ENTRIES), strict=True)
+    ]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import Method
+from selfdev.algorithms.library.blocks import Stack
 from selfdev.algorithms.source import ENTRY
 from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.task_vectors import merge_tensor
@@ -27,6 +28,10 @@ _JAIL_BATCH = 64 * 1024**2
 
 _SLOWEST = 20e6
 """Bytes of task vectors a second that a program must merge, beside its limit for small ones, before it is ended."""
+
+
+MergePart = Callable[[Tensor, Tensor], Tensor]
+"""Merges task vectors of shape (experts, n) at entries where the seed's tensor is of shape (n,); gives the latter."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +87,11 @@ class Algorithm(Protocol):
         """Whether `merge` may be called by several threads at a time; otherwise its calls keep their order."""
         ...
 
-    @property
-    def entrywise(self) -> bool:
-        """Whether a tensor may be merged in parts, each a flat one; needs `concurrent`."""
+    def in_parts(self, name: str, layers: int) -> Callable[[Stack], MergePart] | None:
+        """What looks at a tensor's task vectors and gives what merges its parts, if it may be merged so.
+
+        Only with `concurrent`. The tensor is that of a name in a model of so many layers.
+        """
         ...
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
@@ -111,18 +118,13 @@ class LibraryMethod:
 
     Attributes:
         method: of the library.
-        parameters_of: gives its parameters for a tensor.
+        parameters_of: gives its parameters for the tensor of a name, in a model of so many layers.
     """
 
     method: Method
-    parameters_of: Callable[[Context], Mapping[str, Any]]
+    parameters_of: Callable[[str, int], Mapping[str, Any]]
     batch_bytes: ClassVar[int] = 0
     concurrent: ClassVar[bool] = True
-
-    @property
-    def entrywise(self) -> bool:
-        """As the method says."""
-        return self.method.entrywise
 
     @property
     def origin(self) -> Origin:
@@ -136,13 +138,19 @@ class LibraryMethod:
         return [
             merge_tensor(
                 self.method,
-                self.parameters_of(each.context),
+                self.parameters_of(each.context.name, each.context.layers),
                 each.context.name,
                 each.task_vectors,
                 each.context.seed,
             )
             for each in batch
         ]
+
+    def in_parts(self, name: str, layers: int) -> Callable[[Stack], MergePart] | None:
+        parameters = self.parameters_of(name, layers)
+        if not self.method.in_parts(parameters):
+            return None
+        return lambda stack: self.method.merger_of_parts(stack, parameters)
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,6 @@ class JailedProgram:
     factor: float = 1.0
     batch_bytes: ClassVar[int] = _JAIL_BATCH
     concurrent: ClassVar[bool] = False
-    entrywise: ClassVar[bool] = False
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         outcomes = self.box.merge_many(
@@ -180,6 +187,9 @@ class JailedProgram:
                 )
             merged.append(outcome.tensor if self.factor == 1 else self.factor * outcome.tensor)
         return merged
+
+    def in_parts(self, name: str, layers: int) -> None:
+        """A program sees tensors whole."""
 
 
 @contextmanager
@@ -221,7 +231,6 @@ class TrustedFile:
     seed_of: Callable[[str], int]
     batch_bytes: ClassVar[int] = 0
     concurrent: ClassVar[bool] = False
-    entrywise: ClassVar[bool] = False
     _loaded: list[Callable[..., Any]] = field(default_factory=list, repr=False)
 
     @property
@@ -231,6 +240,9 @@ class TrustedFile:
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         return [self._merge(each) for each in batch]
+
+    def in_parts(self, name: str, layers: int) -> None:
+        """A program sees tensors whole."""
 
     def _merge(self, inputs: Inputs) -> Tensor:
         function = self._function()

@@ -9,6 +9,7 @@ import ctypes
 import sys
 from contextlib import suppress
 
+_M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _LARGE = 4 << 20
 """Bytes of a block that is mapped alone, and stays so: to map smaller ones takes longer than it is worth."""
@@ -18,4 +19,6 @@ def return_large_blocks() -> None:
     """Have them mapped alone from now on; where the C library is not glibc nothing changes."""
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE)

@@ -21,7 +21,7 @@ from selfdev.merging.algorithm import (
     jail,
 )
 from selfdev.merging.recipe import Recipe
-from selfdev.sandbox import Context, Limits
+from selfdev.sandbox import Limits
 from selfdev.streams import stream_seed
 
 _TARGETS = "mlp"  # as in the contract
@@ -86,8 +86,8 @@ def _library(recipe: Recipe) -> Found:
     method, schedule = library_method(recipe.method), recipe.schedule
     method.check(len(recipe.experts), dict(recipe.parameters))
 
-    def parameters_of(context: Context) -> Mapping[str, Any]:
-        return recipe.parameters if schedule is None else schedule.parameters(context.name, context.layers)
+    def parameters_of(name: str, layers: int) -> Mapping[str, Any]:
+        return recipe.parameters if schedule is None else schedule.parameters(name, layers)
 
     @contextmanager
     def opened(_: int, __: int) -> Iterator[Algorithm]:

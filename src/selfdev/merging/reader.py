@@ -83,15 +83,15 @@ class Checkpoint:
         """A view of a tensor as it is stored. Read only, and unread before it is used."""
         return self._files[name].tensor(self._stored_as.get(name, name))
 
-    def entries(self, name: str, shape: Sequence[int], begin: int = 0) -> Tensor:
-        """As many entries of a tensor as the shape has, from `begin` on in the order of storage."""
-        return self.tensor(name).flatten()[begin : begin + math.prod(shape)].view(shape)
+    def entries(self, name: str, shape: Sequence[int], begin: int = 0, step: int = 1) -> Tensor:
+        """As many entries of a tensor as the shape has, from `begin` on in the order of storage, or each `step`th."""
+        return self.tensor(name).flatten()[begin::step][: math.prod(shape)].view(shape)
 
     def in_parts(self, name: str) -> bool:
         """Whether `entries` and `task_vector` take no longer for the parts of a tensor than for all of it."""
         return self.tensor(name).is_contiguous()
 
-    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0) -> None:
+    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0, step: int = 1) -> None:
         """Write this model's tensor minus the seed's into `out`, in float32.
 
         Args:
@@ -99,8 +99,9 @@ class Checkpoint:
             seed: the seed's tensor, float32; its first rows, where a vocabulary is cropped; or flat, a part of these.
             out: of the same shape, float32.
             begin: entry at which the part begins. Only with `in_parts`.
+            step: which entries from there on the part has: all, or each `step`th.
         """
-        out.copy_(self.entries(name, seed.shape, begin)).sub_(seed)
+        out.copy_(self.entries(name, seed.shape, begin, step)).sub_(seed)
 
     def release(self, name: str) -> None:
         """Let go of the memory of a tensor's pages."""
@@ -205,7 +206,7 @@ class AdaptedCheckpoint(Checkpoint):
     def in_parts(self, name: str) -> bool:
         return super().in_parts(name) and not self._adapter.changes(self._stored_as.get(name, name))
 
-    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0) -> None:
+    def task_vector(self, name: str, seed: Tensor, out: Tensor, begin: int = 0, step: int = 1) -> None:
         stored = self._stored_as.get(name, name)
         replacement = self._adapter.replacement(stored)
         if replacement is not None:
@@ -213,7 +214,7 @@ class AdaptedCheckpoint(Checkpoint):
         elif self._on_seed:
             out.zero_()
         else:
-            super().task_vector(name, seed, out, begin)
+            super().task_vector(name, seed, out, begin, step)
         self._adapter.add_update(stored, out)
 
 

@@ -2,20 +2,22 @@
 
 How much lies in memory follows from the largest tensor alone: as many steps are under way as fit into what it
 takes and a little more, each on a thread of its own. One that takes more than half of that has all threads, unless
-its algorithm is entrywise: then a tensor is merged a cache full at a time, and what it takes is what is written of it.
+its algorithm takes parts: then a tensor is merged a cache full at a time, and what it takes is what is written of it.
+Methods that need to know something of the whole, such as a threshold, look through its parts before.
 """
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Stack
 from selfdev.errors import SelfdevError, UserError
-from selfdev.merging.algorithm import Algorithm, Inputs
+from selfdev.merging.algorithm import Algorithm, Inputs, MergePart
 from selfdev.merging.job import Job
 from selfdev.merging.read_ahead import ReadAhead, Span
 from selfdev.merging.reader import is_finite
@@ -33,8 +35,9 @@ _BLOCK = 1 << 16
 _STRETCH = 1 << 21
 """Entries of a mapped tensor after which its pages are released, since to do so after each part takes longer."""
 
-_STEPS_A_THREAD = 8
-"""Steps that may be under way or wait to be written, for each thread: enough to bridge a wait for the disk."""
+_STEPS_A_THREAD = 32
+"""Steps that may be under way or wait to be written, for each thread: enough to bridge a wait for the disk, and
+to go on beside a large tensor that is merged in parts by one thread."""
 
 
 def steps_of(job: Job, batch_bytes: int) -> list[list[str]]:
@@ -113,7 +116,7 @@ def merged_tensors(
                         yield from under_way.popleft().taken()
                     ahead.next()
                     before = under_way[-1].making if under_way and not algorithm.concurrent else None
-                    alone = 2 * size > room and not algorithm.entrywise
+                    alone = 2 * size > room and not all(_looks(job, algorithm, name) for name in step)
                     making = pool.submit(make, step, threads if alone else 1, before)
                     under_way.append(_Step(step, size, left, making))
                 while under_way:
@@ -168,18 +171,58 @@ def _tensors(
 ) -> list[Tensor]:
     """The tensors of a step, in order, in memory of their own; the algorithm is called once `before` is done."""
     tensors = {name: _kept(job, name) for name in step}
-    parts = [part for name in step for part in _parts(job, algorithm, name)]
-    calls = [[part] for part in parts] if algorithm.entrywise else [parts] if parts else []
-    for call in calls:
-        batch = [_inputs(job, part) for part in call]
+    whole: list[_Part] = []
+    for name in step:
+        if looks := _looks(job, algorithm, name):
+            _merge_in_parts(job, name, looks, tensors[name])
+        elif name in job.chosen:
+            whole.append(_Part(name, _merged_shape(job, name)))
+    if whole:
+        batch = [_inputs(job, part) for part in whole]
         if before is not None:
             wait([before])
         vectors = algorithm.merge(batch)
         seeds = [each.context.seed for each in batch]
         batch.clear()  # of the task vectors nothing is needed any more
-        for part in reversed(call):
+        for part in reversed(whole):
             _put(job, part, seeds.pop(), vectors.pop(), tensors[part.name])
     return list(tensors.values())
+
+
+def _merge_in_parts(job: Job, name: str, looks: Callable[[Stack], MergePart], tensor: Tensor) -> None:
+    """Merge a tensor a cache full at a time, after a look at its task vectors."""
+    merge, entries = looks(_stack(job, name)), _merged_entries(job, name)
+    for begin in range(0, entries, _BLOCK):
+        end = min(begin + _BLOCK, entries)
+        part = _Part(name, (end - begin,), begin, _is_released(end, entries))
+        inputs = _inputs(job, part)
+        seed = inputs.context.seed
+        _put(job, part, seed, merge(inputs.task_vectors, seed), tensor)
+
+
+def _stack(job: Job, name: str) -> Stack:
+    """The task vectors of a tensor, made where they are looked at."""
+    total = _merged_entries(job, name)
+    models = (job.seed, *job.experts.values())
+
+    def part(entries: slice) -> Tensor:
+        begin, end, step = entries.indices(total)
+        seed = torch.empty(len(range(begin, end, step)))
+        seed.copy_(job.seed.entries(name, seed.shape, begin, step))
+        vectors = torch.empty(len(job.experts), len(seed))
+        for vector, expert in zip(vectors, job.experts.values(), strict=True):
+            expert.task_vector(name, seed, vector, begin, step)
+        if step > 1 or _is_released(end, total):
+            for model in models:
+                model.release(name)
+        return vectors
+
+    return Stack(len(job.experts), total, part)
+
+
+def _is_released(end: int, entries: int) -> bool:
+    """Whether a tensor's pages are let go of when its parts up to this entry have been read."""
+    return end == entries or end % _STRETCH == 0
 
 
 def _merged_entries(job: Job, name: str) -> int:
@@ -192,25 +235,18 @@ def _merged_shape(job: Job, name: str) -> tuple[int, ...]:
     return (job.rows[name], *shape[1:]) if name in job.rows else shape
 
 
-def _parts(job: Job, algorithm: Algorithm, name: str) -> Iterator[_Part]:
-    """What of a tensor is merged in one call: a cache full if the algorithm allows it, or all."""
-    if name not in job.chosen:
-        return
-    whole = _Part(name, _merged_shape(job, name))
-    entries = math.prod(whole.shape)
+def _looks(job: Job, algorithm: Algorithm, name: str) -> Callable[[Stack], MergePart] | None:
+    """What merges a tensor in parts after a look at it; None if it is merged whole, or not at all."""
     models = (job.seed, *job.experts.values())
-    if entries <= _BLOCK or not algorithm.entrywise or not all(model.in_parts(name) for model in models):
-        yield whole
-        return
-    for begin in range(0, entries, _BLOCK):
-        end = min(begin + _BLOCK, entries)
-        yield _Part(name, (end - begin,), begin, end == entries or end % _STRETCH == 0)
+    if _merged_entries(job, name) <= _BLOCK or not all(model.in_parts(name) for model in models):
+        return None
+    return algorithm.in_parts(name, job.layers)
 
 
 def _float32_bytes(job: Job, algorithm: Algorithm, name: str) -> int:
     """Bytes of the seed's and the task vectors' entries that lie in memory while a tensor is merged."""
-    first = next(_parts(job, algorithm, name), None)
-    return 0 if first is None else 4 * (len(job.experts) + 1) * math.prod(first.shape)
+    entries = _BLOCK if _looks(job, algorithm, name) else _merged_entries(job, name)
+    return 4 * (len(job.experts) + 1) * entries
 
 
 def _kept(job: Job, name: str) -> Tensor:
@@ -230,15 +266,22 @@ def _kept(job: Job, name: str) -> Tensor:
 def _inputs(job: Job, part: _Part) -> Inputs:
     """The seed's entries and the task vectors of a part, in memory of their own."""
     name = part.name
-    seed = job.seed.entries(name, part.shape, part.begin).to(torch.float32, copy=True)
-    if part.releases:
-        job.seed.release(name)
-    vectors = torch.empty((len(job.experts), *part.shape))
-    for vector, expert in zip(vectors, job.experts.values(), strict=True):
-        expert.task_vector(name, seed, vector, part.begin)
-        if part.releases:
-            expert.release(name)
-    if not is_finite(vectors):
+    seed, vectors = torch.empty(part.shape), torch.empty((len(job.experts), *part.shape))
+    in_parts = all(model.in_parts(name) for model in (job.seed, *job.experts.values()))
+    finite = True
+    # A cache full at a time: each of its steps would else go through memory.
+    for begin in range(0, seed.numel(), _BLOCK if in_parts else max(1, seed.numel())):
+        end = begin + _BLOCK if in_parts else seed.numel()
+        own = seed.view(-1)[begin:end] if in_parts else seed
+        own.copy_(job.seed.entries(name, own.shape, part.begin + begin))
+        theirs = vectors.view(len(vectors), -1)[:, begin:end] if in_parts else vectors
+        for vector, expert in zip(theirs, job.experts.values(), strict=True):
+            expert.task_vector(name, own, vector, part.begin + begin)
+            finite = finite and is_finite(vector)
+        if part.releases and _is_released(min(end, seed.numel()), seed.numel()):
+            for model in (job.seed, *job.experts.values()):
+                model.release(name)
+    if not finite:
         for model in (job.seed, *job.experts.values()):
             model.check_finite(name, model.tensor(name))
         raise UserError(

@@ -281,5 +281,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _equal(one: memoryview, other: memoryview) -> bool:
-    """Whether the bytes are the same. NumPy lets other threads run meanwhile, and is faster than memoryviews."""
-    return np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8))
+    """Whether the bytes are the same. NumPy lets other threads run meanwhile, eight bytes at a time."""
+    whole = one.nbytes // 8 * 8
+    mine, theirs = (np.frombuffer(each[:whole], np.uint64) for each in (one, other))
+    return np.array_equal(mine, theirs) and one[whole:] == other[whole:]

@@ -1,11 +1,34 @@
 """Work on blocks of entries: what is in between stays in the cache, and takes next to no memory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 Kept = Callable[[Tensor, slice], Tensor]
 """Gives what has a part of a block of entries, shape (experts, n), and their slice: in memory of its own."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Stacked task vectors that are looked at a part at a time, and so need not lie in memory.
+
+    Attributes:
+        experts: how many.
+        entries: how many each of them has.
+        part: gives what lies at a slice of them, which may have a step: shape (experts, n), float32. It may be a view.
+    """
+
+    experts: int
+    entries: int
+    part: Callable[[slice], Tensor]
+
+    @classmethod
+    def of(cls, task_vectors: Tensor) -> "Stack":
+        """Those that lie in memory, shape (experts, *parameter)."""
+        flat = task_vectors.reshape(len(task_vectors), -1)
+        return cls(len(flat), flat.shape[1], lambda entries: flat[:, entries])
+
 
 # Entries of each expert that are merged at a time. Smaller blocks keep several threads waiting for each other.
 _BLOCK = 1 << 17

@@ -1,10 +1,11 @@
 """Model Breadcrumbs: neither the largest entries nor the small ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Kept, Stack
 from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
@@ -71,24 +72,51 @@ def breadcrumbs(
     Returns:
         The merged task vector, shape (*parameter).
     """
-    check_density(density)
-    experts = len(task_vectors)
-    shares = list(zip(for_each(density, experts), for_each(outliers, experts), strict=True))
-    for _, top in shares:
-        if not 0.0 <= top < 1.0:
-            raise UserError(f"outliers {top}: it is the share of entries dropped; give a number in [0, 1)")
+    shares = _shares(density, outliers, len(task_vectors))
     if reading == MERGEKIT or rescale:
         marked = _mergekits_band if reading == MERGEKIT else _band
         rows = zip(task_vectors, shares, strict=True)
         masks = torch.stack([marked(row.reshape(-1).abs(), *each) for row, each in rows])
         kept = masked(masks, list(map(growth, task_vectors, masks)) if rescale else ())
     else:
-        firsts, lasts = zip(*(_ranks(task_vectors[0].numel(), *each) for each in shares), strict=True)
-        kept = band(magnitudes_at(firsts, task_vectors), magnitudes_at(lasts, task_vectors))
+        kept = _kept(Stack.of(task_vectors), shares)
     merged = combine(
         task_vectors, elect=elect, normalize=normalize is True, weights=weights, kept=kept, reading=reading
     )
     return merged.mul_(scale)
+
+
+def _by_parts(
+    stack: Stack,
+    *,
+    density: Shares,
+    outliers: Shares,
+    scale: float,
+    weights: Sequence[float] | None,
+    normalize: bool | None,
+    elect: bool,
+    **_: object,
+) -> Callable[[Tensor], Tensor]:
+    """What merges parts of a tensor of which it is known what is kept."""
+    kept = _kept(stack, _shares(density, outliers, stack.experts))
+    return lambda part: combine(
+        part, elect=elect, normalize=normalize is True, weights=weights, kept=kept
+    ).mul_(scale)
+
+
+def _shares(density: Shares, outliers: Shares, experts: int) -> list[tuple[float, float]]:
+    """Density and outliers of each expert."""
+    check_density(density)
+    shares = list(zip(for_each(density, experts), for_each(outliers, experts), strict=True))
+    for _, top in shares:
+        if not 0.0 <= top < 1.0:
+            raise UserError(f"outliers {top}: it is the share of entries dropped; give a number in [0, 1)")
+    return shares
+
+
+def _kept(stack: Stack, shares: Sequence[tuple[float, float]]) -> Kept:
+    firsts, lasts = zip(*(_ranks(stack.entries, *each) for each in shares), strict=True)
+    return band(magnitudes_at(firsts, stack), magnitudes_at(lasts, stack))
 
 
 def _ranks(entries: int, density: float, outliers: float) -> tuple[int, int]:
@@ -130,4 +158,5 @@ METHOD = Method(
     ),
     paper=Paper("Davari and Belilovsky", 2023, "2312.06795"),
     summary="drop the largest and the smallest entries, add the rest",
+    by_parts=_by_parts,
 )

@@ -3,12 +3,13 @@
 import difflib
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Stack
 from selfdev.errors import UserError
 
 # How many values of each parameter a grid takes, by the number of parameters that vary: 10 or 9 settings. Ten
@@ -135,6 +136,9 @@ class Method:
         experts: the only number of experts it takes; None if it takes any.
         entrywise: whether each entry of the result follows from the values of that entry alone, so that a tensor
             merged in parts is the same to the last bit.
+        by_parts: where that holds once something is known of the whole, as thresholds are: given the task vectors
+            to look at and all parameters, it gives what merges parts, from shape (experts, n) to (n,).
+            Only for the paper's reading, without rescaling.
     """
 
     name: str
@@ -146,6 +150,29 @@ class Method:
     needs_seed_with: tuple[str, str | bool] | None = None
     experts: int | None = None
     entrywise: bool = False
+    by_parts: Callable[..., Callable[[Tensor], Tensor]] | None = None
+
+    def in_parts(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether `merger_of_parts` takes these parameters."""
+        readings = parameters.get(READING.name, PAPER) == PAPER and not parameters.get(RESCALE.name)
+        return self.entrywise or (self.by_parts is not None and readings)
+
+    def merger_of_parts(
+        self, stack: Stack, parameters: Mapping[str, Any]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Look at task vectors as far as needed; gives what merges a part of them and of the seed's tensor.
+
+        The parts that are merged are the same to the last bit as in the whole.
+
+        Args:
+            stack: the task vectors.
+            parameters: values by name, which have been checked; those left out take their default.
+        """
+        if self.by_parts is None:
+            return lambda part, seed: self.merge(part, seed, **parameters)
+        defaults = {parameter.name: parameter.default for parameter in self.parameters}
+        merged = self.by_parts(stack, **{**defaults, **parameters})
+        return lambda part, _: merged(part)
 
     def sample(self, rng: random.Random, experts: int) -> dict[str, Any]:
         """Draw a setting of all searched parameters, for tuning on `experts` experts."""

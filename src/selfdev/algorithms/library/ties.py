@@ -1,11 +1,11 @@
 """TIES: trim, elect a sign, merge those that agree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.blocks import Kept
+from selfdev.algorithms.library.blocks import Kept, Stack
 from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import (
     MERGEKIT,
@@ -69,14 +69,44 @@ def ties(
     Returns:
         The merged task vector, shape (*parameter).
     """
-    normalize = normalize is not False
     if reading != MERGEKIT and not rescale:
-        kept = band(magnitude_thresholds(task_vectors, density))
+        kept = band(magnitude_thresholds(Stack.of(task_vectors), density))
     else:
         check_density(density)
         kept = _marked(task_vectors, for_each(density, len(task_vectors)), reading, rescale=rescale is True)
+    return _elected(task_vectors, kept, scale, weights, normalize, reading)
+
+
+def _by_parts(
+    stack: Stack,
+    *,
+    density: Shares,
+    scale: float,
+    weights: Sequence[float] | None,
+    normalize: bool | None,
+    **_: object,
+) -> Callable[[Tensor], Tensor]:
+    """What merges parts of a tensor whose thresholds have been found."""
+    kept = band(magnitude_thresholds(stack, density))
+    return lambda part: _elected(part, kept, scale, weights, normalize, PAPER)
+
+
+def _elected(
+    task_vectors: Tensor,
+    kept: Kept,
+    scale: float,
+    weights: Sequence[float] | None,
+    normalize: bool | None,
+    reading: str,
+) -> Tensor:
+    """Merge what is kept of the task vectors."""
     merged = combine(
-        task_vectors, elect=True, normalize=normalize, weights=weights, kept=kept, reading=reading
+        task_vectors,
+        elect=True,
+        normalize=normalize is not False,
+        weights=weights,
+        kept=kept,
+        reading=reading,
     )
     return merged.mul_(scale)
 
@@ -114,4 +144,5 @@ METHOD = Method(
     ),
     paper=Paper("Yadav et al.", 2023, "2306.01708"),
     summary="trim small entries, elect a sign, average the values that agree",
+    by_parts=_by_parts,
 )

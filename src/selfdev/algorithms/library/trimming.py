@@ -1,8 +1,8 @@
 """Which entries of a task vector are kept: the largest, a middle band, or those that a mask marks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from selfdev.algorithms.library.blocks import Kept
+from selfdev.algorithms.library.blocks import Kept, Stack, in_blocks
 from selfdev.errors import UserError
 
 Shares = float | Sequence[float]
 """One number for all experts, or one for each."""
+
+_Numbers = NDArray[np.float32]
 
 # Entries from which on a rank is looked for by a sample: of n entries it takes one in n^(1/3) / 4. The bracket reaches
 # so many standard deviations to both sides of where the sample expects it. Outside of it lies one case in two
@@ -23,6 +25,9 @@ _MANY = 1 << 17
 _SAMPLED = 0.25
 _DEVIATIONS = 3.5
 _BRACKETED = 1 << 16
+
+# Numbers of a sample that are taken at a time.
+_DRAWN = 1 << 13
 
 # Entries that are added up at a time, few enough for one thread.
 _BLOCK = 1 << 14
@@ -48,61 +53,122 @@ def kept_count(density: float, entries: int) -> int:
     return max(1, int(density * entries))
 
 
-def smallest(values: Tensor, rank: int, *, of_magnitudes: bool = False) -> Tensor:
+def smallest(values: Tensor, rank: int) -> Tensor:
     """Return the value of a rank, 1 that of the smallest, without sorting.
-
-    Of many values a sample tells between which two the one in question almost surely lies; then only the few in
-    between are looked at closely. NumPy selects with vector instructions, ten times as fast as torch.kthvalue, which
-    moves 64-bit indices about. Which value has a rank does not depend on how it is found.
 
     Args:
         values: shape (entries,), float32, on any device.
         rank: in 1 to the number of entries.
-        of_magnitudes: whether the magnitudes are ranked instead of the values.
 
     Returns:
         Shape (), on the same device.
     """
-    array = values.numpy(force=True)
-    found = _found_by_sample(array, rank, of_magnitudes) if len(array) >= _MANY else None
-    if found is None:
-        found = np.partition(np.abs(array) if of_magnitudes else array, rank - 1)[rank - 1]
-    return values.new_tensor(found)
+    return values.new_tensor(_ranked(Stack.of(values[None]), [rank], lambda part: part)[0])
 
 
-def _found_by_sample(array: NDArray[Any], rank: int, of_magnitudes: bool) -> Any:
-    """The value of a rank, or None where the sample misleads."""
+def magnitudes_at(ranks: Sequence[int], stack: Stack) -> Tensor:
+    """Return the magnitude that has a rank in its expert, 1 that of the smallest, shape (experts, 1)."""
+    return torch.tensor(_ranked(stack, ranks, np.abs), dtype=torch.float32)[:, None]
+
+
+def _ranked(stack: Stack, ranks: Sequence[int], of: Callable[[_Numbers], _Numbers]) -> list[float]:
+    """The number that has a rank in its row, among what a function makes of the stack's.
+
+    Of many a sample tells between which two the one in question almost surely lies; then only the few in between are
+    looked at closely. NumPy selects with vector instructions, ten times as fast as torch.kthvalue, which moves 64-bit
+    indices about. Which number has a rank does not depend on how it is found.
+    """
+
+    def look(entries: slice) -> _Numbers:
+        return of(stack.part(entries).numpy(force=True))
+
+    found = _ranked_by_sample(look, stack.entries, ranks) if stack.entries >= _MANY else [None] * len(ranks)
+    if None not in found:
+        return [float(number) for number in found if number is not None]
+    return [
+        float(np.partition(row, rank - 1)[rank - 1])
+        for row, rank in zip(look(slice(0, stack.entries)), ranks, strict=True)
+    ]
+
+
+def _ranked_by_sample(
+    look: Callable[[slice], _Numbers], entries: int, ranks: Sequence[int]
+) -> list[float | None]:
+    """The same; None where the sample misleads."""
     # An odd stride, or all of the sample could come from a few columns of a matrix.
-    sample = array[:: int(_SAMPLED * len(array) ** (1 / 3)) | 1]
-    sample = np.abs(sample) if of_magnitudes else sample
-    share = rank / len(array)
-    place = share * len(sample)
-    margin = _DEVIATIONS * (place * (1 - share)) ** 0.5 + 1
-    ends = [max(0, int(place - margin)), min(len(sample) - 1, int(place + margin))]
-    low, high = np.partition(sample, ends)[ends]
-    above, between = 0, []
-    for block in _blocks(array, of_magnitudes):
-        over = block > low
-        above += int(np.count_nonzero(over))
-        over &= block < high
-        between.append(block[over])  # the slowest step by far, if many were left
-    inside = np.concatenate(between)
-    left = rank - (len(array) - above)
-    if 0 < left <= len(inside):
-        return np.partition(inside, left - 1)[left - 1]
-    # Where values are few, as differences of bfloat16 weights are, it is often an end of the bracket.
-    end = low if left <= 0 else high
-    below = sum(int(np.count_nonzero(block < end)) for block in _blocks(array, of_magnitudes))
-    equal = sum(int(np.count_nonzero(block == end)) for block in _blocks(array, of_magnitudes))
-    return end if below < rank <= below + equal else None
+    stride = int(_SAMPLED * entries ** (1 / 3)) | 1
+    drawn = [look(slice(part.start, part.stop, stride)) for part in in_blocks(entries, _DRAWN * stride)]
+    rows = zip(np.concatenate(drawn, axis=1), ranks, strict=True)
+    brackets = [_Bracket.around(sample, rank, entries) for sample, rank in rows]
+    spans = list(in_blocks(entries, _BRACKETED))
+
+    def sort_out(share: Sequence[slice]) -> list["_Bracket"]:
+        own = [_Bracket(each.low, each.high) for each in brackets]
+        for span in share:
+            for row, bracket in zip(look(span), own, strict=True):
+                bracket.take(row)
+        return own
+
+    threads = torch.get_num_threads()  # NumPy itself has but one
+    with ThreadPoolExecutor(threads) as pool:
+        for shares in pool.map(sort_out, [spans[i::threads] for i in range(threads)]):
+            for bracket, share in zip(brackets, shares, strict=True):
+                bracket.add(share)
+    return [bracket.at(rank) for bracket, rank in zip(brackets, ranks, strict=True)]
 
 
-def _blocks(array: NDArray[Any], of_magnitudes: bool) -> Iterator[NDArray[Any]]:
-    """Its values or magnitudes, each block gone when the next one comes."""
-    magnitudes = np.empty(_BRACKETED, array.dtype)
-    for start in range(0, len(array), _BRACKETED):
-        block = array[start : start + _BRACKETED]
-        yield np.abs(block, out=magnitudes[: len(block)]) if of_magnitudes else block
+@dataclass
+class _Bracket:
+    """How many numbers of a row lie where between two of them, and which are in between."""
+
+    low: float
+    high: float
+    below: int = 0
+    at_low: int = 0
+    at_high: int = 0
+    between: list[_Numbers] = field(default_factory=list)
+
+    @classmethod
+    def around(cls, sample: _Numbers, rank: int, entries: int) -> "_Bracket":
+        """One that almost surely holds the number that has a rank among all of which these are a sample."""
+        share = rank / entries
+        place = share * len(sample)
+        margin = _DEVIATIONS * (place * (1 - share)) ** 0.5 + 1
+        ends = [max(0, int(place - margin)), min(len(sample) - 1, int(place + margin))]
+        return cls(*np.partition(sample, ends)[ends])
+
+    def take(self, row: _Numbers) -> None:
+        """Sort out some numbers."""
+        above = row > self.low
+        at_most = len(row) - int(np.count_nonzero(above))
+        below = int(np.count_nonzero(row < self.low))
+        self.below += below
+        # Where numbers are few, as differences of bfloat16 weights are, the one in question is often an end.
+        self.at_low += at_most - below
+        if self.high > self.low:
+            self.at_high += int(np.count_nonzero(row == self.high))
+        above &= row < self.high
+        self.between.append(row[above])  # the slowest step by far, if many were left
+
+    def add(self, other: "_Bracket") -> None:
+        """Add what another one has sorted out."""
+        self.below += other.below
+        self.at_low += other.at_low
+        self.at_high += other.at_high
+        self.between += other.between
+
+    def at(self, rank: int) -> float | None:
+        """The number of a rank; None where it is outside."""
+        left = rank - self.below
+        if left <= 0:
+            return None
+        if left <= self.at_low:
+            return self.low
+        left -= self.at_low
+        inside = np.concatenate(self.between)
+        if left <= len(inside):
+            return float(np.partition(inside, left - 1)[left - 1])
+        return self.high if left <= len(inside) + self.at_high else None
 
 
 def thresholds(scores: Tensor, density: Shares) -> Tensor:
@@ -125,33 +191,11 @@ def thresholds(scores: Tensor, density: Shares) -> Tensor:
     return torch.stack(found)[:, None]
 
 
-def magnitude_thresholds(task_vectors: Tensor, density: Shares) -> Tensor:
-    """Return the thresholds of the magnitudes, shape (experts, 1), without a copy of them."""
+def magnitude_thresholds(stack: Stack, density: Shares) -> Tensor:
+    """Return the thresholds of the magnitudes, shape (experts, 1)."""
     check_density(density)
-    entries = task_vectors[0].numel()
-    shares = for_each(density, len(task_vectors))
-    return magnitudes_at([_first_kept(share, entries) for share in shares], task_vectors)
-
-
-def magnitudes_at(ranks: Sequence[int], task_vectors: Tensor) -> Tensor:
-    """Return the magnitude that has a rank in its expert, 1 that of the smallest, without a copy of all.
-
-    Args:
-        ranks: one for each expert.
-        task_vectors: shape (experts, *parameter), float32.
-
-    Returns:
-        Shape (experts, 1).
-    """
-    rows = [row.reshape(-1) for row in task_vectors]
-    if len(rows[0]) < _MANY:
-        return torch.stack(list(map(_smallest_magnitude, rows, ranks)))[:, None]
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # NumPy itself has but one
-        return torch.stack(list(threads.map(_smallest_magnitude, rows, ranks)))[:, None]
-
-
-def _smallest_magnitude(values: Tensor, rank: int) -> Tensor:
-    return smallest(values, rank, of_magnitudes=True)
+    shares = for_each(density, stack.experts)
+    return magnitudes_at([_first_kept(share, stack.entries) for share in shares], stack)
 
 
 def band(least: Tensor, most: Tensor | None = None) -> Kept:
