@@ -36,7 +36,9 @@ def test_is_what_sorting_finds(kind, rank):
 def test_thresholds_of_several_rows_of_a_matrix():
     stack = torch.stack([rows()["normal"], rows()["mostly zero"]]).reshape(2, 400, 500)
     expected = [row.abs().flatten().sort(descending=True).values[ENTRIES // 5 - 1] for row in stack]
-    assert magnitude_thresholds(Stack.of(stack), 0.2).flatten().tolist() == [value.item() for value in expected]
+    assert magnitude_thresholds(Stack.of(stack), 0.2).flatten().tolist() == [
+        value.item() for value in expected
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
