@@ -14,7 +14,7 @@ _M_MMAP_THRESHOLD = -3
 _LARGE = 4 << 20
 """Bytes of a block that is mapped alone, and stays so: to map smaller ones takes longer than it is worth."""
 _LEFT = 2 * _LARGE
-"""Free bytes at an arena's end that stay. Of the 128 KB that glibc leaves, each part of a merge would be mapped anew."""
+"""Free bytes at an arena's end that stay. With glibc's 128 KB each part of a merge would be mapped anew."""
 
 
 def return_large_blocks() -> None:
