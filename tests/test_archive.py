@@ -98,17 +98,22 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
             db.execute(f"ALTER TABLE evaluation DROP COLUMN {column}")
         for column in ("again", "before"):
             db.execute(f"ALTER TABLE test_opening DROP COLUMN {column}")
+        db.execute("ALTER TABLE candidate DROP COLUMN seconds")
         db.execute("INSERT INTO test_opening (task, opened) VALUES ('nano', '2026-01-01')")
         db.execute("PRAGMA user_version = 1")
     with Archive.open(archive.path, read_only=True) as old:
         assert old.evaluations("seed") == [evaluation]
         assert old.openings() == [Opening("2026-01-01")]
+        assert [c.seconds for c in old.candidates()] == [None] * len(WRITTEN)
     with Archive.open(archive.path) as new:
+        new.keep_programs([replace(WRITTEN[0], name="learning/9/001", iteration=8, seconds=1.5)])
+        kept = new.candidate("learning/9/001")
+        assert kept is not None and kept.seconds == 1.5
         new.add_evaluation(replace(evaluation, number=1, asked=(2, 1, 0)))
         assert [e.asked for e in new.evaluations("seed")] == [None, (2, 1, 0)]
         assert new.openings() == [Opening("2026-01-01")]
     with sqlite3.connect(archive.path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        assert db.execute("PRAGMA user_version").fetchone() == (4,)
 
 
 def test_a_verdict_that_is_taken_back_is_marked_and_kept(archive: Archive) -> None:

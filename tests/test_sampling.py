@@ -1,6 +1,7 @@
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,6 +192,17 @@ def test_progress_counts_programs_and_tokens() -> None:
     )
     assert seen == sorted(seen)
     assert seen[-1] == (4, sum(len(sample.tokens) for group in groups for sample in group))
+
+
+def test_the_seconds_of_a_program_are_those_from_its_first_token_to_its_last() -> None:
+    ticks = [time.perf_counter()]
+    [samples] = sampler(batch=1)(
+        tiny_model(), tiny_tokenizer(), PROMPTS[:1], [[0, 1, 2]], lambda *_: ticks.append(time.perf_counter())
+    )
+    taken = [sample.seconds for sample in samples]
+    assert all(seconds is not None and seconds > 0 for seconds in taken)
+    # One after the other, so what they took adds up to what all of it took, but for the prompt.
+    assert sum(seconds or 0.0 for seconds in taken) <= ticks[-1] - ticks[0]
 
 
 def test_a_space_before_a_word_is_not_lost_at_a_lines_end() -> None:

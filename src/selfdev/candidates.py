@@ -26,6 +26,7 @@ def read_candidate(arm: str, t: int, number: int, prompt: int, sample: Sample, f
         sample.tokens,
         sample.log_prob,
         sample.finished,
+        seconds=sample.seconds,
     )
     try:
         return replace(candidate, source=read_program(sample.text, form))

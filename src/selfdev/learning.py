@@ -132,6 +132,7 @@ class Learning:
                         text=text,
                         tokens=self.factory.tokens(text),
                         log_prob=None,
+                        seconds=None,
                         finished=True,
                         source=found[0],
                     )

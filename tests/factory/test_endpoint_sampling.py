@@ -62,6 +62,9 @@ def test_what_is_written_is_asked_for_once(server: UnrulyServer, tmp_path: Path)
     first = write(factory_of(server, tmp_path))
     assert write(factory_of(server, tmp_path)) == first
     assert len(server.asked) == 12
+    assert all(sample.seconds is not None and 0 < sample.seconds < 60 for sample in first)
+    again = write(factory_of(server, tmp_path))
+    assert [sample.seconds for sample in again] == [sample.seconds for sample in first]
     assert write(factory_of(server, tmp_path), iteration=1) != first
     assert len(server.asked) == 24
 

@@ -180,13 +180,13 @@ class Archive:
         for c in candidates:
             self._db.execute(
                 "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
-                "source, status, failure, error, canonical, behaviour, nearest, distance) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "source, status, failure, error, canonical, behaviour, nearest, distance, seconds) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
                     np.asarray(c.tokens, dtype=np.int32).tobytes(),
                     *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
-                    *(c.canonical, c.behaviour, c.nearest, c.distance),
+                    *(c.canonical, c.behaviour, c.nearest, c.distance, c.seconds),
                 ),
             )
 

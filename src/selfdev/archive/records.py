@@ -50,7 +50,8 @@ class Candidate:
     """One program and all that is known of it; the columns of the table `candidate`.
 
     `status` is None until it is screened, then `failed` (with `failure` and `error`), `trivial`, `known`,
-    `repeated` or `new`. `source` is None where no function could be read.
+    `repeated` or `new`. `source` is None where no function could be read. `seconds` is what its writing took, beside
+    others; None where nobody looked.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Candidate:
     behaviour: bytes | None = field(default=None, repr=False)
     nearest: str | None = None
     distance: float | None = None
+    seconds: float | None = field(default=None, compare=False)
 
     @property
     def works(self) -> bool:

@@ -48,6 +48,7 @@ CREATE TABLE candidate (
     behaviour BLOB,
     nearest TEXT,
     distance REAL,                    -- to the nearest trivial or known program
+    seconds REAL,                     -- from its first token to its last, those beside it included; NULL: unknown
     UNIQUE (arm, iteration, number)
 ) STRICT;
 

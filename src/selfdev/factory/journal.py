@@ -52,6 +52,7 @@ class Answer(BaseModel):
         log_probs: of each token, at temperature 1, in nats; None where the server does not tell them.
         tokens_in: length of the prompt as the server counted it; None where it does not tell.
         tokens_out: the same of what was written.
+        seconds: on the clock, from the request to the end of the answer.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,6 +63,7 @@ class Answer(BaseModel):
     log_probs: tuple[float, ...] | None = None
     tokens_in: int | None = None
     tokens_out: int | None = None
+    seconds: float | None = None
 
 
 class Journal:

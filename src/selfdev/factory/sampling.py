@@ -11,8 +11,9 @@ written anew from its first program.
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from threading import Event
@@ -40,12 +41,15 @@ class Sample:
         log_prob: log-probability of the tokens at temperature 1, before any cut and any grammar, in nats; None where a
             server does not tell it.
         finished: False if the limit on new tokens ended it.
+        seconds: on the clock, from its first token to its last, or from its request to the answer; what is written
+            beside it is included. None where nobody looked.
     """
 
     tokens: tuple[int, ...]
     text: str
     log_prob: float | None
     finished: bool
+    seconds: float | None = field(default=None, compare=False)
 
 
 class _Ending:
@@ -76,6 +80,8 @@ class _Row:
         self.log_prob = 0.0
         self.text = ""
         self.finished = False
+        self.seconds = 0.0
+        self._began = 0.0
         self._ending = ending
 
     @property
@@ -85,6 +91,9 @@ class _Row:
 
     def add(self, token: int, log_prob: float) -> None:
         """Write one token."""
+        now = time.perf_counter()
+        self._began = self._began or now
+        self.seconds = now - self._began
         self.tokens.append(token)
         self.log_prob += log_prob
         piece = self._ending.piece(token)
@@ -96,7 +105,7 @@ class _Row:
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
         """What has been written."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return Sample(tuple(self.tokens), text, self.log_prob, self.finished)
+        return Sample(tuple(self.tokens), text, self.log_prob, self.finished, self.seconds)
 
 
 @dataclass(frozen=True)

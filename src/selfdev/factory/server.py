@@ -102,9 +102,11 @@ class Server:
         """
         path = "chat/completions" if chat else "completions"
         await self._pace.turn()
+        began = time.perf_counter()
         content = await self._exchange("POST", path, body)
+        taken = {"seconds": time.perf_counter() - began}
         try:
-            answer = Completion.model_validate_json(content).answer()
+            answer = Completion.model_validate_json(content).answer().model_copy(update=taken)
         except (ValidationError, ValueError):
             raise self._garbled(path) from None
         if len(self._key) >= _SECRET and self._key in answer.text:

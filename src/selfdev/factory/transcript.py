@@ -39,14 +39,14 @@ def to_sample(
     if found is not None:
         text, finished = text[: found.end()], True
     if tokenizer is None:
-        return Sample((), text, None, finished)
+        return Sample((), text, None, finished, answer.seconds)
     ended = text
     if finished and found is None and stop is not None:
         ended = text.rstrip("\n") + END_STRINGS[0]  # the server leaves out the string that it stopped at
     tokens = [int(i) for i in tokenizer(ended, add_special_tokens=False).input_ids]
     if finished and stop is None and tokenizer.eos_token_id is not None:
         tokens.append(int(tokenizer.eos_token_id))
-    return Sample(tuple(tokens[:limit]), text, None, finished and len(tokens) <= limit)
+    return Sample(tuple(tokens[:limit]), text, None, finished and len(tokens) <= limit, answer.seconds)
 
 
 def _of_tokens(
@@ -66,4 +66,4 @@ def _of_tokens(
     # A message's text is the server's own: it leaves out what a reasoning model thought aloud.
     text = answer.text if stop is None else str(tokenizer.decode(list(tokens), skip_special_tokens=True))
     log_prob = None if answer.log_probs is None else sum(answer.log_probs[: len(tokens)])
-    return Sample(tokens, text, log_prob, finished)
+    return Sample(tokens, text, log_prob, finished, answer.seconds)

@@ -49,6 +49,7 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "corrects": _corrected(run, candidate, iteration.prompts),
         "tokens": len(candidate.tokens),
         "log_prob": candidate.log_prob,
+        "seconds": candidate.seconds,
         "finished": candidate.finished,
         "evaluations": [_evaluation(run, e) for e in scored],
         "pairs": {
@@ -99,6 +100,8 @@ def page(known: dict[str, Any]) -> RenderableType:
     rows["text"] = f"{known['tokens']} tokens{'' if known['finished'] else ', cut off at the limit'}"
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
+    if known["seconds"] is not None:
+        rows["seconds"] = f"{known['seconds']:.1f} s from first to last token, beside others"
     pairs = known["pairs"]
     reasons = f" ({', '.join(pairs['reasons'])})" if pairs["reasons"] else ""
     rows["pairs"] = Text(visible(f"chosen in {pairs['chosen']}, rejected in {pairs['rejected']}{reasons}"))
