@@ -108,7 +108,8 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
     with Archive.open(archive.path) as new:
         new.keep_programs([replace(WRITTEN[0], name="learning/9/001", iteration=8, seconds=1.5)])
         kept = new.candidate("learning/9/001")
-        assert kept is not None and kept.seconds == 1.5
+        assert kept is not None
+        assert kept.seconds == 1.5
         new.add_evaluation(replace(evaluation, number=1, asked=(2, 1, 0)))
         assert [e.asked for e in new.evaluations("seed")] == [None, (2, 1, 0)]
         assert new.openings() == [Opening("2026-01-01")]
