@@ -33,7 +33,8 @@ VARIANTS = {
     "loss_robust": ["refinement.loss=robust"],
     "loss_kto": ["refinement.loss=kto"],
     "no_dpo": ["preferences.pairs=0", "refinement.shun_examples=0"],
-    "no_imitation": ["refinement.imitation.passes=0"],
+    "no_imitation": ["refinement.imitation.passes=0"],  # repairs are preferred to what they mend then
+    "no_imitation_no_repairs": ["refinement.imitation.passes=0", "preferences.repairs=0"],
     "no_supervised_share": ["refinement.supervised=0", "refinement.rehearsal=0"],
     "no_failures_rejected": ["preferences.failures_as_rejected=false"],
     "no_novelty_pressure": ["preferences.copies_as_rejected=false", "refinement.shun_examples=0"],
@@ -43,7 +44,13 @@ VARIANTS = {
     "kl": ["refinement.kl=0.05"],
     "beta_0.5": ["refinement.beta=0.5"],
     "refit_continue": ["refinement.refit=continue"],
-    "one_prompt": ["prompt.examples=fixed"],
+    "one_prompt": ["prompt.examples=fixed", "prompt.names=[median, row_top, inverse_distance]"],
+    "temperature_0.6": ["factory.temperature=0.6"],
+    "temperature_1.0": ["factory.temperature=1.0"],
+    "stop_margin": ["refinement.stop_margin=10"],
+    "pairs_each_8": ["preferences.pairs_each=8"],
+    "pairs_32": ["preferences.pairs=32", "preferences.pairs_each=8"],
+    "texts_not_alike": ["preferences.alike=1.0"],
 }
 """Name, and what is changed in the preset."""
 

@@ -40,7 +40,8 @@ def mine(run: Run) -> list[dict[str, object]]:
 
 def best(run: Run) -> float:
     """The best score on development, in percent."""
-    return 100 * max(float(str(row["best_dev"])) for row in mine(run) if row["best_dev"] is not None)
+    scores = [float(str(row["best_dev"])) for row in mine(run) if row["best_dev"] is not None]
+    return 100 * max(scores, default=float("nan"))
 
 
 MEASURES: dict[str, Callable[[Run], float]] = {
@@ -51,7 +52,9 @@ MEASURES: dict[str, Callable[[Run], float]] = {
     "new ones surely better than the seed": lambda run: whole(run, "better"),
     "these for each minute": lambda run: 60 * whole(run, "better") / seconds(run),
     "best score on development, %": best,
-    "gain of the best on development over the seed, on test, points": lambda run: gains(run)["learning"],
+    "gain of the best on development over the seed, on test, points": lambda run: gains(run).get(
+        "learning", float("nan")
+    ),
 }
 """What is compared, over the whole of a run."""
 
@@ -76,7 +79,7 @@ def main() -> None:
         learning[seed] = open_run(folder)
     sampling: dict[int, Run] = {}
     for seed, run in learning.items():
-        folder = arguments.out / f"sampling-{seed}"
+        folder = arguments.out / f"sampling-{arguments.times}-{seed}"
         run_seed(seed, folder, [*SAMPLING, f"programs={arguments.times * run.config.programs}"])
         sampling[seed] = open_run(folder)
         print(f"seed {seed} is done", file=sys.stderr)

@@ -33,6 +33,7 @@ def test_the_paper_has_no_help_and_its_own_numbers(tmp_path: Path) -> None:
     )
     assert (paper.prompt.examples, len(paper.prompt.names), paper.prompt.form) == ("fixed", 1, Form.CONTRACT)
     assert (learned.refit, learned.held_to, paper.scaling.norm) == ("continue", "previous", None)
+    assert (writer.dtype, paper.controls) == ("float32", ("frozen", "feedback"))
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,28 @@ def test_a_round_of_too_few_pairs_is_skipped(tiny_writer: Path, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_of_too_few_pairs_nothing_is_preferred_where_programs_are_imitated(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    factory, pairs = learner(tiny_writer, min_pairs=3, imitation={"passes": 1})
+    imitated = [(prompt, chosen) for prompt, chosen, _ in pairs]
+    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None, imitated=imitated)
+    assert facts["preferences_skipped"] == "2 pairs, fewer than refinement.min_pairs (3)"
+    assert (facts["pairs"], facts["steps"], facts["losses"]) == (0, 0, [])
+    assert facts["imitation_steps"] > 0
+    assert (tmp_path / "adapter").is_dir()
+
+
+def test_what_a_killed_process_left_is_removed_when_a_round_is_saved(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / ".adapter.99999"
+    left.mkdir()
+    factory, pairs = learner(tiny_writer)
+    factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
 @pytest.mark.parametrize(
     ("refit", "reference", "held_to", "moved"),
     [

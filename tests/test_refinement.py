@@ -158,6 +158,32 @@ def test_a_kl_term_holds_the_model_to_its_reference(direction: str) -> None:
     assert trained()[1].losses[-1].kl is None
 
 
+def test_the_direction_of_the_kl_term_is_the_one_that_was_asked_for() -> None:
+    model = adapted()
+    [reference] = consult(model, ONE, RefinementSettings(kl=0.2), None)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    found = {}
+    for direction in ("forward", "reverse"):
+        settings = RefinementSettings(kl=0.2, kl_direction=direction)
+        found[direction] = backward(model, ONE[0], reference, settings, 0.0, None)[3].item()
+    tokens, expected = 0, {"forward": 0.0, "reverse": 0.0}
+    with torch.no_grad():
+        for completion in ONE[0].completions:
+            ids = torch.tensor([[*ONE[0].prompt, *completion]])
+            mine = model(ids).logits[0, len(ONE[0].prompt) - 1 : -1].log_softmax(-1)
+            with model.disable_adapter():
+                first = model(ids).logits[0, len(ONE[0].prompt) - 1 : -1].log_softmax(-1)
+            tokens += len(completion)
+            expected["reverse"] += (mine.exp() * (mine - first)).sum().item()
+            expected["forward"] += (first.exp() * (first - mine)).sum().item()
+    assert abs(expected["forward"] - expected["reverse"]) > 1e-3 * expected["forward"]
+    for direction, value in found.items():
+        assert value == pytest.approx(expected[direction] / tokens, rel=1e-4)
+
+
 ONE = [Step(PROMPT, COMPLETIONS, ((0, 1), (2, 3), (0, 3)), rehearsed=(1,))]
 
 

@@ -53,6 +53,34 @@ def test_without_an_adapter_the_factory_stays_what_it_was_and_the_page_says_so(
     assert 0 < factory.flip_rates[0] < 0.5
 
 
+class UnluckyOnce(ScriptedFactory):
+    """Its second round ends without an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrote_with: list[list[str]] = []
+
+    def write(self, asked: Any, iteration: int, temperature: float, adapters: Any, tick: Any) -> list[Sample]:
+        self.wrote_with.append([adapter.name for adapter in adapters])
+        return super().write(asked, iteration, temperature, adapters, tick)
+
+    def refine(self, pairs: Any, iteration: int, *rest: Any, **more: Any) -> dict[str, Any]:
+        if iteration == 1:
+            return {"pairs": len(pairs), "rolled_back": "the loss ..."}
+        return super().refine(pairs, iteration, *rest, **more)
+
+
+@pytest.mark.parametrize("refit", ["continue", "fresh"])
+def test_after_a_round_that_diverged_the_last_adapter_goes_on_writing(refit: str, tmp_path: Path) -> None:
+    factory = UnluckyOnce()
+    config = scripted_config(
+        iterations=4, controls=[], rivals=["task_arithmetic"], refinement={"refit": refit}
+    )
+    run(config, tmp_path / "run", factory=factory)
+    last = {"continue": ["learning-1", "learning-3"], "fresh": ["learning-3"]}[refit]
+    assert factory.wrote_with == [[], ["learning-1"], ["learning-1"], last]
+
+
 class Recording(ScriptedFactory):
     """Asks anew in every iteration, writes no two texts in the same tokens, and keeps what it is to learn."""
 

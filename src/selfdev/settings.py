@@ -27,6 +27,10 @@ class WarmStart(Section):
     seed: int = Field(0, description="Of the draw; not the run's, so that runs share one cached adapter.")
 
 
+LIMITS = ("max_tokens", "max_completion_tokens")
+"""Fields of a request that limit what a server writes."""
+
+
 class Endpoint(Section):
     """A server that speaks OpenAI's protocol and writes the programs; see docs/endpoints.md."""
 
@@ -113,6 +117,18 @@ class Endpoint(Section):
             raise ValueError(
                 "factory.endpoint.money_budget: nothing has a price; set factory.endpoint.price_in and price_out"
             )
+        unlimited = self.request.get(LIMITS[0], 1) is None and self.request.get(LIMITS[1]) is None
+        if unlimited and (self.tokens_budget or self.money_budget):
+            raise ValueError(
+                "factory.endpoint.request: it leaves out max_tokens and names no max_completion_tokens, so nobody "
+                "knows what an answer may cost, and no budget could be held; name one of them"
+            )
+        for field in (*LIMITS, "n"):
+            value = self.request.get(field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(
+                    f"factory.endpoint.request: {field} is {value!r}; it is a whole number from 1"
+                )
         return self
 
 

@@ -80,6 +80,15 @@ def test_a_message_is_answered_with_a_code_block(server: UnrulyServer, tmp_path:
 def test_fields_of_the_users_own_go_with_every_request(server: UnrulyServer, tmp_path: Path) -> None:
     write(factory_of(server, tmp_path, request={"reasoning_effort": "low", "top_p": None}))
     assert all(body["reasoning_effort"] == "low" and "top_p" not in body for body in server.asked)
+    assert all("top_k" not in body and "min_p" not in body for body in server.asked)
+
+
+def test_the_cuts_of_the_sampling_are_those_of_the_config(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path)
+    cut = factory.config.factory.model_copy(update={"top_k": 7, "min_p": 0.25, "top_p": 0.5})
+    factory.config = factory.config.model_copy(update={"factory": cut})
+    write(factory)
+    assert {(body["top_k"], body["min_p"], body["top_p"]) for body in server.asked} == {(7, 0.25, 0.5)}
 
 
 @pytest.mark.parametrize("misdeed", ["429", "500", "503", "cut", "garbage", "empty"])
@@ -229,6 +238,25 @@ def test_a_token_budget_is_never_exceeded_and_all_it_pays_for_is_written(
     assert 4000 - 90 < spent(factory).tokens <= 4000
     write(factory_of(server, tmp_path, tokens_budget=6000, programs=110))
     assert len(server.answered) == 110
+
+
+@pytest.mark.parametrize(
+    ("request_", "most"),
+    [
+        ({"max_tokens": None, "max_completion_tokens": 200}, 200),
+        ({"max_tokens": 90}, 90),
+        ({"n": 3}, 180),
+    ],
+)
+def test_what_is_reserved_is_what_the_request_allows(
+    request_: dict[str, Any], most: int, server: UnrulyServer, tmp_path: Path
+) -> None:
+    factory = factory_of(server, tmp_path, request=request_, retries=0)
+    server.misdeeds = ["cut"] * 100  # an answer that never came counts at its most
+    with pytest.raises(Halted):
+        write(factory)
+    assert spent(factory).tokens_out % most == 0
+    assert spent(factory).tokens_out > 0
 
 
 def test_money_is_counted_by_the_prices(server: UnrulyServer, tmp_path: Path) -> None:

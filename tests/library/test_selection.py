@@ -30,7 +30,7 @@ def rows() -> dict[str, torch.Tensor]:
 def test_is_what_sorting_finds(kind, rank):
     row = rows()[kind]
     assert smallest(row, rank) == row.sort().values[rank - 1]
-    assert magnitudes_at([rank], Stack.of(row[None])).item() == row.abs().sort().values[rank - 1]
+    assert magnitudes_at([[rank]], Stack.of(row[None])).item() == row.abs().sort().values[rank - 1]
 
 
 def test_thresholds_of_several_rows_of_a_matrix():
@@ -47,10 +47,25 @@ def test_a_row_whose_sample_misleads_does_not_mislead_the_others(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = magnitudes_at([7, ENTRIES // 2, ENTRIES], Stack.of(stack)).flatten().tolist()
+        found = magnitudes_at([[7, 9], [ENTRIES // 2, 3], [ENTRIES, 1]], Stack.of(stack))
     finally:
         torch.set_num_threads(before)
-    assert found == [
-        row.abs().sort().values[rank - 1].item()
-        for row, rank in zip(stack, (7, ENTRIES // 2, ENTRIES), strict=True)
+    ordered = stack.abs().sort().values
+    assert found.tolist() == [
+        [ordered[0, 6].item(), ordered[0, 8].item()],
+        [ordered[1, ENTRIES // 2 - 1].item(), ordered[1, 2].item()],
+        [ordered[2, -1].item(), ordered[2, 0].item()],
     ]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 20, ENTRIES // 5, ENTRIES - 1, ENTRIES])
+def test_no_row_lies_in_memory_as_a_whole(rank):
+    flat, largest = rows()["normal"][None], 0
+
+    def part(entries):
+        nonlocal largest
+        largest = max(largest, len(range(*entries.indices(ENTRIES))))
+        return flat[:, entries]
+
+    assert magnitudes_at([[rank]], Stack(1, ENTRIES, part)).item() == flat.abs().sort().values[0, rank - 1]
+    assert largest <= ENTRIES // 3 + 64

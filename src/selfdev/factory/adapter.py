@@ -40,8 +40,11 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
         SelfdevError: it cannot be written.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(
+        f".{folder.name}.*"
+    ):  # by a process that was killed: a run has one at a time
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with quiet():
             model.save_pretrained(aside)

@@ -29,7 +29,7 @@ from selfdev.factory.sampling import Sample
 from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
 from selfdev.factory.server import NoAnswer, Server, patiently
 from selfdev.factory.transcript import END_STRINGS, to_sample
-from selfdev.settings import ENDPOINT_MODEL
+from selfdev.settings import ENDPOINT_MODEL, LIMITS
 from selfdev.streams import stream_seed
 
 T = TypeVar("T")
@@ -162,7 +162,10 @@ class EndpointFactory:
         length = len(prompt.text.encode()) + _TEMPLATE * self.chat
         if self.learner is not None:
             length = len(prompt.tokens(self.learner.tokenizer))
-        most = Usage(length, self.config.factory.max_new_tokens)
+        # `request` may name other limits than ours, and several answers.
+        limits = [body.get(field) for field in LIMITS]
+        longest = max((int(limit) for limit in limits if limit), default=self.config.factory.max_new_tokens)
+        most = Usage(length, longest * int(body.get("n", 1)))
         return _Question(prompt.text, body, hashlib.sha256(content.encode()).hexdigest(), most)
 
     def _body(

@@ -241,8 +241,12 @@ class LocalFactory:
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
         taught = self._lessons(imitated, seed)
-        if len(pairs) < settings.min_pairs and not taught:
-            return {"skipped": f"{len(pairs)} pairs, fewer than refinement.min_pairs ({settings.min_pairs})"}
+        skipped = {}
+        if len(pairs) < settings.min_pairs:
+            why = f"{len(pairs)} pairs, fewer than refinement.min_pairs ({settings.min_pairs})"
+            if not taught:
+                return {"skipped": why}
+            skipped, pairs = {"preferences_skipped": why}, []
         asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _, _ in pairs}
         known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
         preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
@@ -261,6 +265,7 @@ class LocalFactory:
             "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
             "refit": settings.refit,
             "reference": settings.held_to,
+            **skipped,
         }
         self._loaded = None  # two models at once would double the memory
         ground = [] if settings.refit == "fresh" else list(adapters)

@@ -31,7 +31,7 @@ _SLOWEST = 20e6
 
 
 MergePart = Callable[[Tensor, Tensor], Tensor]
-"""Merges task vectors of shape (experts, n) at entries where the seed's tensor is of shape (n,); gives the latter."""
+"""From task vectors of shape (experts, n) and that part of the seed's tensor, (n,), to the merged task vector, (n,)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.blocks import Stack
+from selfdev.algorithms.library.blocks import Stack, in_blocks
 from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.algorithm import Algorithm, Inputs, MergePart
 from selfdev.merging.job import Job
@@ -192,9 +192,8 @@ def _tensors(
 def _merge_in_parts(job: Job, name: str, looks: Callable[[Stack], MergePart], tensor: Tensor) -> None:
     """Merge a tensor a cache full at a time, after a look at its task vectors."""
     merge, entries = looks(_stack(job, name)), _merged_entries(job, name)
-    for begin in range(0, entries, _BLOCK):
-        end = min(begin + _BLOCK, entries)
-        part = _Part(name, (end - begin,), begin, _is_released(end, entries))
+    for span in in_blocks(entries, _BLOCK):
+        part = _Part(name, (span.stop - span.start,), span.start, _is_released(span.stop, entries))
         inputs = _inputs(job, part)
         seed = inputs.context.seed
         _put(job, part, seed, merge(inputs.task_vectors, seed), tensor)

@@ -101,7 +101,7 @@ def page(known: dict[str, Any]) -> RenderableType:
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
     if known["seconds"] is not None:
-        rows["seconds"] = f"{known['seconds']:.1f} s from first to last token, beside others"
+        rows["seconds"] = f"{known['seconds']:.1f} s until it was written, beside others"
     pairs = known["pairs"]
     reasons = f" ({', '.join(pairs['reasons'])})" if pairs["reasons"] else ""
     rows["pairs"] = Text(visible(f"chosen in {pairs['chosen']}, rejected in {pairs['rejected']}{reasons}"))

@@ -34,9 +34,14 @@ class Stack:
 _BLOCK = 1 << 17
 
 
+# A block of fewer entries is none of its own: torch adds up the rows of a narrow one in another order.
+_NARROW = 64
+
+
 def in_blocks(length: int, size: int) -> Iterator[slice]:
-    """Give slices of at most `size` that cover so many."""
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+    """Give slices of `size` that cover so many; the last one takes a narrow rest, and so may have a few more."""
+    starts = range(0, max(length - _NARROW, 1), size)
+    return (slice(start, length if start == starts[-1] else start + size) for start in starts if length)
 
 
 def entrywise(merge: Callable[[Tensor], Tensor], task_vectors: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ def _shares(density: Shares, outliers: Shares, experts: int) -> list[tuple[float
 
 
 def _kept(stack: Stack, shares: Sequence[tuple[float, float]]) -> Kept:
-    firsts, lasts = zip(*(_ranks(stack.entries, *each) for each in shares), strict=True)
-    return band(magnitudes_at(firsts, stack), magnitudes_at(lasts, stack))
+    least, most = magnitudes_at([_ranks(stack.entries, *each) for each in shares], stack).split(1, dim=1)
+    return band(least, most)
 
 
 def _ranks(entries: int, density: float, outliers: float) -> tuple[int, int]:

@@ -168,6 +168,7 @@ class Method:
             stack: the task vectors.
             parameters: values by name, which have been checked; those left out take their default.
         """
+        assert self.in_parts(parameters), f"{self.name} with {parameters} is merged whole"
         if self.by_parts is None:
             return lambda part, seed: self.merge(part, seed, **parameters)
         defaults = {parameter.name: parameter.default for parameter in self.parameters}

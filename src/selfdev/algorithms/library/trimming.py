@@ -1,5 +1,6 @@
 """Which entries of a task vector are kept: the largest, a middle band, or those that a mask marks."""
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ _Numbers = NDArray[np.float32]
 
 # Entries from which on a rank is looked for by a sample: of n entries it takes one in n^(1/3) / 4. The bracket reaches
 # so many standard deviations to both sides of where the sample expects it. Outside of it lies one case in two
-# thousand, which costs time alone.
+# thousand, in which the row is selected from as a whole.
 _MANY = 1 << 17
 _SAMPLED = 0.25
 _DEVIATIONS = 3.5
@@ -63,16 +64,27 @@ def smallest(values: Tensor, rank: int) -> Tensor:
     Returns:
         Shape (), on the same device.
     """
-    return values.new_tensor(_ranked(Stack.of(values[None]), [rank], lambda part: part)[0])
+    [[found]] = _ranked(Stack.of(values[None]), [[rank]], lambda part: part)
+    return values.new_tensor(found)
 
 
-def magnitudes_at(ranks: Sequence[int], stack: Stack) -> Tensor:
-    """Return the magnitude that has a rank in its expert, 1 that of the smallest, shape (experts, 1)."""
-    return torch.tensor(_ranked(stack, ranks, np.abs), dtype=torch.float32)[:, None]
+def magnitudes_at(ranks: Sequence[Sequence[int]], stack: Stack) -> Tensor:
+    """Return the magnitudes that have certain ranks in their expert, 1 that of the smallest.
+
+    Args:
+        ranks: for each expert as many.
+        stack: the task vectors.
+
+    Returns:
+        Shape (experts, ranks), float32.
+    """
+    return torch.tensor(_ranked(stack, ranks, np.abs), dtype=torch.float32)
 
 
-def _ranked(stack: Stack, ranks: Sequence[int], of: Callable[[_Numbers], _Numbers]) -> list[float]:
-    """The number that has a rank in its row, among what a function makes of the stack's.
+def _ranked(
+    stack: Stack, ranks: Sequence[Sequence[int]], of: Callable[[_Numbers], _Numbers]
+) -> list[list[float]]:
+    """The numbers that have certain ranks in their row, among what a function makes of the stack's.
 
     Of many a sample tells between which two the one in question almost surely lies; then only the few in between are
     looked at closely. NumPy selects with vector instructions, ten times as fast as torch.kthvalue, which moves 64-bit
@@ -82,39 +94,67 @@ def _ranked(stack: Stack, ranks: Sequence[int], of: Callable[[_Numbers], _Number
     def look(entries: slice) -> _Numbers:
         return of(stack.part(entries).numpy(force=True))
 
-    found = _ranked_by_sample(look, stack.entries, ranks) if stack.entries >= _MANY else [None] * len(ranks)
-    if None not in found:
-        return [float(number) for number in found if number is not None]
+    def whole(row: int) -> _Numbers:
+        return np.concatenate([look(span)[row] for span in in_blocks(stack.entries, _BRACKETED)])
+
+    if stack.entries < _MANY:
+        numbers = look(slice(0, stack.entries))
+        return [[_at(row, rank) for rank in its] for row, its in zip(numbers, ranks, strict=True)]
+    found = _ranked_by_sample(look, stack.entries, ranks)
     return [
-        float(np.partition(row, rank - 1)[rank - 1])
-        for row, rank in zip(look(slice(0, stack.entries)), ranks, strict=True)
+        [_at(whole(row), rank) if number is None else number for number, rank in zip(*both, strict=True)]
+        for row, both in enumerate(zip(found, ranks, strict=True))
     ]
 
 
+def _at(numbers: _Numbers, rank: int) -> float:
+    return float(np.partition(numbers, rank - 1)[rank - 1])
+
+
 def _ranked_by_sample(
-    look: Callable[[slice], _Numbers], entries: int, ranks: Sequence[int]
-) -> list[float | None]:
+    look: Callable[[slice], _Numbers], entries: int, ranks: Sequence[Sequence[int]]
+) -> list[list[float | None]]:
     """The same; None where the sample misleads."""
     # An odd stride, or all of the sample could come from a few columns of a matrix.
     stride = int(_SAMPLED * entries ** (1 / 3)) | 1
     drawn = [look(slice(part.start, part.stop, stride)) for part in in_blocks(entries, _DRAWN * stride)]
     rows = zip(np.concatenate(drawn, axis=1), ranks, strict=True)
-    brackets = [_Bracket.around(sample, rank, entries) for sample, rank in rows]
+    ends = [[_ends(sample, rank, entries) for rank in its] for sample, its in rows]
     spans = list(in_blocks(entries, _BRACKETED))
 
-    def sort_out(share: Sequence[slice]) -> list["_Bracket"]:
-        own = [_Bracket(each.low, each.high) for each in brackets]
+    def sort_out(share: Sequence[slice]) -> list[list["_Bracket"]]:
+        own = [[_Bracket(*both) for both in its] for its in ends]
         for span in share:
-            for row, bracket in zip(look(span), own, strict=True):
-                bracket.take(row)
+            for row, its in zip(look(span), own, strict=True):
+                for bracket in its:
+                    bracket.take(row)
         return own
 
     threads = torch.get_num_threads()  # NumPy itself has but one
-    with ThreadPoolExecutor(threads) as pool:
-        for shares in pool.map(sort_out, [spans[i::threads] for i in range(threads)]):
-            for bracket, share in zip(brackets, shares, strict=True):
-                bracket.add(share)
-    return [bracket.at(rank) for bracket, rank in zip(brackets, ranks, strict=True)]
+    if threads == 1:
+        shares = [sort_out(spans)]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            shares = list(pool.map(sort_out, [spans[i::threads] for i in range(threads)]))
+    return [
+        [_Bracket.together(each).at(rank) for rank, *each in zip(its, *brackets, strict=True)]
+        for its, *brackets in zip(ranks, *shares, strict=True)
+    ]
+
+
+def _ends(sample: _Numbers, rank: int, entries: int) -> tuple[float, float]:
+    """Two numbers between which almost surely lies the one that has a rank among all of which these are a sample."""
+    share = rank / entries
+    place = share * len(sample)
+    margin = _DEVIATIONS * (place * (1 - share)) ** 0.5 + 1
+    low, high = int(place - margin), int(place + margin)
+    inside = sorted({max(low, 0), min(high, len(sample) - 1)})
+    found = np.partition(sample, inside)[inside]
+    # What is beyond the sample may lie beyond all of it.
+    return (
+        float(found[0]) if low > 0 else -math.inf,
+        float(found[-1]) if high < len(sample) - 1 else math.inf,
+    )
 
 
 @dataclass
@@ -129,13 +169,16 @@ class _Bracket:
     between: list[_Numbers] = field(default_factory=list)
 
     @classmethod
-    def around(cls, sample: _Numbers, rank: int, entries: int) -> "_Bracket":
-        """One that almost surely holds the number that has a rank among all of which these are a sample."""
-        share = rank / entries
-        place = share * len(sample)
-        margin = _DEVIATIONS * (place * (1 - share)) ** 0.5 + 1
-        ends = [max(0, int(place - margin)), min(len(sample) - 1, int(place + margin))]
-        return cls(*np.partition(sample, ends)[ends])
+    def together(cls, brackets: Sequence["_Bracket"]) -> "_Bracket":
+        """What several have sorted out that have the same ends."""
+        return cls(
+            brackets[0].low,
+            brackets[0].high,
+            sum(each.below for each in brackets),
+            sum(each.at_low for each in brackets),
+            sum(each.at_high for each in brackets),
+            [some for each in brackets for some in each.between],
+        )
 
     def take(self, row: _Numbers) -> None:
         """Sort out some numbers."""
@@ -150,13 +193,6 @@ class _Bracket:
         above &= row < self.high
         self.between.append(row[above])  # the slowest step by far, if many were left
 
-    def add(self, other: "_Bracket") -> None:
-        """Add what another one has sorted out."""
-        self.below += other.below
-        self.at_low += other.at_low
-        self.at_high += other.at_high
-        self.between += other.between
-
     def at(self, rank: int) -> float | None:
         """The number of a rank; None where it is outside."""
         left = rank - self.below
@@ -167,7 +203,7 @@ class _Bracket:
         left -= self.at_low
         inside = np.concatenate(self.between)
         if left <= len(inside):
-            return float(np.partition(inside, left - 1)[left - 1])
+            return _at(inside, left)
         return self.high if left <= len(inside) + self.at_high else None
 
 
@@ -195,7 +231,7 @@ def magnitude_thresholds(stack: Stack, density: Shares) -> Tensor:
     """Return the thresholds of the magnitudes, shape (experts, 1)."""
     check_density(density)
     shares = for_each(density, stack.experts)
-    return magnitudes_at([_first_kept(share, stack.entries) for share in shares], stack)
+    return magnitudes_at([[_first_kept(share, stack.entries)] for share in shares], stack)
 
 
 def band(least: Tensor, most: Tensor | None = None) -> Kept:
