@@ -10,6 +10,7 @@ from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form, wrap_short
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration, Pair, Refinement, Run
 from selfdev.config import load_config
+from selfdev.errors import SelfdevError
 from selfdev.factory.prompt import ask, showing
 from selfdev.report.dataset import export_pairs
 from selfdev.runs import open_run
@@ -143,6 +144,37 @@ def test_a_side_says_how_it_was_written_and_the_score_that_the_pair_was_made_fro
     assert (failing["rejected_failure"], failing["rejected_score"]) == ("TypeError", None)
     nobody = ("rejected_score", "rejected_log_prob", "rejected_temperature", "rejected_failure")
     assert [shown[column] for column in nobody] == [None] * 4
+    assert {"rejected_error", "rejected_nearest", "chosen_nearest"} <= set(pair)
+
+
+def test_what_made_the_pairs_is_beside_them(run: Path, tmp_path: Path) -> None:
+    found = open_run(run)
+    export_pairs(found, tmp_path / "out")
+    known = json.loads((tmp_path / "out/provenance.json").read_text())
+    assert known["config"] == found.config.model_dump(mode="json")
+    assert known["facts"]["factory"]["weights"] == "first weights"
+    trained = found.archive.refinements("learning")
+    assert known["rounds"][: len(trained)] == [
+        {"arm": "learning", "round": each.iteration + 1, **each.facts} for each in trained
+    ]
+    assert trained
+
+
+def test_a_dataset_that_cannot_be_written_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Path.write_text
+
+    def full(path: Path, text: str, *rest: Any, **more: Any) -> int:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        return write(path, text, *rest, **more)
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SelfdevError, match=r"cannot be written: .*No space left"):
+        export_pairs(open_run(run), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_in_a_race_the_rejected_one_has_the_score_on_the_first_questions(tmp_path: Path) -> None:

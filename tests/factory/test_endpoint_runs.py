@@ -170,6 +170,19 @@ URL = {"url": "http://127.0.0.1:8000/v1"}
             "LoRA adapters and no whole model; set it to lora",
         ),
         ({"controls": ["frozen"]}, "the run is its own frozen control"),
+        (
+            {
+                "factory": {
+                    "model": "endpoint:x",
+                    "endpoint": {**URL, "tokens_budget": 9**9, "request": {"max_tokens": None}},
+                }
+            },
+            "no budget could be held",
+        ),
+        (
+            {"factory": {"model": "endpoint:x", "endpoint": {**URL, "request": {"n": 0}}}},
+            "a whole number from 1",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes: dict[str, object], message: str) -> None:

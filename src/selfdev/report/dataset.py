@@ -1,7 +1,9 @@
 """The preference pairs of a run as a Hugging Face dataset, in TRL's columns, with where every program came from."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import OPENING, wrap_short
 from selfdev.archive import Candidate, Pair
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.standing import LEARNING, is_written, ranked_new, scores_on_first
 from selfdev.preferences import asked
 
@@ -20,6 +22,8 @@ _SIDE = {
     "name": "string",
     "status": "string",
     "failure": "string",
+    "error": "string",
+    "nearest": "string",
     "score": "float64",
     "log_prob": "float64",
     "temperature": "float64",
@@ -74,7 +78,9 @@ questions, which all have answered. `*_log_prob` is that of the completion in na
 wrote it at `*_temperature`; null for what nobody wrote. `*_tokens` are null for an example. `adapter` is the SHA-256 of
 the weights that the round saved, null where it saved none: from them come the arm's next programs, and the first ones
 from `factory_weights`, with the run's warm start if it has one. With `refinement.refit: fresh` a round trains on the
-pairs of all rounds up to it.
+pairs of all rounds up to it. `*_failure` and `*_error` say how a program fails, `*_nearest` what it is, or is nearest
+to: for a copy, the program that it copies. `provenance.json` has the run's config, the hashes and versions that it
+stands on, and of every round its settings and losses.
 
 **The programs were written by a language model. Do not run them outside a jail.**
 """
@@ -92,29 +98,54 @@ def export_pairs(run: "Run", out: Path) -> int:
 
     Raises:
         UserError: the folder exists, or the run has no pairs.
+        SelfdevError: it cannot be written.
     """
     if out.exists():
         raise UserError(f"'{out}' exists; choose another folder")
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
     arms = [_Arm(run, arm) for arm in (LEARNING, *run.config.controls)]
     rounds = {t: [row for arm in arms for row in arm.rows(t)] for t in range(run.config.iterations)}
     rounds = {t: rows for t, rows in rounds.items() if rows}
     count = sum(map(len, rounds.values()))
     if not count:
         raise UserError(f"the run '{run.archive.run.name}' has no preference pairs (yet)")
-    (out / "data").mkdir(parents=True)
-    for t, rows in rounds.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / "data" / f"round-{t + 1:02d}.jsonl").write_text(lines)
-    card = _CARD.format(
+    try:
+        (aside / "data").mkdir(parents=True)
+        for t, rows in rounds.items():
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (aside / "data" / f"round-{t + 1:02d}.jsonl").write_text(lines)
+        (aside / "provenance.json").write_text(json.dumps(_provenance(run), indent=2) + "\n")
+        (aside / "README.md").write_text(_card(run, count, len(rounds)))
+        aside.rename(out)
+    except OSError as error:
+        raise SelfdevError(f"'{out}' cannot be written: {error}; nothing of it is kept") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return count
+
+
+def _provenance(run: "Run") -> dict[str, Any]:
+    """What made the pairs, and what each round did with them."""
+    return {
+        "config": run.config.model_dump(mode="json"),
+        "facts": run.archive.run.facts,
+        "rounds": [
+            {"arm": arm, "round": each.iteration + 1, **each.facts}
+            for arm in (LEARNING, *run.config.controls)
+            for each in run.archive.refinements(arm)
+        ],
+    }
+
+
+def _card(run: "Run", count: int, rounds: int) -> str:
+    return _CARD.format(
         name=run.archive.run.name,
         count=count,
-        rounds=len(rounds),
+        rounds=rounds,
         model=run.config.factory.model,
         version=run.archive.run.facts.get("versions", {}).get("selfdev", "of unknown version"),
         features="\n".join(_feature(column, kind) for column, kind in _COLUMNS.items()),
     )
-    (out / "README.md").write_text(card)
-    return count
 
 
 def _feature(column: str, kind: str) -> str:
@@ -178,6 +209,8 @@ class _Arm:
             f"{side}_name": candidate.name,
             f"{side}_status": candidate.status,
             f"{side}_failure": candidate.failure,
+            f"{side}_error": candidate.error,
+            f"{side}_nearest": candidate.nearest,
             f"{side}_score": scores.get(candidate.name),
             f"{side}_log_prob": candidate.log_prob,
             f"{side}_temperature": self.iterations[candidate.iteration].temperature if written else None,
