@@ -144,6 +144,9 @@ def export(
     from selfdev.merging.export import to_mergekit, to_python, write_export
 
     if to is Export.MODEL:
+        from selfdev.merging.heap import return_large_blocks
+
+        return_large_blocks()
         from selfdev.merging.checkpoint import merge_checkpoints
         from selfdev.merging.recipe import Recipe
         from selfdev.report.bar import Bar
