@@ -1,8 +1,10 @@
 """Checkpoints merge from disk to disk: what comes out loads, equals the reference, and is whole or not there."""
 
+import ctypes
 import errno
 import hashlib
 import json
+import mmap
 import os
 import pickle
 import shutil
@@ -261,6 +263,44 @@ def test_what_can_be_is_merged_in_parts(
     experts = {each: wide(tmp_path / each, i) for i, each in enumerate("abc", start=1)}
     merged(wide(tmp_path / "seed", 0), tmp_path / "out", name, **experts, **parameters)
     assert seen == ([name] if in_parts else [])
+
+
+def cached(file: Path) -> float:
+    """The share of a file's pages that lie in the system's cache."""
+    libc = ctypes.CDLL(None)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+        pages = (ctypes.c_ubyte * -(-len(mapping) // mmap.PAGESIZE))()
+        begin = ctypes.c_ubyte.from_buffer(mapping)
+        libc.mincore(ctypes.c_void_p(ctypes.addressof(begin)), ctypes.c_size_t(len(mapping)), pages)
+        del begin  # or the mapping could not be closed
+        return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.parametrize("name", ["task_arithmetic", "ties", "model_stock"])
+def test_large_models_pass_through_the_systems_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def large(folder: str, number: int) -> Path:
+        tensor = torch.randn(1 << 22, generator=torch.Generator().manual_seed(number))
+        return write(tmp_path / folder, {UP: tensor, DOWN: None, TABLE: None}, dtype=torch.bfloat16)
+
+    folders = {"seed": large("seed", 0), "a": large("a", 1), "b": large("b", 2)}
+    files = [folder / "model.safetensors" for folder in folders.values()]
+    for file in files:  # what has not reached the disk yet cannot leave the cache
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if max(map(cached, files)) > 0.1:
+        pytest.skip("nothing leaves the cache of this file system")
+    seed, *_ = folders.values()
+    experts = {each: folders[each] for each in "ab"}
+    kept = merged(seed, tmp_path / "kept", name, **experts)
+    assert min(map(cached, [*files, tmp_path / "kept/model.safetensors"])) > 0.9
+    monkeypatch.setattr("selfdev.merging.job._PASSING", 0)
+    passed = merged(seed, tmp_path / "passed", name, **experts)
+    assert max(map(cached, files)) < 0.3
+    assert kept.keys() == passed.keys()
+    assert all(torch.equal(kept[each], passed[each]) for each in kept)
 
 
 def test_a_part_that_is_not_finite_is_told_as_a_whole_tensor_is(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def _stream(
     spans = [spans_of(job, step) for step in steps]
     with (
         ReadAhead(files, spans, begun.stop() if begun else {}) as ahead,
-        Writer(folder, list(planned.values()), shard_bytes) as writer,
+        Writer(folder, list(planned.values()), shard_bytes, passing=job.passing) as writer,
     ):
         for name, tensor in _told(merged_tensors(job, algorithm, steps, ahead)):
             writer.put(name, tensor)

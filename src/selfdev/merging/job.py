@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from selfdev.errors import UserError
@@ -18,6 +19,9 @@ from selfdev.models.weights import TYPES
 
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _ROOM_BESIDE = 64 << 20
+
+_PASSING = 4 << 30
+"""Bytes of all models from which on none of them stays in the system's cache."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Job:
     def counts(self) -> tuple[int, int]:
         """How many tensors are merged, and how many there are."""
         return len(self.chosen), len(self.order)
+
+    @cached_property
+    def passing(self) -> bool:
+        """Whether the models pass through the system's cache and do not stay there.
+
+        They would put out what others have there, and to fill new pages can take longer than to merge what is in them.
+        """
+        files = {file for model in (self.seed, *self.experts.values()) for file in model.files}
+        return sum(file.stat().st_size for file in files) > _PASSING
 
     @property
     def largest(self) -> int:

@@ -107,6 +107,10 @@ class Checkpoint:
         """Let go of the memory of a tensor's pages."""
         self._files[name].release(self._stored_as.get(name, name))
 
+    def forget(self, name: str, end: int | None = None) -> None:
+        """Let the system's cache forget a released tensor too, up to an entry or all of it."""
+        self._files[name].forget(self._stored_as.get(name, name), end)
+
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The named tensors as float32, in memory of their own.
 

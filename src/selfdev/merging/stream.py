@@ -202,7 +202,6 @@ def _merge_in_parts(job: Job, name: str, looks: Callable[[Stack], MergePart], te
 def _stack(job: Job, name: str) -> Stack:
     """The task vectors of a tensor, made where they are looked at."""
     total = _merged_entries(job, name)
-    models = (job.seed, *job.experts.values())
 
     def part(entries: slice) -> Tensor:
         begin, end, step = entries.indices(total)
@@ -212,11 +211,18 @@ def _stack(job: Job, name: str) -> Stack:
         for vector, expert in zip(vectors, job.experts.values(), strict=True):
             expert.task_vector(name, seed, vector, begin, step)
         if step > 1 or _is_released(end, total):
-            for model in models:
-                model.release(name)
+            _let_go(job, name, 0)  # it is read once more
         return vectors
 
     return Stack(len(job.experts), total, part)
+
+
+def _let_go(job: Job, name: str, end: int) -> None:
+    """Let go of the pages of a tensor and, where the models are large, of the system's up to an entry."""
+    for model in (job.seed, *job.experts.values()):
+        model.release(name)
+        if job.passing and end:
+            model.forget(name, end)
 
 
 def _is_released(end: int, entries: int) -> bool:
@@ -259,6 +265,8 @@ def _kept(job: Job, name: str) -> Tensor:
     if kept.dtype != stored.dtype and not is_finite(kept):
         raise _beyond(planned)
     job.seed.release(name)
+    if job.passing and name not in job.chosen:
+        job.seed.forget(name)
     return tensor
 
 
@@ -278,8 +286,7 @@ def _inputs(job: Job, part: _Part) -> Inputs:
             expert.task_vector(name, own, vector, part.begin + begin)
             finite = finite and is_finite(vector)
         if part.releases and _is_released(min(end, seed.numel()), seed.numel()):
-            for model in (job.seed, *job.experts.values()):
-                model.release(name)
+            _let_go(job, name, part.begin + min(end, seed.numel()))
     if not finite:
         for model in (job.seed, *job.experts.values()):
             model.check_finite(name, model.tensor(name))

@@ -70,15 +70,24 @@ class Writer:
     The whole layout is known from the start, so that no tensor has to wait for another.
     """
 
-    def __init__(self, folder: Path, planned: Sequence[Planned], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        planned: Sequence[Planned],
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        passing: bool = False,
+    ):
         """Write nothing yet.
 
         Args:
             folder: exists, and holds no weights.
             planned: all tensors, in the order in which they will be put.
             shard_bytes: largest file.
+            passing: whether the system's cache is to forget what is written.
         """
         self._folder = folder
+        self._passing = passing
         shards = list(_shards(planned, shard_bytes))
         names = (
             ["model.safetensors"]
@@ -152,7 +161,7 @@ class Writer:
         if self._file is None:
             file, shard = self._shards.popleft()
             self._left.extend(shard)
-            self._file = _File(self._folder / file, _header(shard), self._verifier)
+            self._file = _File(self._folder / file, _header(shard), self._verifier, self._passing)
         planned = self._left.popleft()
         data = _bytes(tensor)
         assert (planned.name, planned.size) == (name, data.nbytes), (
@@ -179,8 +188,9 @@ def write_failure(error: OSError, folder: Path) -> str:
 class _File:
     """One file that grows, is flushed piece by piece, and is compared with memory behind the place of writing."""
 
-    def __init__(self, path: Path, header: bytes, verifier: ThreadPoolExecutor):
+    def __init__(self, path: Path, header: bytes, verifier: ThreadPoolExecutor, passing: bool):
         self.path = path
+        self._passing = passing
         self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         self._sha = hashlib.sha256()
         self._written = 0
@@ -241,6 +251,8 @@ class _File:
                 if not count or not _equal(buffer[:count], meant[:count]):
                     self._refuse()
                 meant, begin = meant[count:], begin + count
+        if self._passing:
+            os.posix_fadvise(self._descriptor, 0, end, os.POSIX_FADV_DONTNEED)
 
     def _refuse(self) -> NoReturn:
         raise SelfdevError(

@@ -10,6 +10,7 @@ import ctypes
 import json
 import math
 import mmap
+import os
 import pickle
 import struct
 import warnings
@@ -111,6 +112,22 @@ class WeightFile:
         """Let go of the memory that a tensor's pages take; it can be read again."""
         if self._mapped:
             _forget(self.tensor(name))
+
+    def forget(self, name: str, end: int | None = None) -> None:
+        """Let the system's cache forget a released tensor up to an entry, or all of it; the disk has it.
+
+        Only where the format tells its place.
+        """
+        entry = self.entries[name]
+        size = entry.end - entry.begin
+        if size and end is not None:
+            size = min(size, end * TYPES[entry.dtype].itemsize)
+        if size:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(descriptor, entry.begin, size, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
 
     def _view(self, name: str) -> Tensor:
         entry = self.entries[name]
