@@ -92,6 +92,21 @@ def main() -> None:
             f"| {what} | {mean(one):.1f} | {mean(other):.1f} | {middle:+.1f} "
             f"({middle - half:+.1f} to {middle + half:+.1f}) |"
         )
+    found, cost = (sum(whole(run, "better") for run in learning.values()), training(learning))
+    needed = found * sum(whole(run, "written") for run in sampling.values())
+    needed /= sum(whole(run, "better") for run in sampling.values()) or float("nan")
+    more = needed - sum(whole(run, "written") for run in learning.values())
+    if more > 0:
+        print(
+            f"\nSampling alone writes {needed / len(learning):.0f} programs to find as many that are surely better "
+            "than the seed as learning does. So learning pays in seconds where a program takes more than "
+            f"{cost / more:.1f} s to write and score."
+        )
+
+
+def training(runs: dict[int, Run]) -> float:
+    """Seconds of learning, in all runs."""
+    return sum(float(row["seconds"]["learning"]) for run in runs.values() for row in mine(run))  # type: ignore[index]
 
 
 if __name__ == "__main__":
