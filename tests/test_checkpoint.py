@@ -178,7 +178,7 @@ def test_a_method_gives_what_it_gives_in_a_run(tmp_path: Path, name: str) -> Non
         assert torch.equal(out[parameter], vectors.seed[parameter] + tensor)
 
 
-WIDE = (301, 499)  # two parts of which each fills the cache, and a third
+WIDE = (601, 499)  # two parts of which each fills the cache, and a third
 
 IN_PARTS = [
     *((name, {}) for name, each in methods().items() if each.entrywise),
@@ -224,7 +224,7 @@ def test_parts_of_many_experts_are_the_same_whatever_is_left_at_the_end(
 ) -> None:
     def flat(folder: str, number: int, dtype: torch.dtype) -> Path:
         generator = torch.Generator().manual_seed(number)
-        return write(tmp_path / folder, {UP: torch.randn((1 << 17) + rest, generator=generator)}, dtype=dtype)
+        return write(tmp_path / folder, {UP: torch.randn((1 << 18) + rest, generator=generator)}, dtype=dtype)
 
     types = [torch.bfloat16, torch.float16, torch.float32]
     seed = flat("seed", 0, torch.float16)

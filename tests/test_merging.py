@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from selfdev.algorithms.library import method
 from selfdev.errors import UserError
 from selfdev.merging.apply import applied
+from selfdev.merging.reader import is_finite
 from selfdev.merging.task_vectors import (
     TaskVectors,
     merge_by_method,
@@ -346,3 +347,22 @@ def test_a_resident_model_of_the_zoo_is_merged_and_restored():
         # Seed plus the whole task vector is the expert, whose attention is the seed's.
         assert torch.allclose(model(tokens).logits, add(tokens).logits, atol=1e-4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_tensor_is_finite_if_what_it_is_rounded_to_is(dtype: torch.dtype, sign: float) -> None:
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float32)
+    near = [largest]
+    for direction in (torch.inf, 0.0):
+        value = largest
+        for _ in range(3):
+            value = torch.nextafter(value, torch.tensor(direction))
+            near.append(value)
+    step = largest.item() * torch.finfo(dtype).eps / 4
+    near += [torch.tensor(largest.item() + step * factor) for factor in (0.99, 1.0, 1.01, 2.0)]
+    for value in (*near, torch.tensor(torch.nan), torch.tensor(torch.inf), torch.tensor(0.0)):
+        tensor = torch.stack([torch.tensor(1.0), sign * value, torch.tensor(-2.0)])
+        expected = bool(tensor.to(dtype).float().isfinite().all())
+        assert is_finite(tensor, dtype) == expected, value
+    assert is_finite(torch.empty(0), dtype)

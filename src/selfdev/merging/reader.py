@@ -226,5 +226,18 @@ def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether a tensor has neither NaN nor infinity, also once it is rounded to a type, found without a copy of it."""
     if not tensor.numel():
         return True
-    ends = torch.aminmax(tensor)  # NaN passes through both, and rounding keeps the order
-    return all(math.isfinite(end.to(dtype or tensor.dtype).item()) for end in ends)
+    low, high = (
+        end.item() for end in torch.aminmax(tensor)
+    )  # NaN passes through both, and rounding keeps the order
+    if (dtype or tensor.dtype) in _REACH:
+        reach = _REACH[dtype or tensor.dtype]
+        return bool(-reach < low <= high < reach)
+    return all(math.isfinite(torch.tensor(end, dtype=dtype or tensor.dtype).item()) for end in (low, high))
+
+
+_REACH = {
+    torch.float32: math.inf,
+    torch.bfloat16: (2 - 2**-8) * 2.0**127,
+    torch.float16: (2 - 2**-11) * 2.0**15,
+}
+"""From here on numbers are rounded to infinity: half way from the largest one to what would follow it."""

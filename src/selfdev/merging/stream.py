@@ -29,7 +29,7 @@ from selfdev.sandbox import Context
 _ROOM_BESIDE = 96 << 20
 """Bytes that steps may take beside the largest one's."""
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 """Entries of each model that are merged at a time where parts can be: all that is made of them stays in the cache."""
 
 _STRETCH = 1 << 21
@@ -284,7 +284,8 @@ def _inputs(job: Job, part: _Part) -> Inputs:
         theirs = vectors.view(len(vectors), -1)[:, begin:end] if in_parts else vectors
         for vector, expert in zip(theirs, job.experts.values(), strict=True):
             expert.task_vector(name, own, vector, part.begin + begin)
-            finite = finite and is_finite(vector)
+        # A sum that is finite is one of finite numbers; one that is not may have been too large.
+        finite = finite and (math.isfinite(theirs.sum().item()) or is_finite(theirs))
         if part.releases and _is_released(min(end, seed.numel()), seed.numel()):
             _let_go(job, name, part.begin + min(end, seed.numel()))
     if not finite:

@@ -25,7 +25,7 @@ _Numbers = NDArray[np.float32]
 _MANY = 1 << 17
 _SAMPLED = 0.25
 _DEVIATIONS = 3.5
-_BRACKETED = 1 << 16
+_BRACKETED = 1 << 17
 
 # Numbers of a sample that are taken at a time.
 _DRAWN = 1 << 13
