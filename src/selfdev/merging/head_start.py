@@ -8,6 +8,10 @@ from threading import Event, Thread
 from selfdev.models.digest import FileDigest
 
 _PIECE = 16 << 20
+
+_ROOM = 4 << 20
+"""Bytes that are read at a time. After each it waits for the interpreter's lock, which an import keeps for 5 ms."""
+
 _MOST = 2 << 30
 """Bytes that are hashed at the most. They lie in the system's cache until the merge comes to them."""
 
@@ -36,11 +40,11 @@ class HeadStart:
         return self._digests
 
     def _hash(self) -> None:
-        end = 0
+        end, room = 0, memoryview(bytearray(_ROOM))
         with suppress(OSError):  # the merge comes upon it too, and says it
             while self._digests and end < _MOST // len(self._digests):
                 begin, end = end, end + _PIECE
                 for digest in self._digests.values():
                     if self._stopped.is_set():
                         return
-                    digest.advance(begin, end)
+                    digest.advance(begin, end, room)

@@ -85,7 +85,10 @@ class Checkpoint:
 
     def entries(self, name: str, shape: Sequence[int], begin: int = 0, step: int = 1) -> Tensor:
         """As many entries of a tensor as the shape has, from `begin` on in the order of storage, or each `step`th."""
-        return self.tensor(name).flatten()[begin::step][: math.prod(shape)].view(shape)
+        count = math.prod(shape)
+        # Few operations: with several threads at work each costs a turn of the interpreter's lock.
+        found = self._files[name].flat(self._stored_as.get(name, name))[begin : begin + count * step : step]
+        return found if len(shape) == 1 else found.view(shape)
 
     def in_parts(self, name: str) -> bool:
         """Whether `entries` and `task_vector` take no longer for the parts of a tensor than for all of it."""

@@ -277,17 +277,17 @@ def _inputs(job: Job, part: _Part) -> Inputs:
     in_parts = all(model.in_parts(name) for model in (job.seed, *job.experts.values()))
     finite = True
     # A cache full at a time: each of its steps would else go through memory.
-    for begin in range(0, seed.numel(), _BLOCK if in_parts else max(1, seed.numel())):
-        end = begin + _BLOCK if in_parts else seed.numel()
-        own = seed.view(-1)[begin:end] if in_parts else seed
-        own.copy_(job.seed.entries(name, own.shape, part.begin + begin))
-        theirs = vectors.view(len(vectors), -1)[:, begin:end] if in_parts else vectors
+    for span in in_blocks(seed.numel(), _BLOCK if in_parts else max(1, seed.numel())):
+        whole = span.stop - span.start == seed.numel()
+        own = seed if whole else seed.view(-1)[span]
+        own.copy_(job.seed.entries(name, own.shape, part.begin + span.start))
+        theirs = vectors if whole else vectors.view(len(vectors), -1)[:, span]
         for vector, expert in zip(theirs, job.experts.values(), strict=True):
-            expert.task_vector(name, own, vector, part.begin + begin)
+            expert.task_vector(name, own, vector, part.begin + span.start)
         # A sum that is finite is one of finite numbers; one that is not may have been too large.
         finite = finite and (math.isfinite(theirs.sum().item()) or is_finite(theirs))
-        if part.releases and _is_released(min(end, seed.numel()), seed.numel()):
-            _let_go(job, name, part.begin + min(end, seed.numel()))
+        if part.releases and _is_released(span.stop, seed.numel()):
+            _let_go(job, name, part.begin + span.stop)
     if not finite:
         for model in (job.seed, *job.experts.values()):
             model.check_finite(name, model.tensor(name))

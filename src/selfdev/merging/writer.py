@@ -38,7 +38,7 @@ _BEHIND = 2
 
 _READ = 1 << 20
 
-_WAITING = 64 << 20
+_WAITING = 128 << 20
 """Bytes that may wait to be written, unless one tensor has more. They are held in memory."""
 
 

@@ -27,24 +27,30 @@ class FileDigest:
         self._sha = hashlib.sha256()
         self._done = 0
 
-    def advance(self, begin: int, end: int) -> None:
-        """Bring the bytes from `begin` to `end` into the system's cache, hashed if what lies before them is near."""
+    def advance(self, begin: int, end: int, room: memoryview | None = None) -> None:
+        """Bring the bytes from `begin` to `end` into the system's cache, hashed if what lies before them is near.
+
+        Args:
+            begin: first byte.
+            end: the one behind the last.
+            room: memory to read into; a little of its own if None.
+        """
         if end > self._done and begin - self._done <= _LARGEST_GAP:
-            self._hash(end)
+            self._hash(end, room)
 
     def finish(self) -> str:
         """The hash of the whole file, 64 hex digits."""
         self._hash(None)
         return self._sha.hexdigest()
 
-    def _hash(self, end: int | None) -> None:
+    def _hash(self, end: int | None, room: memoryview | None = None) -> None:
         """Go on to byte `end`, or to the file's."""
         # Of its own, since the parts come from several threads in turn, and files can be thousands.
-        piece = memoryview(bytearray(_PIECE))
+        piece = memoryview(bytearray(_PIECE)) if room is None else room
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._done)
             while end is None or self._done < end:
-                wanted = _PIECE if end is None else min(_PIECE, end - self._done)
+                wanted = len(piece) if end is None else min(len(piece), end - self._done)
                 count = os.readv(file.fileno(), [piece[:wanted]])
                 if not count:
                     break

@@ -90,6 +90,7 @@ class WeightFile:
             OSError: it cannot be opened.
         """
         self.path = path
+        self._flat: dict[str, Tensor] = {}
         if path.suffix == ".safetensors":
             self._mapped: bool = True
             self.entries, self._mapping = _safetensors(path)
@@ -107,6 +108,15 @@ class WeightFile:
         if name not in self._views:
             self._views[name] = self._view(name)
         return self._views[name]
+
+    def flat(self, name: str) -> Tensor:
+        """The same with one dimension; a copy where the tensor is not stored in the order of its entries."""
+        if name not in self._flat:
+            flat = self.tensor(name).flatten()
+            if not self.tensor(name).is_contiguous():
+                return flat
+            self._flat[name] = flat
+        return self._flat[name]
 
     def release(self, name: str) -> None:
         """Let go of the memory that a tensor's pages take; it can be read again."""

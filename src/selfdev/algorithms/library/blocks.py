@@ -60,7 +60,10 @@ def entrywise(merge: Callable[[Tensor], Tensor], task_vectors: Tensor) -> Tensor
 def blockwise(merge: Callable[[Tensor, slice], Tensor], task_vectors: Tensor) -> Tensor:
     """The same by a function that is told as well which entries a block has, as their slice."""
     flat = task_vectors.reshape(len(task_vectors), -1)
-    result = flat.new_empty(flat.shape[1])
-    for entries in in_blocks(len(result), _BLOCK):
+    count = flat.shape[1]
+    if count <= _BLOCK:
+        return merge(flat, slice(0, count)).reshape(task_vectors.shape[1:])
+    result = flat.new_empty(count)
+    for entries in in_blocks(count, _BLOCK):
         result[entries] = merge(flat[:, entries], entries)
     return result.reshape(task_vectors.shape[1:])
