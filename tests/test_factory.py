@@ -509,3 +509,11 @@ class Stopping(Silent):
             raise Stopped
         with super().phase(name, arm, iteration) as tick:
             yield tick
+
+
+def test_two_processes_may_make_one_warm_start_at_a_time(tiny_writer: Path, tmp_path: Path) -> None:
+    other = tmp_path / ".warm.99999"
+    other.mkdir()
+    model = with_new_adapter(learner(tiny_writer)[0].model([]), 2, 0)
+    save_learned(model, tmp_path / "warm")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".warm.99999", "warm"]

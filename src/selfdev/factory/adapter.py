@@ -40,11 +40,8 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
         SelfdevError: it cannot be written.
     """
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(
-        f".{folder.name}.*"
-    ):  # by a process that was killed: a run has one at a time
-        shutil.rmtree(left, ignore_errors=True)
     try:
         with quiet():
             model.save_pretrained(aside)
@@ -56,6 +53,12 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
         raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove what processes left that were killed while they saved to `folder`, which only one does at a time."""
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def load_moments(folder: Path) -> Moments | None:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import load_moments, save_learned, with_new_adapter
+from selfdev.factory.adapter import load_moments, remove_left, save_learned, with_new_adapter
 from selfdev.factory.grammar import Grammar
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
@@ -279,6 +279,7 @@ class LocalFactory:
                 f"refinement: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with a "
                 "lower refinement.pairs_a_step or refinement.rank"
             ) from error
+        remove_left(out)  # a run's folder is locked; the cache of warm starts is not
         save_learned(model, out, done.moments)
         return facts | {
             "losses": [asdict(each) for each in done.losses],
