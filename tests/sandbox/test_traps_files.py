@@ -3,6 +3,7 @@
 import mmap
 import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from canaries import ONE, SUM, program
 from processes import run_python
 
-from selfdev.sandbox import Limits, Sandbox
+from selfdev.sandbox import Limits, Sandbox, memory_file
 from selfdev.sandbox.child import Child
 from selfdev.sandbox.job import Call
 from selfdev.sandbox.memory_file import MemoryFile
@@ -34,11 +35,25 @@ def test_a_sealed_input_cannot_be_changed_by_anyone() -> None:
     file.close()
 
 
-def test_an_input_that_somebody_maps_writable_cannot_be_sealed() -> None:
+def test_an_input_that_somebody_maps_writable_cannot_be_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_file, "_BUSY_SECONDS", 0.1)
     file = MemoryFile("test")
     file.resize(8)
     with mmap.mmap(file.descriptor, 8), pytest.raises(OSError, match="busy"):
         file.seal_contents()
+    file.close()
+
+
+def test_an_input_of_which_a_page_is_held_for_a_while_is_sealed() -> None:
+    file = MemoryFile("test")
+    file.resize(8)
+    held = mmap.mmap(file.descriptor, 8)
+    release = threading.Timer(0.5, held.close)
+    release.start()
+    file.seal_contents()
+    release.join()
+    with pytest.raises(PermissionError):
+        os.pwrite(file.descriptor, b"x", 0)
     file.close()
 
 

@@ -6,11 +6,16 @@ file is never mapped before.) A result file has its size before the child exists
 change of it, since a file that shrinks kills the process that reads it.
 """
 
+import errno
 import fcntl
 import io
 import os
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
+
 from .tensor_file import TensorFile
+
+_BUSY_SECONDS = 20.0
 
 
 class MemoryFile(TensorFile):
@@ -36,4 +41,15 @@ class MemoryFile(TensorFile):
         self._seal(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
     def _seal(self, seals: int) -> None:
-        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        # The kernel too may hold a page for a while, to move it or to write it out, and waits only 0.2 s for itself.
+        patient = Retrying(
+            retry=retry_if_exception(_is_busy),
+            wait=wait_exponential(0.01, max=1.0),
+            stop=stop_after_delay(_BUSY_SECONDS),
+            reraise=True,
+        )
+        patient(fcntl.fcntl, self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EBUSY

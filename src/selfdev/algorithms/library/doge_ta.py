@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from selfdev.algorithms.library.blocks import Stack, blockwise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 from selfdev.algorithms.library.spectrum import components
-from selfdev.algorithms.library.trimming import check_density, keep_largest, largest
+from selfdev.algorithms.library.trimming import check_density, magnitude_thresholds
 from selfdev.errors import UserError
 
 # Conjugate gradients stop after so many steps, or where the gradient has shrunk by this factor.
@@ -49,52 +50,66 @@ def doge_ta(
     check_density(density)
     if not step > 0.0 or not 0.0 <= shared <= 1.0:
         raise UserError(f"step {step} must be above 0 and shared {shared} a share of the rank in [0, 1]")
-    norms = task_vectors.reshape(len(task_vectors), -1).norm(dim=1)
-    factors = torch.where(norms > 0, step / norms, 0.0).reshape(-1, *[1] * (task_vectors.dim() - 1))
-    if task_vectors.dim() != 3:
-        return scale * (factors * keep_largest(task_vectors, density)).sum(dim=0)
-    correction = _correction(task_vectors, factors, _shared_directions(task_vectors, shared))
-    kept = largest(task_vectors.abs(), density)
-    return scale * (factors * (task_vectors + correction) * kept).sum(dim=0)
+    norms = torch.stack([vector.norm() for vector in task_vectors])
+    factors = torch.where(norms > 0, step / norms, 0.0)
+    least = magnitude_thresholds(Stack.of(task_vectors), density)
+    correction = torch.zeros_like(task_vectors[0])
+    if task_vectors.dim() == 3:
+        correction = _correction(task_vectors, factors, _shared_directions(task_vectors, shared))
+
+    def merge(block: Tensor, entries: slice) -> Tensor:
+        moved = (block + correction.view(-1)[entries]) * (block.abs() >= least)
+        return (scale * factors) @ moved
+
+    return blockwise(merge, task_vectors)
 
 
 def _shared_directions(task_vectors: Tensor, shared: float) -> Tensor:
     """Return orthonormal columns that span the shared subspace, shape (rows, directions)."""
     rank = min(task_vectors.shape[1:])
     each = rank // len(task_vectors)
-    own = [components(matrix, each)[0] for matrix in task_vectors]
-    return components(torch.cat(own, dim=1), int(shared * rank))[0]
+    own = torch.cat([components(matrix, each)[0] for matrix in task_vectors], dim=1)
+    return components(own, int(shared * rank))[0]
 
 
 def _correction(task_vectors: Tensor, factors: Tensor, shared: Tensor) -> Tensor:
-    """Minimise the loss over corrections without a shared part, by conjugate gradients from zero."""
-    merged = (factors * task_vectors).sum(dim=0)
+    """Minimise the loss over corrections without a shared part, by conjugate gradients from zero.
+
+    Every correction on the way is made of the experts' rows. What is kept of it is their coefficients, shape
+    (experts, rows), so that beside the experts one matrix and a product are in memory.
+    """
     total = factors.sum()
 
+    def made_of(coefficients: Tensor) -> Tensor:
+        """The experts' rows with these coefficients, without their shared part: the transpose of `along`."""
+        matrix = torch.zeros_like(task_vectors[0])
+        for vector, row in zip(task_vectors, coefficients.float(), strict=True):
+            matrix.addcmul_(vector, row[:, None])
+        return matrix.addmm_(shared, shared.T @ matrix, alpha=-1.0).mul_(total)
+
     def along(matrix: Tensor) -> Tensor:
-        """The product of each row with that of each expert, shape (experts, rows, 1)."""
-        return (task_vectors * matrix).sum(dim=2, keepdim=True)
+        """The product of each row with that of each expert, shape (experts, rows)."""
+        return torch.stack([(vector * matrix).sum(dim=1) for vector in task_vectors]).double()
 
-    def back(products: Tensor) -> Tensor:
-        """Rows of the experts with these factors, without their shared part: the transpose of `along`."""
-        matrix = (task_vectors * products).sum(dim=0)
-        return matrix - shared @ (shared.T @ matrix)
-
-    lost = task_vectors.square().sum(dim=2, keepdim=True) - along(merged)
-    correction = torch.zeros_like(merged)
-    residual = back(total * lost)
-    direction, power = residual, residual.square().sum()
+    merged = torch.tensordot(factors, task_vectors, dims=1)
+    lost = torch.stack([vector.square().sum(dim=1) for vector in task_vectors]).double() - along(merged)
+    del merged
+    # The method of least squares (CGLS), in which the matrices are those of the coefficients `found` and `direction`.
+    found, direction = torch.zeros_like(lost), lost
+    curved = gradient = total * along(made_of(lost))
+    power = (lost * gradient).sum()
     enough = _SOLVED**2 * power
     for _ in range(_STEPS):
         if power <= enough:
             break
-        curved = back(total**2 * along(direction))
-        length = power / (direction * curved).sum()
-        correction = correction + length * direction
-        residual = residual - length * curved
-        before, power = power, residual.square().sum()
-        direction = residual + (power / before) * direction
-    return correction
+        length = power / curved.square().sum()
+        found = found + length * direction
+        lost = lost - length * curved
+        gradient = total * along(made_of(lost))
+        before, power = power, (lost * gradient).sum()
+        direction = lost + (power / before) * direction
+        curved = gradient + (power / before) * curved
+    return made_of(found)
 
 
 METHOD = Method(

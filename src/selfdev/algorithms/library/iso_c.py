@@ -55,7 +55,9 @@ def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1
     left, values, right = components(task_vectors.sum(dim=0), common)
     lefts, all_values, rights = [left], [values], [right]
     for matrix in task_vectors:
-        own_left, own_values, own_right = components(matrix - left @ (left.T @ matrix), special)
+        own_left, own_values, own_right = components(
+            torch.addmm(matrix, left, left.T @ matrix, alpha=-1.0), special
+        )
         lefts.append(own_left)
         all_values.append(own_values)
         rights.append(own_right)

@@ -21,7 +21,27 @@ def components(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor,
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     kept = int((values > _NOTHING * values[0]).sum()) if len(values) else 0
     kept = kept if rank is None else min(kept, rank)
-    return left[:, :kept], values[:kept], right[:kept].T
+    if kept < len(values):  # what is left out does not stay in memory behind a view
+        left, right = left[:, :kept].clone(), right[:kept].clone()
+    return left, values[:kept], right.T
+
+
+def of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a matrix's product with its own transpose tells of it, without empty directions.
+
+    That needs no copy of the matrix, as a singular value decomposition does.
+
+    Args:
+        gram: X^T X or X X^T in float64, whose rounding lies as far below that share as float32's does in X.
+
+    Returns:
+        The right vectors of X in the first case, the left ones in the second, as columns (n, k), and singular values
+        (k,), both float32, in falling order; k can be 0.
+    """
+    squares, vectors = torch.linalg.eigh(gram)
+    values = squares.clamp_(min=0.0).sqrt_().flip(0)
+    kept = int((values > _NOTHING * values[0]).sum()) if len(values) else 0
+    return vectors.flip(1)[:, :kept].float().contiguous(), values[:kept].float()
 
 
 def orthogonal(columns: Tensor) -> Tensor:
