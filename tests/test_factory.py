@@ -171,7 +171,8 @@ def warming(writer: Path, free: Free = available, **warm_start: Any) -> LocalFac
     config = writer_config(writer)
     warm = {"warm_start": {"steps": 2, "rank": 2, "targets": 2, **warm_start}}
     settings = type(config.factory)(**config.factory.model_dump() | warm)
-    return LocalFactory(config.model_copy(update={"factory": settings}), free)
+    # One iteration, after which nothing is learned.
+    return LocalFactory(config.model_copy(update={"factory": settings, "iterations": 1}), free)
 
 
 def test_the_warm_start_is_cached_and_changes_what_is_written(
@@ -334,6 +335,25 @@ def test_a_batch_that_does_not_fit_ends_the_run_before_it_begins(tiny_writer: Pa
     with pytest.raises(UserError, match=r"factory\.batch: sampling 8 programs at once"):
         run(config, tmp_path / "run", factory=LocalFactory(config, lambda device: 500_000))
     assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_a_round_that_does_not_fit_ends_the_run_before_it_begins(tiny_writer: Path, tmp_path: Path) -> None:
+    config = writer_config(tiny_writer)
+    config = config.model_copy(update={"factory": config.factory.model_copy(update={"batch": 1})})
+    model = with_new_adapter(load_model(tiny_writer), config.refinement.rank, 0)
+    needs = footprint(model, kl=False).of(config.factory.max_new_tokens)
+    with pytest.raises(SelfdevError, match=r"refinement: training on one program of \d+ tokens"):
+        run(config, tmp_path / "run", factory=LocalFactory(config, lambda device: needs))
+    assert not (tmp_path / "run" / "archive.db").exists()
+    frozen = config.model_copy(update={"iterations": 1})  # nothing is learned after the last iteration
+    LocalFactory(frozen, lambda device: needs).prepare(lambda *_: None)
+
+
+def test_looking_whether_a_round_fits_changes_nothing_that_is_written(tiny_writer: Path) -> None:
+    looked, other = (LocalFactory(writer_config(tiny_writer)) for _ in range(2))
+    looked.prepare(lambda *_: None)
+    texts = [[s.text for s in f.write(twenty(f), 0, 1.0, [], lambda *_: None)] for f in (looked, other)]
+    assert texts[0] == texts[1]
 
 
 def test_a_save_that_fails_midway_leaves_nothing(tiny_writer: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from selfdev.factory.memory import (
     Footprint,
     available,
     check_batch,
+    fitting_pairs,
     fitting_pass,
     footprint,
 )
@@ -105,6 +106,21 @@ def test_too_little_for_one_program_ends_before_the_work() -> None:
         fitting_pass(model, [STEP], RefinementSettings(), free)
     with pytest.raises(SelfdevError, match=r"set refinement\.train: lora"):
         fitting_pass(tiny_model(), [STEP], RefinementSettings(train="full"), free=1000)
+
+
+def test_pairs_of_trl_are_split_evenly_where_memory_is_short() -> None:
+    model = adapted()
+    pair = 2 * 70  # two rows, as long as the longest
+    settings = RefinementSettings(pairs_a_step=6)
+    assert fitting_pairs(model, [STEP], settings, free=None) == 6
+    assert fitting_pairs(model, [STEP], settings, free=10**12) == 6
+    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
+    for fits, expected in ((5, 3), (3, 3), (2, 2), (1, 1)):
+        free = int(needs.of(fits * pair) / SHARE) + 10
+        assert fitting_pairs(model, [STEP], settings, free) == expected
+    with pytest.raises(SelfdevError, match=r"one pair of 140 tokens.*refinement\.backend: own"):
+        fitting_pairs(model, [STEP], settings, free=int(needs.of(pair) / SHARE) - 1000)
+    assert fitting_pairs(model, [STEP], RefinementSettings(pairs_a_step=6, tokens_a_pass=300), free=None) == 2
 
 
 def test_what_is_available_is_bounded_by_the_machine() -> None:

@@ -63,7 +63,7 @@ def test_pickled_shards_merge_as_safetensors_do(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     files = sorted(pickled.glob("*.bin"))
     assert [row for row in inputs(tmp_path / "out") if row[0] == "one"] == [
-        ("one", file.name, sha256(file)) for file in files
+        ("one", file.name, sha256(file)) for file in (pickled / "config.json", *files)
     ]
     files[1].unlink()
     with pytest.raises(UserError, match=r"expert 'one': .* has no file 'pytorch_model-00002-of-00002\.bin'"):
@@ -108,18 +108,25 @@ def test_a_gguf_file_may_be_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out").encode("abc a")])
     assert loaded(ids).logits.isfinite().all()
     [cached] = (tmp_path / "cache/models").iterdir()
-    assert inputs(tmp_path / "out") == [
+    rows = inputs(tmp_path / "out")
+    assert rows[:5] == [
         ("seed", "GGUF file", sha256(gguf)),
+        ("seed", "config.json", sha256(cached / "config.json")),
         ("seed", "model.safetensors", sha256(cached / "model.safetensors")),
+        ("x", "config.json", sha256(expert / "config.json")),
         ("x", "model.safetensors", sha256(expert / "model.safetensors")),
     ]
+    # The rest is what was copied.
+    assert ("seed", "tokenizer.json", sha256(tmp_path / "out/tokenizer.json")) in rows[5:]
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {file for _, file, _ in rows[5:]} == copied - {"README.md", "config.json", "model.safetensors"}
     assert not (tmp_path / "out/gguf.sha256").exists()
 
     # A cache of before the hash was noted is as good.
     (cached / "gguf.sha256").unlink()
     selfdev.merge("linear", gguf, {"x": gguf}, out=tmp_path / "again")
     assert inputs(tmp_path / "again")[0] == ("seed", "GGUF file", sha256(gguf))
-    assert inputs(tmp_path / "again")[2] == ("x", "GGUF file", sha256(gguf))
+    assert inputs(tmp_path / "again")[3] == ("x", "GGUF file", sha256(gguf))
 
 
 def test_the_card_has_the_hash_of_the_gguf_file_in_a_wheel(

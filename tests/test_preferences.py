@@ -1,3 +1,6 @@
+from collections import Counter
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -100,6 +103,29 @@ def test_variations_on_one_text_share_its_pairs() -> None:
     chosen = [p.chosen for p in prefer(written, scores, 0, settings, seed=0)]
     # The first two share 4 of 5 tokens, a ratio of 0.8.
     assert (chosen.count("0/0") + chosen.count("0/1"), chosen.count("0/2")) == (4, 4)
+
+
+def test_what_fails_is_rejected_class_by_class_in_turn() -> None:
+    best = candidate(0, "new")
+    failing = [replace(candidate(i, "failed"), failure="SyntaxError") for i in range(10, 50)]
+    failing += [replace(candidate(i, "failed"), failure="NameError") for i in range(50, 53)]
+    failing += [replace(candidate(i, "failed"), failure="Timeout") for i in range(53, 55)]
+    settings = Preferences(pairs=8, failures_as_rejected=True, failing_cap=1.0)
+    pairs = prefer([best, *failing], {best.name: 0.5}, 0, settings, seed=0)
+    named = {c.name: c.failure for c in failing}
+    rejected = Counter(named[pair.rejected] for pair in pairs)
+    assert rejected == {"SyntaxError": 3, "NameError": 3, "Timeout": 2}
+
+
+def test_variations_on_one_failing_text_wait_for_the_others() -> None:
+    best = candidate(0, "new")
+    common = tuple(range(20))
+    same = [candidate(i, "failed", tokens=(*common, i)) for i in range(10, 40)]
+    others = [candidate(i, "failed", tokens=tuple(range(100 * i, 100 * i + 20))) for i in range(40, 43)]
+    settings = Preferences(pairs=4, failures_as_rejected=True, failing_cap=1.0, alike=0.9)
+    pairs = prefer([best, *same, *others], {best.name: 0.5}, 0, settings, seed=0)
+    assert {c.name for c in others} < {pair.rejected for pair in pairs}
+    assert len(pairs) == 4
 
 
 def test_a_tie_is_no_preference() -> None:

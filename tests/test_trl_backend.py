@@ -84,6 +84,18 @@ def test_all_weights_learn_as_ours_and_the_optimiser_goes_on() -> None:
         torch.testing.assert_close(their_moments[name], moment, atol=1e-4, rtol=2e-2)
 
 
+def test_gradients_of_smaller_passes_add_up_to_those_of_a_step() -> None:
+    settings = RefinementSettings(beta=0.3, learning_rate=1e-3, epochs=3, pairs_a_step=2)
+    whole, expected = with_trl(settings)
+    parts, found = with_trl(settings, pairs_a_pass=1)
+    for one, other in zip(expected.losses, found.losses, strict=True):
+        assert other.dpo == pytest.approx(one.dpo, abs=1e-4)
+        assert other.margin == pytest.approx(one.margin, abs=1e-3)
+    weights = dict(whole.named_parameters())
+    for name, weight in parts.named_parameters():
+        torch.testing.assert_close(weight, weights[name], atol=2e-4, rtol=1e-2)
+
+
 def test_a_round_that_has_saturated_ends() -> None:
     settings = RefinementSettings(beta=0.5, learning_rate=2e-2, epochs=10, pairs_a_step=2, stop_margin=1.0)
     ticks: list[int] = []

@@ -8,6 +8,7 @@ programs are ever chosen, whatever a trivial one scores.
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
@@ -89,8 +90,8 @@ def _pair_up(
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
-    """Deal the rejected out as shuffled decks, one a reason; each gets the partner with the fewest pairs so far."""
-    decks = {reason: draw.sample(list(pool), len(pool)) for reason, pool in pools.items() if pool}
+    """Deal the rejected out as decks, one a reason; each gets the partner with the fewest pairs so far."""
+    decks = {reason: _deck(pool, settings.alike, draw) for reason, pool in pools.items() if pool}
     # Beyond a share of pairs against failing programs a weak model learns only not to crash; `within_cap` holds it
     # where fewer pairs are made than were asked for.
     failing = int(settings.failing_cap * settings.pairs) if "failure" in decks else 0
@@ -128,13 +129,43 @@ def within_cap(pairs: Sequence[Pair], cap: float) -> list[Pair]:
     return [pair for pair in pairs if pair not in dropped]
 
 
-def _families(chosen: Sequence[Candidate], alike: float) -> dict[str, str]:
-    """The first of the chosen programs that each one's text is like: variations on one count as one."""
+def _deck(pool: Sequence[Candidate], alike: float, draw: random.Random) -> list[Candidate]:
+    """Shuffled, with classes in turn, and variations on one text behind what none of them has been dealt of.
+
+    A class is why a program fails or what it copies. Without that a factory that mostly forgets a bracket would be told
+    of little else.
+    """
+    shuffled = draw.sample(list(pool), len(pool))
+    family = _families(shuffled, alike)
+    mixed = _in_turns(shuffled, lambda c: family[c.name])
+    return _in_turns(mixed, lambda c: (c.status, c.failure))
+
+
+def _in_turns(candidates: Sequence[Candidate], group: Callable[[Candidate], object]) -> list[Candidate]:
+    """The first of every group, the second of every group, and so on; otherwise in the order given."""
+    seen: Counter[object] = Counter()
+    turns = []
+    for candidate in candidates:
+        turns.append(seen[group(candidate)])
+        seen[group(candidate)] += 1
+    return [c for _, c in sorted(zip(turns, candidates, strict=True), key=lambda both: both[0])]
+
+
+def _families(candidates: Sequence[Candidate], alike: float) -> dict[str, str]:
+    """The first of the programs that each one's text is like: variations on one count as one."""
+    if alike == 1:  # no text is more alike than that
+        return {c.name: c.name for c in candidates}
     family: dict[str, str] = {}
     heads: list[Candidate] = []
-    for candidate in chosen:
+    matcher = SequenceMatcher[int](None, (), (), autojunk=False)
+    for candidate in candidates:
+        matcher.set_seq2(candidate.tokens)
         for head in heads:
-            if SequenceMatcher(None, head.tokens, candidate.tokens, autojunk=False).ratio() > alike:
+            matcher.set_seq1(head.tokens)
+            # Bounds first, the cheapest first: nearly all pairs end there.
+            if all(
+                bound() > alike for bound in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio)
+            ):
                 family[candidate.name] = head.name
                 break
         else:

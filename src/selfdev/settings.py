@@ -301,7 +301,8 @@ class Preferences(Section):
         1.0,
         gt=0,
         le=1,
-        description="Chosen programs whose texts are more alike than this (share of equal tokens) share `pairs_each`.",
+        description="Chosen programs whose texts are more alike than this (share of equal tokens) share `pairs_each`; "
+        "such rejected ones wait for the others.",
     )
     repairs: int = Field(
         0,

@@ -21,7 +21,7 @@ from selfdev.factory.adapter import load_moments, remove_left, save_learned, wit
 from selfdev.factory.grammar import Grammar
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
-from selfdev.factory.memory import Packed, available, check_batch, fitting_pass
+from selfdev.factory.memory import Packed, available, check_batch, fitting_pairs, fitting_pass
 from selfdev.factory.packing import Model, check_training
 from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, correcting, prompts_of
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
@@ -96,7 +96,7 @@ class LocalFactory:
 
         Raises:
             UserError: the model is of a kind that cannot be trained here, or its batch does not fit into memory.
-            SelfdevError: there is too little memory for the warm start, or it has diverged.
+            SelfdevError: there is too little memory for the warm start or for a round, or the warm start has diverged.
         """
         folder = self._warm_folder()
         warm, writes = folder is not None and not folder.is_dir(), self.config.factory.endpoint is None
@@ -107,7 +107,9 @@ class LocalFactory:
             check_training(model)
         if writes:
             self._check_batch(model)
-        else:
+        if self._trains:
+            self._check_round(model)
+        if not writes:
             self._loaded = None
         if warm and folder is not None:
             self._warm_start(model, folder, tick)
@@ -118,6 +120,15 @@ class LocalFactory:
         settings = self.config.refinement
         learns = settings.refit != "never" and self.config.iterations > 1
         return learns and (settings.backend == "own" or settings.imitation.passes > 0)
+
+    def _check_round(self, model: PreTrainedModel) -> None:
+        """Raise SelfdevError unless one program of the greatest length can be trained on."""
+        prompt = max((tuple(p.tokens(self.tokenizer)) for p in self.prompts(0)), key=len)
+        longest = Lesson(prompt, ((0,) * self.config.factory.max_new_tokens,))
+        trainee = self._trainable(model, seed=0)
+        fitting_pass(trainee, [longest], self.config.refinement, self._free(self.device))
+        # It writes as well, as it was.
+        (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
 
     def _check_batch(self, model: PreTrainedModel) -> None:
         settings = self.config.factory
@@ -312,13 +323,14 @@ class LocalFactory:
         tokens_a_pass = None
         if packed:
             tokens_a_pass = fitting_pass(model, packed, settings, self._free(self.device))
-        facts["tokens_a_pass"] = tokens_a_pass
+        facts |= {"tokens_a_pass": tokens_a_pass, "pairs_a_pass": None}
         if not steps:
             self._imitate(model, taught, facts, tick)
             return model, Outcome([], moments=moments)
         if settings.backend == "trl":
             from selfdev.factory.trl_backend import refine_with_trl
 
+            facts["pairs_a_pass"] = fitting_pairs(model, steps, settings, self._free(self.device))
             self._imitate(model, taught, facts, tick)
             # Without an adapter to be taken off, the reference is a second model.
             alone = settings.train == "lora" and reference == ground
@@ -331,6 +343,7 @@ class LocalFactory:
                 steps,
                 settings,
                 flip_rate=facts["flip_rate"],
+                pairs_a_pass=facts["pairs_a_pass"],
                 moments=moments,
                 tick=lambda done: tick(done, total, note),
             )
@@ -357,7 +370,10 @@ class LocalFactory:
 
     def _trainee(self, ground: Sequence[Path], seed: int) -> Model:
         """What a round trains: `ground` with a new adapter, or as a whole."""
-        settings, model = self.config.refinement, self._build(ground)
+        return self._trainable(self._build(ground), seed)
+
+    def _trainable(self, model: PreTrainedModel, seed: int) -> Model:
+        settings = self.config.refinement
         if settings.train == "lora":
             return with_new_adapter(model, settings.rank, seed)
         whole: PreTrainedModel = model.requires_grad_(True)

@@ -3,14 +3,15 @@
 What a pass keeps for its backward pass, or for the tokens after it, is not guessed from the architecture: a short pass
 of the model itself tells it. In training it grows with the tokens, since attention keeps no matrix
 (`packed_attention.py`). Beside it stand the gradients and the optimiser's state, and one chunk of vocabulary logits. It
-is an estimate: what the system frees late and what other programs take meanwhile is not in it, nor is what TRL takes.
+is an estimate: what the system frees late and what other programs take meanwhile is not in it. TRL's is an upper bound,
+since its checkpointing is not reckoned with.
 """
 
 import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,16 +79,28 @@ class Footprint:
         return max(0, int((free - self.fixed) / self.a_token))
 
 
-def footprint(model: Model, kl: bool) -> Footprint:
+def _packed(model: Model, ids: list[int]) -> None:
+    """A pass as ours: half a prompt, and one completion."""
+    half = len(ids) // 2
+    completion_states(model, ids[:half], [ids[half:]])
+
+
+def _forward(model: Model, ids: list[int]) -> None:
+    """A pass as TRL's, up to log-probabilities."""
+    model(torch.tensor([ids], device=model.device)).logits.float().log_softmax(dim=-1)
+
+
+def footprint(model: Model, kl: bool, forward: Callable[[Model, list[int]], None] = _packed) -> Footprint:
     """Measure a model that is to be trained.
 
     Args:
         model: with its new adapter, or all of whose weights ask for a gradient.
         kl: whether the loss has a KL term, which needs the logits of model and reference at once.
+        forward: what a pass is.
     """
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     logits = CHUNK * len(output_weight(model)) * 4 * (5 if kl else 2)
-    return Footprint(3 * trained + logits, TRANSIENT * _kept(model, _MEASURED) / _MEASURED)
+    return Footprint(3 * trained + logits, TRANSIENT * _kept(model, forward) / _MEASURED)
 
 
 def fitting_pass(
@@ -137,6 +150,36 @@ def fitting_pass(
         fits,
     )
     return fits
+
+
+def fitting_pairs(
+    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None
+) -> int:
+    """How many pairs TRL may have in a pass: all of an optimiser step, or an equal part of it that fits.
+
+    Args:
+        model: see `footprint`.
+        steps: of the round. To TRL a pair is two rows, as long as the longest of all, with the logits of all tokens.
+        settings: `pairs_a_step`, and `tokens_a_pass`, which is exceeded where not even one pair keeps to it.
+        free: bytes, see `available`; None where nobody knows.
+
+    Raises:
+        SelfdevError: not even one pair fits.
+    """
+    pair = 2 * max(len(step.prompt) + max(step.lengths) for step in steps)
+    most = max(1, (settings.tokens_a_pass or pair * settings.pairs_a_step) // pair)
+    if free is not None:
+        needs = footprint(model, kl=False, forward=_forward)
+        fits = needs.tokens(int(SHARE * free)) // pair
+        if fits < 1:
+            raise SelfdevError(
+                f"refinement: training on one pair of {pair} tokens, prompts included, takes TRL up to "
+                f"{needs.of(pair) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or set "
+                "refinement.backend: own, which packs prompts"
+            )
+        most = min(most, fits)
+    parts = range(1, min(most, settings.pairs_a_step) + 1)
+    return max(part for part in parts if settings.pairs_a_step % part == 0)
 
 
 def check_batch(
@@ -226,8 +269,8 @@ def _lines(file: Path) -> list[str]:
         return []
 
 
-def _kept(model: Model, tokens: int) -> int:
-    """Bytes that a pass of so many tokens keeps for its backward pass, the weights aside."""
+def _kept(model: Model, forward: Callable[[Model, list[int]], None]) -> int:
+    """Bytes that a pass of `_MEASURED` tokens keeps for its backward pass, the weights aside."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -237,7 +280,6 @@ def _kept(model: Model, tokens: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # an output that its own node keeps would keep the graph alive for ever
 
-    ids = [0] * (tokens // 2)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        completion_states(model, ids, [ids])
+        forward(model, [0] * _MEASURED)
     return sum(kept.values())

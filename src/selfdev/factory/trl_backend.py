@@ -79,6 +79,7 @@ def refine_with_trl(
     settings: RefinementSettings,
     *,
     flip_rate: float = 0.0,
+    pairs_a_pass: int | None = None,
     moments: Moments | None = None,
     tick: Report = lambda step: None,
 ) -> Outcome:
@@ -91,6 +92,7 @@ def refine_with_trl(
         steps: their pairs are taken in this order, `settings.pairs_a_step` at a time.
         settings: losses, learning rate, epochs.
         flip_rate: TRL's `label_smoothing`; see `losses.robust`.
+        pairs_a_pass: a divisor of `settings.pairs_a_step`, whose gradients are added up; None: all at once.
         moments: with which an earlier round has ended, where the optimiser goes on.
         tick: called after each optimiser step with how many are done.
 
@@ -102,6 +104,7 @@ def refine_with_trl(
         for step in steps
         for chosen, rejected in step.pairs
     ]
+    at_once = pairs_a_pass or settings.pairs_a_step
     batches = [pairs[i : i + settings.pairs_a_step] for i in range(0, len(pairs), settings.pairs_a_step)]
     rows = {
         "prompt_ids": [list(p.prompt) for p in pairs],
@@ -123,7 +126,8 @@ def refine_with_trl(
                 label_smoothing=flip_rate if settings.loss == "robust" else 0.0,
                 beta=settings.beta,
                 max_length=None,
-                per_device_train_batch_size=settings.pairs_a_step,
+                per_device_train_batch_size=at_once,
+                gradient_accumulation_steps=settings.pairs_a_step // at_once,
                 train_sampling_strategy="sequential",
                 num_train_epochs=settings.epochs,
                 max_grad_norm=1.0,

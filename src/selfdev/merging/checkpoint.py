@@ -33,6 +33,7 @@ from selfdev.merging.recipe import Dtype, Recipe
 from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Writer, write_failure
+from selfdev.models.digest import FileDigest
 
 _CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -175,7 +176,11 @@ def merge_checkpoints(
     with written_aside(out) as folder:
         with found.opened(len(job.experts), job.largest) as algorithm:
             written, inputs = _stream(job, algorithm, folder, shard_bytes, tick, ahead)
-        _write_beside(job, folder, model_card(recipe, job.targets, job.counts, algorithm.origin, inputs))
+        with _reading():
+            beside = _beside(job)
+            inputs += _inputs_beside(job, beside)
+        card = model_card(recipe, job.targets, job.counts, algorithm.origin, inputs)
+        _write_beside(job, folder, beside, card)
     return Merged(out, *job.counts, job.targets, time.perf_counter() - began, written)
 
 
@@ -227,24 +232,48 @@ def _told(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
         yield from tensors
 
 
-def _write_beside(job: Job, folder: Path, card: str) -> None:
-    """Write what makes weights a model: card, tokenizer and, last of all, the config."""
+def _beside(job: Job) -> dict[Path, Path]:
+    """What is copied: the files beside the seed's weights, and the tokenizer's, by their place in the folder."""
     patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
     beside = _files(job.seed.folder, patterns)
     if job.tokenizer != job.seed.folder:
         theirs = _files(job.seed.folder, _TOKENIZER)
         beside = {name: path for name, path in beside.items() if name not in theirs}
         beside |= _files(job.tokenizer, _TOKENIZER)
+    return {
+        name: path
+        for name, path in sorted(beside.items())
+        if path.name != "config.json" and not any(path.match(pattern) for pattern in _NOT_BESIDE)
+    }
+
+
+def _inputs_beside(job: Job, beside: Mapping[Path, Path]) -> list[Input]:
+    """The copied files as inputs of the seed and, where it is another's, of the tokenizer."""
+    owners = {job.tokenizer: ("tokenizer", str(job.tokenizer)), job.seed.folder: ("seed", job.seed_source)}
+    return [
+        Input(
+            *owner,
+            {
+                str(place): FileDigest(path).finish()
+                for place, path in beside.items()
+                if path == folder / place
+            },
+        )
+        for folder, owner in owners.items()
+    ]
+
+
+def _write_beside(job: Job, folder: Path, beside: Mapping[Path, Path], card: str) -> None:
+    """Write what makes weights a model: card, tokenizer and, last of all, the config."""
     config = dict(job.seed.config)
     if job.dtype is not None:
         config.pop("torch_dtype", None)  # what older versions called it
         config["dtype"] = _CONFIGURED[job.dtype]
     try:
         (folder / "README.md").write_text(card)
-        for name, path in sorted(beside.items()):
-            if path.name != "config.json" and not any(path.match(pattern) for pattern in _NOT_BESIDE):
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
+        for name, path in beside.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise SelfdevError(write_failure(error, folder)) from error

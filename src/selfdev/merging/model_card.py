@@ -18,8 +18,8 @@ class Input:
     Attributes:
         name: `seed`, or the expert's.
         source: as the user gave it.
-        files: sha256 of each of its files of weights, by name, and of a GGUF file that they were made of. Of an
-            adapter its config too, which holds its scale; of one on the seed nothing else.
+        files: sha256 by name of its config, of each of its files of weights, of a GGUF file that they were made of,
+            and of what else of it was copied, such as the tokenizer. Of an adapter on the seed its own files alone.
     """
 
     name: str

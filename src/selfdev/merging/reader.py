@@ -59,8 +59,8 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Its files of weights, in the order of their names."""
-        return sorted({file.path for file in self._files.values()})
+        """Its config, and its files of weights in the order of their names."""
+        return [self.folder / "config.json", *sorted({file.path for file in self._files.values()})]
 
     def made_of(self) -> dict[str, str]:
         """What its files of weights were made of, if that is known: a sha256 by a name of it."""

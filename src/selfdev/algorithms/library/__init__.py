@@ -1,7 +1,7 @@
 """The human-designed merging methods: rivals of a run, known behaviours of screening, tools to merge with.
 
 Each method is a pure function in a file of its own, beside the record that names its parameters, their
-search ranges and its paper. `specification` says what such a record is; `trimming`, `sign_election`,
+search ranges and its paper. `specification` says what such a record is; `trimming`, `thinning`, `sign_election`,
 `spectrum` and `sphere` hold the steps that several methods share, and `blocks` how they get by with little memory.
 """
 
@@ -9,17 +9,21 @@ from selfdev.algorithms.library import (
     arcee_fusion,
     breadcrumbs,
     consensus_ta,
-    dare,
+    dare_linear,
+    dare_ties,
     della,
     doge_ta,
     emr_unified,
     iso_c,
+    iso_cts,
     karcher,
     knots,
     linear,
     magmax,
     model_stock,
+    multislerp,
     nearswap,
+    nuslerp,
     pcb,
     ram,
     sce,
@@ -28,6 +32,7 @@ from selfdev.algorithms.library import (
     task_arithmetic,
     ties,
     tsv_m,
+    weighted_task_arithmetic,
     wudi,
 )
 from selfdev.algorithms.library.specification import Method, Paper, Parameter, unknown_name
@@ -40,17 +45,17 @@ _METHODS = {
     for entry in (
         linear.METHOD,
         task_arithmetic.METHOD,
-        task_arithmetic.WEIGHTED_METHOD,
+        weighted_task_arithmetic.METHOD,
         ties.METHOD,
-        dare.LINEAR_METHOD,
-        dare.TIES_METHOD,
+        dare_linear.METHOD,
+        dare_ties.METHOD,
         della.METHOD,
         breadcrumbs.METHOD,
         model_stock.METHOD,
         slerp.METHOD,
-        slerp.NU_METHOD,
+        nuslerp.METHOD,
         karcher.METHOD,
-        karcher.MULTISLERP_METHOD,
+        multislerp.METHOD,
         sce.METHOD,
         magmax.METHOD,
         nearswap.METHOD,
@@ -61,7 +66,7 @@ _METHODS = {
         consensus_ta.METHOD,
         tsv_m.METHOD,
         iso_c.METHOD,
-        iso_c.CTS_METHOD,
+        iso_cts.METHOD,
         wudi.METHOD,
         doge_ta.METHOD,
         knots.METHOD,

@@ -20,7 +20,7 @@ _BLOCK = 1 << 17
 def arcee_fusion(
     task_vectors: Tensor, seed_tensor: Tensor, *, spread: float = 1.5, scale: float = 1.0
 ) -> Tensor:
-    """Keep an expert's changes where their importance stands out (Arcee AI 2024, mergekit's Arcee Fusion).
+    """Keep an expert's changes where their importance stands out (Arcee AI 2024, mergekit's Arcee Fusion; no paper).
 
     The importance of an entry is |d| times the divergence of its row: KL(softmax(seed + d) || softmax(seed))
     along the last dimension, 1e-8 added to each probability. Kept are the entries whose importance reaches
@@ -32,9 +32,9 @@ def arcee_fusion(
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        seed_tensor: the seed's tensor, shape (*parameter).
-        spread: how far above the median, in interquartile ranges, not negative; the original uses 1.5.
-        scale: factor on the sum; 1 is the original.
+        seed_tensor: the seed's tensor, shape (*parameter), float32.
+        spread: how far above the median, in interquartile ranges, at least 0; the original uses 1.5.
+        scale: factor on the sum, any number; 1 is the original.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -62,8 +62,8 @@ def breadcrumbs(
         density: share of the entries kept, in (0, 1]. One number, or one for each expert.
         outliers: share of the entries dropped as too large, in [0, 1), mergekit's `gamma`. One number, or one
             for each expert.
-        scale: factor on the sum, mergekit's `lambda`.
-        weights: a factor on each expert; all 1 if None.
+        scale: factor on the sum, mergekit's `lambda`; any number.
+        weights: a factor on each expert, any numbers; all 1 if None.
         normalize: whether the sum is divided; None, as False, does not.
         rescale: whether what is kept of an expert is brought to the L1 norm of the whole; None, as False, does not.
         elect: whether a sign is elected before the sum: what mergekit calls `breadcrumbs_ties`.

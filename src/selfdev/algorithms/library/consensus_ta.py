@@ -16,9 +16,10 @@ def consensus_ta(
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        strictness: lambda of the TALL masks; the paper searches 0.2 to 0.6.
-        agreement: to how many experts an entry must matter; no more than there are. The paper uses 2.
-        scale: factor on the sum.
+        strictness: lambda of the TALL masks, at least 0; the paper searches 0.2 to 0.6.
+        agreement: to how many experts an entry must matter, a whole number, at least 1; one above the number of
+            experts counts as that number. The paper uses 2.
+        scale: factor on the sum; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -15,6 +15,7 @@ from selfdev.algorithms.library.specification import (
     PAPER,
     READING,
     RESCALE,
+    SEED,
     WEIGHTS,
     Method,
     Paper,
@@ -65,14 +66,15 @@ def della(
     Args:
         task_vectors: shape (experts, *parameter), float32.
         density: mean probability with which an entry is kept, in (0, 1]. One number, or one for each expert.
-        epsilon: difference of the probabilities between the largest and the smallest entry of a row; half of
-            it in mergekit's reading. One number, or one for each expert.
-        scale: factor on the merged task vector, mergekit's `lambda`.
-        seed: of the drawing; give each tensor of a model a seed of its own.
-        weights: a factor on each expert, before the election; all 1 if None.
+        epsilon: difference of the probabilities between the largest and the smallest entry of a row, at least 0;
+            beyond 2 min(density - 0.01, 1 - density) the limits cut it. Half of it in mergekit's reading, there
+            below min(density, 1 - density) unless the density is 1. One number, or one for each expert.
+        scale: factor on the merged task vector, mergekit's `lambda`; any number.
+        seed: of the drawing, a whole number in [0, 2^64); give each tensor of a model a seed of its own.
+        weights: a factor on each expert, before the election, any numbers; all 1 if None.
         normalize: whether those that take part are averaged or added; None averages, and adds without an
             election.
-        rescale: False leaves what is kept as it is.
+        rescale: whether what is kept makes up for what was dropped; None, as True, does.
         elect: whether a sign is elected; False is what mergekit calls `della_linear`.
         reading: `paper` or `mergekit`.
 
@@ -185,7 +187,7 @@ METHOD = Method(
         Parameter("density", default=0.5, low=0.1, high=0.95, broadcast=True),
         Parameter("epsilon", default=0.2, low=0.0, high=0.4, broadcast=True),
         Parameter("scale", default=1.0, low=0.1, high=4.0, log=True, screened=False),
-        Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screened=False),
+        SEED,
         WEIGHTS,
         NORMALIZE,
         RESCALE,

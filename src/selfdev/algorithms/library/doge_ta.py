@@ -42,7 +42,7 @@ def doge_ta(
         density: share of each task vector's entries that count in the sum, by magnitude; in (0, 1]. The
             paper's experiments use 0.3.
         shared: share of the rank that the shared subspace takes, in [0, 1]; the authors' code takes a sixth.
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

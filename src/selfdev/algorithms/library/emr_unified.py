@@ -10,12 +10,12 @@ from selfdev.algorithms.library.specification import Method, Paper, Parameter
 def emr_unified(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     """Elect a sign and take the largest magnitude that has it (Huang et al. 2024, arXiv 2405.17461).
 
-    The unified task vector of EMR-Merging, without the masks and rescalers that the paper keeps for each
-    task.
+    An entry to which the experts give the values d becomes s max(s d), where s is the sign of their sum, or 0. This
+    is the unified task vector of EMR-Merging, without the masks and rescalers that the paper keeps for each task.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -20,7 +20,7 @@ def knots(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> 
     Args:
         task_vectors: shape (experts, *parameter), float32.
         density: share of the entries of each V_i kept, by magnitude; in (0, 1].
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -18,15 +18,17 @@ def linear(
 ) -> Tensor:
     """Average the task vectors: a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
+    With weights w the sum of the w_i d_i, divided by that of the w_i.
+
     Tuning has nothing to search here: a soup is the plain mean. What other factors give is task_arithmetic with one
     for all, and weighted_task_arithmetic with one for each expert, which have search ranges.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        seed_tensor: the seed's tensor, shape (*parameter); for `normalize=False` alone.
-        weights: one for each expert, brought to sum 1, which must not be 0; equal if None.
-        normalize: False leaves the weights as they are, 1 if None, and adds up the experts' tensors themselves, as
-            mergekit does under that flag.
+        seed_tensor: the seed's tensor, shape (*parameter), float32; for `normalize=False` alone.
+        weights: one for each expert, any numbers whose sum is not 0, brought to sum 1; equal if None.
+        normalize: None, as True, does the above. False leaves the weights as they are, any numbers, 1 if None, and adds
+            up the experts' tensors themselves, as mergekit does under that flag.
 
     Returns:
         The merged task vector, shape (*parameter).

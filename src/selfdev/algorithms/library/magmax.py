@@ -13,7 +13,7 @@ def magmax(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        scale: factor on the merged task vector; the paper searches 0 to 1.
+        scale: factor on the merged task vector, any number; the paper searches 0 to 1.
 
     Returns:
         The merged task vector, shape (*parameter).

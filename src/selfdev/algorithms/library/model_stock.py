@@ -25,7 +25,8 @@ def model_stock(
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        scale: factor on the merged task vector; 1 is the paper's method, others are our addition for tuning.
+        scale: factor on the merged task vector, any number; 1 is the paper's method, others are our addition for
+            tuning.
         filter_wise: whether each row has an angle and a share of its own, along the last dimension.
         reading: `paper` or `mergekit`.
 

@@ -11,7 +11,7 @@ _LEAST = 1e-6
 
 
 def nearswap(task_vectors: Tensor, *, t: float = 0.001, scale: float = 1.0, reading: str = PAPER) -> Tensor:
-    """Limit every entry of each task vector to [-t, t], then add (alchemonaut 2024).
+    """Limit every entry of each task vector to [-t, t], then add (alchemonaut 2024, mergekit's NearSwap; no paper).
 
     The original moves from the seed to one expert with the weight min(t / |difference|, 1) at each entry,
     which is the difference clipped to [-t, t]. For several experts the clipped task vectors are added: our
@@ -23,7 +23,7 @@ def nearswap(task_vectors: Tensor, *, t: float = 0.001, scale: float = 1.0, read
     Args:
         task_vectors: shape (experts, *parameter), float32.
         t: the farthest that an entry moves for one expert, in units of the weights; above 0.
-        scale: factor on the sum; 1 is the original.
+        scale: factor on the sum, any number; 1 is the original.
         reading: `paper` or `mergekit`.
 
     Returns:

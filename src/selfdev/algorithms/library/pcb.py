@@ -22,7 +22,7 @@ def pcb(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Te
     Args:
         task_vectors: shape (experts, *parameter), float32.
         density: share of each task vector's entries kept, by weight; in (0, 1].
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -15,8 +15,8 @@ def ram(task_vectors: Tensor, *, threshold: float = 1e-5, scale: float = 1.0) ->
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        threshold: magnitude in units of the weights, not negative; the paper uses 1e-5.
-        scale: factor on the merged task vector; 1 is the paper's method.
+        threshold: magnitude in units of the weights, at least 0; the paper uses 1e-5.
+        scale: factor on the merged task vector, any number; 1 is the paper's method.
 
     Returns:
         The merged task vector, shape (*parameter).

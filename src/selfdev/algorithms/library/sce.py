@@ -31,7 +31,7 @@ def sce(task_vectors: Tensor, *, density: float = 0.1, scale: float = 1.0, readi
     Args:
         task_vectors: shape (experts, *parameter), float32.
         density: share of the entries kept, in (0, 1], mergekit's `select_topk`; the paper uses 0.1.
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
         reading: `paper` or `mergekit`.
 
     Returns:

@@ -267,6 +267,9 @@ NORMALIZE = Parameter("normalize", default=None, choices=(True, False))
 RESCALE = Parameter("rescale", default=None, choices=(True, False))
 """Whether what is left of an expert makes up for what was dropped; None for what the method's own formula does."""
 
+SEED = Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screened=False)
+"""The seed of a method that draws at random."""
+
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """Return the message for an unknown name, which gives the nearest known one."""

@@ -3,11 +3,21 @@
 import torch
 from torch import Tensor
 
+from selfdev.errors import UserError
+
 # Entries of each tensor that are multiplied in float64 at a time.
 _BLOCK = 1 << 16
 
 # Below this sine two directions count as parallel, and the formulas divide by zero.
 _PARALLEL = 1e-6
+
+
+def check_two(task_vectors: Tensor) -> None:
+    """Raise UserError unless there are two experts, shape (2, *parameter)."""
+    if len(task_vectors) != 2:
+        raise UserError(
+            f"a great circle joins 2 experts, not {len(task_vectors)}; use 'karcher' for any other number"
+        )
 
 
 def gram(tensors: Tensor, origin: Tensor | None = None) -> Tensor:
@@ -143,3 +153,25 @@ def karcher_mean(
         mean = torch.cos(length) * mean + torch.sin(length) * tangent / length
         mean = mean / length_of(mean)
     return mean
+
+
+def spherical_mean(task_vectors: Tensor, weights: Tensor, steps: int) -> Tensor:
+    """Average the directions of task vectors by `karcher_mean`, and their norms on the line.
+
+    Args:
+        task_vectors: shape (experts, *parameter). A zero one has no direction, and is left out.
+        weights: shape (experts,); negative ones count as 0.
+        steps: how many at most.
+
+    Returns:
+        Shape (*parameter); zero if the directions cancel each other, or none has a weight.
+    """
+    products = gram(task_vectors)
+    norms = products.diagonal().sqrt()
+    counted = weights.double().clamp(min=0.0) * (norms > 0)
+    if not counted.any():
+        return torch.zeros_like(task_vectors[0])
+    lengths = torch.where(norms > 0, norms, 1.0)
+    shares = counted / counted.sum()
+    mean = karcher_mean(products / torch.outer(lengths, lengths), shares, steps)
+    return combination((shares @ norms) * mean / lengths, task_vectors)

@@ -22,7 +22,7 @@ def svc(task_vectors: Tensor, *, floor: float = 1.0, scale: float = 1.0) -> Tens
         task_vectors: shape (experts, *parameter), float32.
         floor: alpha of the paper, above 0: the least that a coefficient counts, which is also what an expert
             without a response counts. Larger ones shrink more evenly.
-        scale: factor on the merged task vector.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -1,13 +1,8 @@
-"""The sum of the task vectors, with one scale for all or a weight for each expert."""
-
-from collections.abc import Sequence
+"""Task Arithmetic: the sum of the task vectors, with one scale for all."""
 
 from torch import Tensor
 
-from selfdev.algorithms.library.sign_election import combine
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-
-_PAPER = Paper("Ilharco et al.", 2022, "2212.04089")
 
 
 def task_arithmetic(task_vectors: Tensor, *, scale: float = 0.3) -> Tensor:
@@ -15,7 +10,7 @@ def task_arithmetic(task_vectors: Tensor, *, scale: float = 0.3) -> Tensor:
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        scale: factor on the sum; the paper's experiments choose it between 0 and 1.
+        scale: factor on the sum, any number; the paper's experiments choose it between 0 and 1.
 
     Returns:
         The merged task vector, shape (*parameter).
@@ -23,35 +18,11 @@ def task_arithmetic(task_vectors: Tensor, *, scale: float = 0.3) -> Tensor:
     return task_vectors.sum(dim=0).mul_(scale)
 
 
-def weighted_task_arithmetic(task_vectors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
-    """Add the task vectors, each with a weight of its own (Ilharco et al. 2022, arXiv 2212.04089).
-
-    Args:
-        task_vectors: shape (experts, *parameter), float32.
-        weights: one factor for each expert; all 1 / experts if None.
-
-    Returns:
-        The merged task vector, shape (*parameter).
-    """
-    if weights is None:
-        return task_vectors.mean(dim=0)
-    return combine(task_vectors, elect=False, normalize=False, weights=weights)
-
-
 METHOD = Method(
     name="task_arithmetic",
     function=task_arithmetic,
     parameters=(Parameter("scale", default=0.3, low=0.1, high=1.5, screened=False),),
-    paper=_PAPER,
+    paper=Paper("Ilharco et al.", 2022, "2212.04089"),
     summary="one scale on the sum of the task vectors",
-    entrywise=True,
-)
-
-WEIGHTED_METHOD = Method(
-    name="weighted_task_arithmetic",
-    function=weighted_task_arithmetic,
-    parameters=(Parameter("weights", default=None, low=0.0, high=1.5, per_expert=True),),
-    paper=_PAPER,
-    summary="the sum of the task vectors with a weight for each expert",
     entrywise=True,
 )

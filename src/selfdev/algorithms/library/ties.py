@@ -59,8 +59,8 @@ def ties(
         task_vectors: shape (experts, *parameter), float32.
         density: share of each task vector's entries kept, by magnitude; in (0, 1]. One number, or one for
             each expert.
-        scale: factor on the merged task vector, mergekit's `lambda`; the paper searches 0.8 to 3.
-        weights: a factor on each trimmed task vector, before the election; all 1 if None.
+        scale: factor on the merged task vector, mergekit's `lambda`, any number; the paper searches 0.8 to 3.
+        weights: a factor on each trimmed task vector, before the election, any numbers; all 1 if None.
         normalize: whether those that agree are averaged (True, as is None) or added.
         rescale: whether each trimmed task vector is brought to the L1 norm that it had before; None, as False, does
             not.

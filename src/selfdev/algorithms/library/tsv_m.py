@@ -16,7 +16,7 @@ def tsv_m(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
-        scale: factor on the merged task vector, the mean of the tensors that are no matrices included.
+        scale: factor on the merged task vector, the mean of the tensors that are no matrices included; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

@@ -21,8 +21,8 @@ def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> T
 
     Args:
         task_vectors: shape (experts, *parameter), float32; a matrix is (outputs, inputs).
-        cutoff: relative eigenvalue below which nothing is changed, in [0, 1).
-        scale: factor on the merged task vector.
+        cutoff: relative eigenvalue up to which nothing is changed, in [0, 1); below 1e-6 it counts as 1e-6.
+        scale: factor on the merged task vector; any number.
 
     Returns:
         The merged task vector, shape (*parameter).

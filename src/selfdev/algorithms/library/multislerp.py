@@ -1,0 +1,88 @@
+"""Multi-SLERP: the weighted mean direction of the task vectors by one step on the sphere."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from selfdev.algorithms.library.specification import (
+    MERGEKIT,
+    NORMALIZE,
+    PAPER,
+    READING,
+    Method,
+    Paper,
+    Parameter,
+)
+from selfdev.algorithms.library.sphere import combination, gram, spherical_mean
+from selfdev.errors import UserError
+
+# mergekit's bound for a sum without direction.
+_NO_SUM = 1e-8
+
+
+def multislerp(
+    task_vectors: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    scale: float = 1.0,
+    reading: str = PAPER,
+) -> Tensor:
+    """Average the directions by one step on the sphere (Goddard 2025, mergekit's multi-SLERP; no paper).
+
+    The Karcher mean after a single step from the normalised mean, with a weight for each expert; norms are
+    averaged with the same weights.
+
+    mergekit's step goes along the projections on the tangent space, not along the great circles; and those of
+    the directions sum to zero at their own mean, so that it stays there: the merged direction is that of the
+    weighted sum of the directions. It takes negative weights too, and counts a zero task vector in the mean
+    norm. `reading="mergekit"` gives all that. One expert is returned as it is.
+
+    Args:
+        task_vectors: shape (experts, *parameter), float32.
+        weights: one for each expert, brought to sum 1: at least 0, or any numbers whose sum is not 0 in mergekit's
+            reading. Equal if None.
+        normalize: None, as True, brings the weights to sum 1; False leaves them as they are, in mergekit's reading
+            alone, where it is `normalize_weights`.
+        scale: factor on the merged task vector; any number.
+        reading: `paper` or `mergekit`.
+
+    Returns:
+        The merged task vector, shape (*parameter).
+
+    Raises:
+        UserError: the directions of three or more experts cancel in mergekit's reading, as there.
+    """
+    factors = (
+        task_vectors.new_ones(len(task_vectors)) if weights is None else task_vectors.new_tensor(weights)
+    )
+    if reading != MERGEKIT:
+        if normalize is False:
+            raise UserError("shares of a mean sum to 1 in the paper's reading; leave normalize=False out")
+        return spherical_mean(task_vectors, factors, steps=1).mul_(scale)
+    if len(task_vectors) == 1:
+        return scale * task_vectors[0]
+    products = gram(task_vectors)
+    norms = products.diagonal().sqrt()
+    shares = (factors if normalize is False else factors / factors.sum()).double()
+    mean = shares / (norms + _NO_SUM)
+    length = (mean @ products @ mean).clamp(min=0.0).sqrt()
+    if length >= _NO_SUM:
+        return combination((shares @ norms) * mean / length, task_vectors).mul_(scale)
+    if len(task_vectors) == 2:
+        return combination(shares, task_vectors).mul_(scale)
+    raise UserError("the weighted directions of the experts cancel each other; change the weights")
+
+
+METHOD = Method(
+    name="multislerp",
+    function=multislerp,
+    parameters=(
+        Parameter("weights", default=None, low=0.0, high=1.5, per_expert=True),
+        NORMALIZE,
+        Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
+        READING,
+    ),
+    paper=Paper("Goddard", 2025, None),
+    summary="the weighted mean direction by one step on the sphere",
+)
