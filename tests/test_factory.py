@@ -451,6 +451,80 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
     )
 
 
+def accelerated(folder: Path, processes: int = 2) -> str:
+    """A file of `accelerate config` for so many processes on this processor."""
+    file = folder / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\n"
+        f"num_machines: 1\nnum_processes: {processes}\n"
+    )
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "file", "more"),
+    [
+        (1, "adapter_model.safetensors", {"imitation": {"passes": 1}}),
+        (2, "model.safetensors", {"train": "full", "optimizer": "continue", "refit": "continue"}),
+    ],
+    ids=["lora", "full"],
+)
+def test_processes_of_accelerate_learn_what_one_learns(
+    rounds: int, file: str, more: dict[str, Any], tiny_writer: Path, tmp_path: Path
+) -> None:
+    """All weights in two rounds, since the second stands on what the first has saved."""
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    asked = {"backend": "trl", "learning_rate": 1e-3, "pairs_a_step": 2, "supervised": 0.0, **more}
+    facts: dict[str, list[dict[str, Any]]] = {"one": [], "two": []}
+    for name, where in (("one", {}), ("two", {"accelerate": accelerated(tmp_path)})):
+        factory, pairs = learner(tiny_writer, **asked, **where)
+        imitated = [(prompt, chosen) for prompt, chosen, _ in pairs]
+        for round_ in range(rounds):
+            ticks: list[tuple[int, int, str]] = []
+            earlier = [tmp_path / name / str(before) for before in range(round_)]
+            out = tmp_path / name / str(round_)
+            facts[name].append(
+                factory.refine(
+                    pairs, round_, earlier, out, lambda *at, to=ticks: to.append(at), imitated=imitated
+                )
+            )
+            assert ticks[-2:] == [(1, 2, "2 pairs"), (2, 2, "2 pairs")]  # an epoch is a step
+    for one, two in zip(facts["one"], facts["two"], strict=True):
+        assert (one["pairs_a_pass"], two["pairs_a_pass"]) == (2, 1)
+        for ours, theirs in zip(one["losses"], two["losses"], strict=True):
+            assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-4)
+            assert theirs["margin"] == pytest.approx(ours["margin"], abs=1e-3)
+    expected, found = (load_file(tmp_path / name / str(rounds - 1) / file) for name in ("one", "two"))
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-2)
+
+
+def test_processes_that_cannot_share_a_step_end_the_run_before_its_work(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    asked = {"backend": "trl", "pairs_a_step": 4}
+    with pytest.raises(UserError, match=r"4 pairs cannot be shared out evenly among the 3 processes.*of 3"):
+        learner(tiny_writer, **asked, accelerate=accelerated(tmp_path, 3))
+    with pytest.raises(UserError, match=r"does not say num_processes.*accelerate config"):
+        learner(tiny_writer, **asked, accelerate=str(tmp_path / "none.yaml"))
+    with pytest.raises(ValueError, match=r"set refinement\.backend: trl"):
+        learner(tiny_writer, accelerate=accelerated(tmp_path))
+
+
+def test_processes_that_fail_say_why_and_leave_nothing(tiny_writer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    asked = {"backend": "trl", "pairs_a_step": 2, "accelerate": accelerated(tmp_path)}
+    factory, pairs = learner(tiny_writer, **asked, learning_rate=1e30)
+    facts = factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
+    assert "lower refinement.learning_rate" in facts["rolled_back"]
+    assert not (tmp_path / "out").exists()
+    Path(asked["accelerate"]).write_text("num_processes: 2\n")
+    with pytest.raises(SelfdevError, match=r"(?s)`accelerate launch` ended with 1.*distributed_type"):
+        factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_trl_the_run_ends_before_its_work(tiny_writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)  # Python then says that there is none
     with pytest.raises(UserError, match=r"pip install 'selfdev\[trl\]'"):

@@ -335,6 +335,11 @@ class RefinementSettings(Section):
     backend: Literal["own", "trl"] = Field(
         "own", description="`own`: packed prompts, made for CPUs. `trl`: TRL's DPOTrainer, the extra `trl`."
     )
+    accelerate: str | None = Field(
+        None,
+        description="File of `accelerate config`: with `backend: trl`, `accelerate launch` starts its processes, one a "
+        "device, which share the pairs. `null`: one process.",
+    )
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "kto"] = Field(
         "sigmoid", description="Of the preferences; see `factory/losses.py`. The paper: sigmoid."
     )
@@ -430,13 +435,16 @@ class RefinementSettings(Section):
                 ("loss: kto", self.loss == "kto"),
                 ("kl", self.kl),
                 ("rehearsal", self.rehearsal),
-                ("tokens_a_pass", self.tokens_a_pass),
             ):
                 if on:
                     raise ValueError(
                         f"refinement.{key}: TRL's DPOTrainer has nothing like it; leave it out or set "
                         "refinement.backend: own"
                     )
+        elif self.accelerate is not None:
+            raise ValueError(
+                "refinement.accelerate: only TRL's DPOTrainer trains on many devices; set refinement.backend: trl"
+            )
         return self
 
 

@@ -22,12 +22,13 @@ from selfdev.algorithms.source import Form
 from selfdev.config import Config
 from selfdev.errors import Halted, SelfdevError, UserError
 from selfdev.factory.budget import Budget
-from selfdev.factory.factory import LocalFactory, Tick
+from selfdev.factory.factory import LocalFactory
 from selfdev.factory.journal import Answer, Journal, Usage
 from selfdev.factory.prompt import STOP, Prompt, prompts_of
 from selfdev.factory.sampling import Sample
 from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
 from selfdev.factory.server import NoAnswer, Server, patiently
+from selfdev.factory.training import Tick
 from selfdev.factory.transcript import END_STRINGS, to_sample
 from selfdev.settings import ENDPOINT_MODEL, LIMITS
 from selfdev.streams import stream_seed

@@ -1,50 +1,31 @@
-"""The factory in process: a causal language model, its prompts, and the adapters that it has learned."""
+"""The factory in process: a causal language model that writes programs, and what it is asked."""
 
-import hashlib
-import importlib.util
-import json
-import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
-from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import load_moments, remove_left, save_learned, with_new_adapter
+from selfdev.factory.adapter import save_learned, with_new_adapter
+from selfdev.factory.assembly import Assembly
 from selfdev.factory.grammar import Grammar
-from selfdev.factory.imitation import Lesson, imitate, lessons
-from selfdev.factory.losses import LARGEST_FLIP_RATE
-from selfdev.factory.memory import Packed, available, check_batch, fitting_pairs, fitting_pass
-from selfdev.factory.packing import Model, check_training
+from selfdev.factory.memory import available, check_batch, fitting_pass
+from selfdev.factory.packing import check_training
 from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, correcting, prompts_of
-from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
 from selfdev.factory.sampling import Sample, Sampler, check_context
-from selfdev.factory.warm_start import completion, warm_start
+from selfdev.factory.training import Tick, Training
+from selfdev.factory.warm_start import warm_start
 from selfdev.models.device import pick_device
-from selfdev.models.folder import load_model, load_tokenizer, weights_hash
-from selfdev.models.sources import cache_dir, resolve
+from selfdev.models.folder import load_tokenizer, weights_hash
 from selfdev.settings import RefinementSettings
 from selfdev.streams import stream_seed
 
-log = logging.getLogger(__name__)
-
-Tick = Callable[[int, int, str], None]
-"""Called with how much is done, of how much, and a note."""
-
 
 class LocalFactory:
-    """Writes programs and learns from pairs.
-
-    The model in memory is always made from the weights on disk and a list of adapters, merged in their order, so
-    that a resumed run has the numbers of an unbroken one. With `refinement.train: full` what an arm has learned is a
-    whole model in the place of an adapter; the last one is it.
+    """Writes programs, and has its model trained (`training.py`) on what came of them.
 
     Args:
         config: of the run.
@@ -54,15 +35,13 @@ class LocalFactory:
     def __init__(self, config: Config, free: Callable[[torch.device], int | None] = available):
         self.config = config
         self._free = free
-        if config.refinement.backend == "trl" and importlib.util.find_spec("trl") is None:
-            raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
-        self.device = pick_device(config.factory.device)
-        self.folder = resolve(config.factory.model)
-        self.tokenizer = load_tokenizer(self.folder)
-        self.weights = weights_hash(self.folder)
         self._sources = examples()
+        self.device = pick_device(config.factory.device)
+        self._assembly = Assembly(config, self._sources, self.device)
+        self.tokenizer = load_tokenizer(self._assembly.folder)
+        self._training = Training(config, self._assembly, self.tokenizer, self._sources, free)
         self._loaded: tuple[PreTrainedModel, tuple[Path, ...]] | None = None
-        model = AutoConfig.from_pretrained(self.folder)
+        model = AutoConfig.from_pretrained(self._assembly.folder)
         self._check_context(model)
         vocabulary = model.get_text_config().vocab_size
         self._grammar = Grammar(self.tokenizer, vocabulary) if config.factory.grammar == "python" else None
@@ -70,10 +49,10 @@ class LocalFactory:
     @property
     def facts(self) -> dict[str, Any]:
         """What the archive keeps of it, once it is prepared."""
-        warm = self._warm_folder()
+        warm = self._assembly.warm_start
         facts = {
             "model": self.config.factory.model,
-            "weights": self.weights,
+            "weights": self._assembly.hash,
             "warm_start": None if warm is None else weights_hash(warm),
         }
         return facts if self._grammar is None else facts | {"grammar": self._grammar.version}
@@ -98,37 +77,22 @@ class LocalFactory:
             UserError: the model is of a kind that cannot be trained here, or its batch does not fit into memory.
             SelfdevError: there is too little memory for the warm start or for a round, or the warm start has diverged.
         """
-        folder = self._warm_folder()
+        folder = self._assembly.warm_start
         warm, writes = folder is not None and not folder.is_dir(), self.config.factory.endpoint is None
-        if not (warm or writes or self._trains):
+        trains = self._training.is_ours
+        if not (warm or writes or trains):
             return
-        model = self._load() if warm else self.model([])
-        if warm or self._trains:
+        model = self._assembly.base() if warm else self.model([])
+        if warm or trains:
             check_training(model)
         if writes:
             self._check_batch(model)
-        if self._trains:
-            self._check_round(model)
+        if trains:
+            self._training.check(model, self.prompts(0))
         if not writes:
             self._loaded = None
         if warm and folder is not None:
             self._warm_start(model, folder, tick)
-
-    @property
-    def _trains(self) -> bool:
-        """Whether rounds of learning go through packed passes, and not through TRL alone."""
-        settings = self.config.refinement
-        learns = settings.refit != "never" and self.config.iterations > 1
-        return learns and (settings.backend == "own" or settings.imitation.passes > 0)
-
-    def _check_round(self, model: PreTrainedModel) -> None:
-        """Raise SelfdevError unless one program of the greatest length can be trained on."""
-        prompt = max((tuple(p.tokens(self.tokenizer)) for p in self.prompts(0)), key=len)
-        longest = Lesson(prompt, ((0,) * self.config.factory.max_new_tokens,))
-        trainee = self._trainable(model, seed=0)
-        fitting_pass(trainee, [longest], self.config.refinement, self._free(self.device))
-        # It writes as well, as it was.
-        (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
 
     def _check_batch(self, model: PreTrainedModel) -> None:
         settings = self.config.factory
@@ -249,220 +213,17 @@ class LocalFactory:
         Raises:
             SelfdevError: there is too little memory even for one program a pass, or what was reckoned was too little.
         """
-        settings = self.config.refinement
-        seed = stream_seed(self.config.seed, "refine", iteration)
-        taught = self._lessons(imitated, seed)
-        skipped = {}
-        if len(pairs) < settings.min_pairs:
-            why = f"{len(pairs)} pairs, fewer than refinement.min_pairs ({settings.min_pairs})"
-            if not taught:
-                return {"skipped": why}
-            skipped, pairs = {"preferences_skipped": why}, []
-        asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _, _ in pairs}
-        known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
-        preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
-        preferences += self._shunned(pairs)
-        steps = plan(preferences, settings.pairs_a_step, seed, settings.rehearsal, known)
-        if settings.flip_rate != "measured":
-            flip_rate = settings.flip_rate
-        facts = {
-            "pairs": len(pairs),
-            "shunned": len(preferences) - len(pairs),
-            "steps": len(steps),
-            "imitation_steps": len(taught),
-            "backend": settings.backend,
-            "train": settings.train,
-            "loss": settings.loss,
-            "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
-            "refit": settings.refit,
-            "reference": settings.held_to,
-            **skipped,
-        }
         self._loaded = None  # two models at once would double the memory
-        ground = [] if settings.refit == "fresh" else list(adapters)
-        reference = [] if settings.held_to == "first" else list(adapters)
-        try:
-            model, done = self._train(ground, reference, taught, steps, seed, facts, tick)
-        except Diverged as error:
-            return facts | {"rolled_back": str(error)}
-        except torch.OutOfMemoryError as error:
-            raise SelfdevError(
-                f"refinement: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with a "
-                "lower refinement.pairs_a_step or refinement.rank"
-            ) from error
-        remove_left(out)  # a run's folder is locked; the cache of warm starts is not
-        save_learned(model, out, done.moments)
-        return facts | {
-            "losses": [asdict(each) for each in done.losses],
-            "stopped": done.stopped,
-            "adapter": weights_hash(out),
-        }
+        return self._training.refine(pairs, iteration, adapters, out, tick, flip_rate, imitated)
 
-    def _train(
-        self,
-        ground: Sequence[Path],
-        reference: Sequence[Path],
-        taught: Sequence[Lesson],
-        steps: Sequence[Step],
-        seed: int,
-        facts: dict[str, Any],
-        tick: Tick,
-    ) -> tuple[Model, Outcome]:
-        """Train a new adapter on top of `ground`, or `ground` itself, held to `reference`.
-
-        Notes how the passes were split.
-        """
-        settings = self.config.refinement
-        moments = load_moments(ground[-1]) if ground and settings.optimizer == "continue" else None
-        model = self._trainee(ground, seed)
-        note = f"{facts['pairs']} pairs"
-        packed: list[Packed] = [
-            *taught,
-            *(steps if settings.backend == "own" else []),
-        ]  # TRL's passes are its own
-        tokens_a_pass = None
-        if packed:
-            tokens_a_pass = fitting_pass(model, packed, settings, self._free(self.device))
-        facts |= {"tokens_a_pass": tokens_a_pass, "pairs_a_pass": None}
-        if not steps:
-            self._imitate(model, taught, facts, tick)
-            return model, Outcome([], moments=moments)
-        if settings.backend == "trl":
-            from selfdev.factory.trl_backend import refine_with_trl
-
-            facts["pairs_a_pass"] = fitting_pairs(model, steps, settings, self._free(self.device))
-            self._imitate(model, taught, facts, tick)
-            # Without an adapter to be taken off, the reference is a second model.
-            alone = settings.train == "lora" and reference == ground
-            other = None if alone else self._build(reference)
-            total = settings.epochs * math.ceil(sum(len(s.pairs) for s in steps) / settings.pairs_a_step)
-            return model, refine_with_trl(
-                model,
-                other,
-                self.tokenizer,
-                steps,
-                settings,
-                flip_rate=facts["flip_rate"],
-                pairs_a_pass=facts["pairs_a_pass"],
-                moments=moments,
-                tick=lambda done: tick(done, total, note),
-            )
-        total = len(steps) * (1 + settings.epochs)
-        if reference != ground:
-            del model
-            references = consult(
-                self._build(reference), steps, settings, tokens_a_pass, lambda done: tick(done, total, note)
-            )
-            model = self._trainee(ground, seed)
-        else:
-            references = consult(model, steps, settings, tokens_a_pass, lambda done: tick(done, total, note))
-        self._imitate(model, taught, facts, tick)
-        return model, refine(
-            model,
-            steps,
-            references,
-            settings,
-            flip_rate=facts["flip_rate"],
-            tokens_a_pass=tokens_a_pass,
-            moments=moments,
-            tick=lambda done: tick(len(steps) + done, total, note),
-        )
-
-    def _trainee(self, ground: Sequence[Path], seed: int) -> Model:
-        """What a round trains: `ground` with a new adapter, or as a whole."""
-        return self._trainable(self._build(ground), seed)
-
-    def _trainable(self, model: PreTrainedModel, seed: int) -> Model:
-        settings = self.config.refinement
-        if settings.train == "lora":
-            return with_new_adapter(model, settings.rank, seed)
-        whole: PreTrainedModel = model.requires_grad_(True)
-        return whole
-
-    def _lessons(self, imitated: Sequence[tuple[Prompt, tuple[int, ...]]], seed: int) -> list[Lesson]:
-        settings = self.config.refinement
-        asked = {prompt: tuple(prompt.tokens(self.tokenizer)) for prompt, _ in imitated}
-        known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
-        programs = [(asked[prompt], tokens) for prompt, tokens in imitated]
-        passes, together = settings.imitation.passes, settings.imitation.programs_a_step
-        return lessons(programs, passes, together, seed, settings.rehearsal, known)
-
-    def _imitate(self, model: Model, taught: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
-        """Imitate programs, if there are any; notes the mean loss of each pass."""
-        if not taught:
-            return
-        settings = self.config.refinement.imitation
-        total = len(taught)
-        losses = imitate(
-            model,
-            taught,
-            settings.learning_rate,
-            lambda step, loss: tick(step + 1, total, f"imitation, {loss:.2f} nats a token"),
-            facts["tokens_a_pass"],
-        )
-        once = total // settings.passes
-        facts["imitation_losses"] = [
-            sum(losses[start : start + once]) / once for start in range(0, total, once)
-        ]
-
-    def _rehearsed(self, prompt: Prompt) -> list[tuple[int, ...]]:
-        """The worked examples that a prompt does not show, as it would be continued with them."""
-        return [
-            tuple(completion(self.tokenizer, source))
-            for name, source in sorted(self._sources.items())
-            if name not in prompt.examples
-        ]
-
-    def _shunned(self, pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]) -> list[Preference]:
-        """Under each prompt, its chosen programs in turn preferred to the worked examples that it shows first."""
-        chosen: dict[Prompt, dict[tuple[int, ...], None]] = {}
-        for prompt, tokens, _ in pairs:
-            chosen.setdefault(prompt, {})[tokens] = None
-        return [
-            Preference(
-                tuple(prompt.tokens(self.tokenizer)),
-                list(answers)[place % len(answers)],
-                tuple(completion(self.tokenizer, self._sources[name])),
-            )
-            for prompt, answers in chosen.items()
-            for place, name in enumerate(prompt.examples[: self.config.refinement.shun_examples])
-            if name in self._sources  # a prompt of `showing` has a program among its examples
-        ]
+    def layers(self, adapters: Sequence[Path]) -> list[Path]:
+        """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""
+        return self._assembly.layers(adapters)
 
     def model(self, adapters: Sequence[Path]) -> PreTrainedModel:
         """The model that writes, with what an arm has learned so far."""
         wanted = tuple(adapters)
         if self._loaded is None or self._loaded[1] != wanted:
             self._loaded = None
-            self._loaded = self._build(wanted), wanted
+            self._loaded = self._assembly.model(wanted), wanted
         return self._loaded[0]
-
-    def _load(self, folder: Path | None = None) -> Any:
-        """Weights, by default the factory's own, on its device and of its type."""
-        return load_model(folder or self.folder, getattr(torch, self.config.factory.dtype)).to(self.device)
-
-    def _build(self, adapters: Sequence[Path]) -> PreTrainedModel:
-        whole = bool(adapters) and self.config.refinement.train == "full"
-        model: Any = self._load(adapters[-1] if whole else None)
-        for folder in [] if whole else self.layers(adapters):
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-        built: PreTrainedModel = model.eval()
-        return built
-
-    def layers(self, adapters: Sequence[Path]) -> list[Path]:
-        """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""
-        warm = self._warm_folder()
-        return ([] if warm is None else [warm]) + list(adapters)
-
-    def _warm_key(self) -> str | None:
-        settings = self.config.factory.warm_start
-        if settings.steps == 0:
-            return None
-        content = [self.weights, self._sources, settings.model_dump(), self.config.prompt.shown]
-        if self.config.factory.dtype != "float32":
-            content.append(self.config.factory.dtype)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def _warm_folder(self) -> Path | None:
-        key = self._warm_key()
-        return None if key is None else cache_dir() / "warm-start" / key

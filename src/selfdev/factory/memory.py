@@ -153,19 +153,21 @@ def fitting_pass(
 
 
 def fitting_pairs(
-    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None
+    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None, processes: int = 1
 ) -> int:
-    """How many pairs TRL may have in a pass: all of an optimiser step, or an equal part of it that fits.
+    """How many pairs a process of TRL may have in a pass: its share of a step, or an equal part of that which fits.
 
     Args:
         model: see `footprint`.
         steps: of the round. To TRL a pair is two rows, as long as the longest of all, with the logits of all tokens.
         settings: `pairs_a_step`, and `tokens_a_pass`, which is exceeded where not even one pair keeps to it.
-        free: bytes, see `available`; None where nobody knows.
+        free: bytes for one process, see `available`; None where nobody knows.
+        processes: that share the pairs.
 
     Raises:
         SelfdevError: not even one pair fits.
     """
+    share = settings.pairs_a_step // processes
     pair = 2 * max(len(step.prompt) + max(step.lengths) for step in steps)
     most = max(1, (settings.tokens_a_pass or pair * settings.pairs_a_step) // pair)
     if free is not None:
@@ -178,8 +180,7 @@ def fitting_pairs(
                 "refinement.backend: own, which packs prompts"
             )
         most = min(most, fits)
-    parts = range(1, min(most, settings.pairs_a_step) + 1)
-    return max(part for part in parts if settings.pairs_a_step % part == 0)
+    return max(part for part in range(1, min(most, share) + 1) if share % part == 0)
 
 
 def check_batch(

@@ -2,7 +2,7 @@
 
 TRL gets the same token ids in the same order, the same reference, optimiser, learning rates and clipping, and the
 adapter that it trains is saved as ours is. What differs is the batching: each pair is two rows with a prompt of their
-own. The device is the one that transformers' Trainer finds; a run is one process, so it is one device.
+own. The device is the one that transformers' Trainer finds; several take a process each (`trl_processes.py`).
 """
 
 import math
@@ -80,6 +80,7 @@ def refine_with_trl(
     *,
     flip_rate: float = 0.0,
     pairs_a_pass: int | None = None,
+    processes: int = 1,
     moments: Moments | None = None,
     tick: Report = lambda step: None,
 ) -> Outcome:
@@ -92,7 +93,8 @@ def refine_with_trl(
         steps: their pairs are taken in this order, `settings.pairs_a_step` at a time.
         settings: losses, learning rate, epochs.
         flip_rate: TRL's `label_smoothing`; see `losses.robust`.
-        pairs_a_pass: a divisor of `settings.pairs_a_step`, whose gradients are added up; None: all at once.
+        pairs_a_pass: a divisor of a process's share of a step, whose gradients are added up; None: all at once.
+        processes: that do the same at the same time, each with its share of every step.
         moments: with which an earlier round has ended, where the optimiser goes on.
         tick: called after each optimiser step with how many are done.
 
@@ -104,7 +106,7 @@ def refine_with_trl(
         for step in steps
         for chosen, rejected in step.pairs
     ]
-    at_once = pairs_a_pass or settings.pairs_a_step
+    at_once = pairs_a_pass or settings.pairs_a_step // processes
     batches = [pairs[i : i + settings.pairs_a_step] for i in range(0, len(pairs), settings.pairs_a_step)]
     rows = {
         "prompt_ids": [list(p.prompt) for p in pairs],
@@ -127,7 +129,7 @@ def refine_with_trl(
                 beta=settings.beta,
                 max_length=None,
                 per_device_train_batch_size=at_once,
-                gradient_accumulation_steps=settings.pairs_a_step // at_once,
+                gradient_accumulation_steps=settings.pairs_a_step // (at_once * processes),
                 train_sampling_strategy="sequential",
                 num_train_epochs=settings.epochs,
                 max_grad_norm=1.0,
