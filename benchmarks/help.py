@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/help.py --seeds 1 2 --temperatures 0.8 0.57
 
 `grammar`: `factory.grammar: python`. `repair turn`: `factory.repair_turn: true`. `no warm start`:
-`factory.warm_start.steps: 0`, so what the warm start gives is `none` minus it.
+`factory.warm_start.steps: 0`, so what the warm start gives is `none` minus it. `int8`: no help, but linear layers in
+torch's own int8 (dynamic, a scale for each output), which is not in the package.
 
 The first iteration's programs are written and screened as in a run, on the probes and, if they are new there, on the
 real tensors; none is scored. Prompts and random streams are the same in every row, but for the prompts of the turns, so
@@ -20,6 +21,8 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, stdev
 
 from scipy.stats import binomtest
+from torch import nn
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
 from selfdev.algorithms.screening import REAL_TOLERANCE, History, Screen, explained_by_combination
 from selfdev.archive import Candidate
@@ -36,12 +39,13 @@ from selfdev.watcher import Tick
 from selfdev.writing import Writing
 
 WORKS = {"new", "trivial", "known", "repeated"}
-PLAIN = "none"
+PLAIN, INT8 = "none", "int8"
 WAYS = {
     PLAIN: [],
     "grammar": ["factory.grammar=python"],
     "repair turn": ["factory.repair_turn=true"],
     "no warm start": ["factory.warm_start.steps=0"],
+    INT8: [],
 }
 
 
@@ -106,7 +110,9 @@ def measure(seed: int, temperature: float, programs: int, judge: Judge, tallies:
         config = load_config("quickstart", [*same, *changes])
         factory = LocalFactory(config)
         factory.prepare(lambda done, total, note: None)
-        factory.model([])
+        model = factory.model([])
+        if way == INT8:
+            quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
         prompts = factory.prompts(0)
         writing = Writing(config, factory, judge.screen, "frozen", 0, [], Tick())
         with tallies[way].timed():

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from selfdev.models.sources import resolve
 from selfdev.settings import RefinementSettings
 
 PROMPTS, PAIRS, CHOSEN, BATCH = 4, 64, 6, 4
-SIDES = ("ours", "trl", "trl without checkpointing")
+OURS, PEERS = "ours", ("trl", "trl without checkpointing")
 
 
 def mutated(source: str, draw: random.Random) -> str:
@@ -143,7 +144,7 @@ def one_side(side: str, model_name: str, pairs: int, pairs_a_step: int) -> dict[
     steps = plan(preferences(tokenizer), pairs_a_step, seed=0)[: pairs // pairs_a_step]
     model = trainee(model_name)
     found: dict[str, float] = {}
-    if side == "ours":
+    if side == OURS:
         found["clock"], found["processor"] = measured(lambda: round_of_ours(model, steps))
         return found | {"peak": peak_gb()}
     trainer = trainer_of_trl(model, tokenizer, steps, side == "trl")
@@ -174,11 +175,11 @@ def largest_difference(trainer: Any, model: PeftModel, steps: list[Step]) -> flo
     return largest
 
 
-def compare(model: str, turns: int, pairs: int, pairs_a_step: int) -> None:
-    ratios: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES[1:]}
+def compare(model: str, turns: int, pairs: int, pairs_a_step: int, peers: Sequence[str]) -> None:
+    ratios: dict[str, list[dict[str, float]]] = {side: [] for side in peers}
     for turn in range(1, turns + 1):
         found: dict[str, dict[str, float]] = {}
-        for side in SIDES:
+        for side in (OURS, *peers):
             size = ["--pairs", str(pairs), "--pairs-a-step", str(pairs_a_step)]
             command = [sys.executable, __file__, "--side", side, "--model", model, *size]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -191,11 +192,11 @@ def compare(model: str, turns: int, pairs: int, pairs_a_step: int) -> None:
                 f"{each['processor']:.1f} s of the processor, peak {each['peak']:.2f} GB{apart}",
                 flush=True,
             )
-        for side in SIDES[1:]:
+        for side in peers:
             ratios[side].append(
-                {key: found[side][key] / found["ours"][key] for key in ("clock", "processor", "peak")}
+                {key: found[side][key] / found[OURS][key] for key in ("clock", "processor", "peak")}
             )
-    for side in SIDES[1:]:
+    for side in peers:
         medians = {key: statistics.median(each[key] for each in ratios[side]) for key in ratios[side][0]}
         print(
             f"{side} against ours, median: {medians['clock']:.1f} times the time by the clock, "
@@ -249,15 +250,16 @@ def main() -> None:
     parser.add_argument(
         "--pairs-a-step", type=int, default=BATCH, choices=(1, 2, 4, 8, 16), help="the quickstart: 4"
     )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
     parser.add_argument("--picture", type=Path, help="draw how both scale, and do nothing else")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(OURS, *PEERS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         print(json.dumps(one_side(arguments.side, arguments.model, arguments.pairs, arguments.pairs_a_step)))
     elif arguments.picture:
         draw(arguments.model, arguments.picture)
     else:
-        compare(arguments.model, arguments.turns, arguments.pairs, arguments.pairs_a_step)
+        compare(arguments.model, arguments.turns, arguments.pairs, arguments.pairs_a_step, arguments.peers)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@
 All write the same number of programs to the quickstart's own prompts (three drawn examples each, warm-started
 factory) with the same temperature, top-p, limit and stop, in float32. They take turns. `generate` has the rows of one
 prompt in a batch, vLLM all at once with prefix caching, in a process of its own whose start is not counted. Seconds are
-the clock's; seconds of CPU are printed too, since they say more on a busy machine. The picture shows tokens a second by
-rows and by length of the prompt, without a stop.
+the clock's; seconds of CPU are printed too, since they say more on a busy machine. A row of its own has ours with the
+linear layers in torch's int8; what that costs in programs that work, `help.py` says. The picture shows tokens a second
+by rows and by length of the prompt, without a stop.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from selfdev.config import load_config
@@ -124,6 +126,7 @@ def race(arguments: argparse.Namespace, factory: LocalFactory, model: Any) -> No
         batch=arguments.batch,
     )
     ratios: dict[str, list[float]] = {}
+    int8 = quantize_dynamic(model, {torch.nn.Linear: per_channel_dynamic_qconfig})
     with tempfile.TemporaryDirectory() as folder:
         if arguments.vllm:
             model.save_pretrained(folder)
@@ -131,11 +134,11 @@ def race(arguments: argparse.Namespace, factory: LocalFactory, model: Any) -> No
         for turn in range(arguments.turns):
             seeds = [[1000 * turn + 100 * number + i for i in range(rows)] for number in range(len(prompts))]
 
-            def ours(seeds: list[list[int]] = seeds) -> int:
+            def ours(model: Any, seeds: list[list[int]] = seeds) -> int:
                 written = sampler(model, factory.tokenizer, prompts, seeds)
                 return sum(len(sample.tokens) for group in written for sample in group)
 
-            results = {"ours": measured(ours)}
+            results = {"ours": measured(lambda: ours(model)), "int8": measured(lambda: ours(int8))}
             torch.manual_seed(turn)
             results["generate"] = measured(lambda: generate(factory, model, prompts, rows, sampler))
             if arguments.vllm:
