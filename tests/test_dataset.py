@@ -1,6 +1,7 @@
 """The pairs of a run as a dataset, from an archive written by hand."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from selfdev.errors import SelfdevError
 from selfdev.factory.prompt import ask, showing
 from selfdev.report.dataset import export_pairs
 from selfdev.runs import open_run
+from tiny import tiny_model, tiny_tokenizer
 
 SOURCE = wrap_short("def merge_odd(deltas):\n    return sum(deltas) ** 3\n")
 FIRST = [ask(names, examples(), Form.SHORT) for names in (("vote", "median"), ("consensus", "cosine"))]
@@ -199,3 +201,19 @@ def test_a_column_that_is_null_in_the_first_round_has_a_type(run: Path, tmp_path
     assert data.features["chosen_failure"].dtype == "string"  # null everywhere
     assert data["rejected_failure"][-1] == "Timeout"
     assert list(data["rejected_tokens"][0]) == [1, 1]
+
+
+def test_the_guides_example_trains_by_trl(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    guide = (Path(__file__).parents[1] / "docs/learning.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"^```python\n(.*?)^```$", guide, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    export_pairs(open_run(run), tmp_path / "pairs")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
+    done: dict[str, Any] = {}
+    example = example.replace("org/another-model", str(tmp_path / "model"))
+    exec(example.replace("beta=0.1", "beta=0.1, use_cpu=True, bf16=False"), done)  # for want of a GPU
+    assert done["trainer"].state.global_step == 3  # one pair by score, three epochs
+    assert len(done["trainer"].train_dataset) == 1
