@@ -43,7 +43,9 @@ MERGEKIT = {
     "dare_linear": ({}, {"weight": 0.3, "density": 0.5}, 3),
     "dare_ties": ({}, {"weight": 1.0, "density": 0.5}, 3),
     "della": ({}, {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, 3),
+    "della_linear": ({}, {"weight": 1.0, "density": 0.5, "epsilon": 0.1}, 3),
     "breadcrumbs": ({}, {"weight": 0.3, "density": 0.9, "gamma": 0.01}, 3),
+    "breadcrumbs_ties": ({}, {"weight": 0.3, "density": 0.9, "gamma": 0.01}, 3),
     "model_stock": ({}, {}, 3),
     "karcher": ({}, {}, 3),
     "multislerp": ({}, {"weight": 1.0}, 3),
@@ -55,6 +57,12 @@ MERGEKIT = {
     "arcee_fusion": ({}, {}, 1),
 }
 """Methods that both have: mergekit's parameters of the merge and of each model, and experts. Ours run with defaults."""
+
+OURS = {
+    "della_linear": ["della", "-p", "elect=false"],
+    "breadcrumbs_ties": ["breadcrumbs", "-p", "elect=true"],
+}
+"""Our words for what has a name of its own there."""
 
 NAMES = ("seed", "one", "two", "three")
 
@@ -87,7 +95,18 @@ def run(command: Sequence[str], *, passive: bool = False) -> Cost:
 def ours(method: str, seed: Path, experts: Sequence[Path], out: Path) -> list[str]:
     """Our command line."""
     given = [word for expert in experts for word in ("--expert", f"{expert.name}={expert}")]
-    words = ["merge", "--method", method, "--seed", str(seed), *given, "--targets", "all", "--out", str(out)]
+    words = [
+        "merge",
+        "--method",
+        *OURS.get(method, [method]),
+        "--seed",
+        str(seed),
+        *given,
+        "--targets",
+        "all",
+        "--out",
+        str(out),
+    ]
     return [sys.executable, "-m", "selfdev", *words]
 
 
