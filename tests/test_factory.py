@@ -1,5 +1,6 @@
 """The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
 
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.factory.memory import SHARE, available, footprint
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.refinement import Diverged
+from selfdev.factory.trl_processes import check_devices
 from selfdev.models.folder import load_model, weights_hash
 from selfdev.runs import Run, resume, run
 from selfdev.sandbox import Sandbox
@@ -349,11 +351,23 @@ def test_a_round_that_does_not_fit_ends_the_run_before_it_begins(tiny_writer: Pa
     LocalFactory(frozen, lambda device: needs).prepare(lambda *_: None)
 
 
-def test_looking_whether_a_round_fits_changes_nothing_that_is_written(tiny_writer: Path) -> None:
-    looked, other = (LocalFactory(writer_config(tiny_writer)) for _ in range(2))
-    looked.prepare(lambda *_: None)
-    texts = [[s.text for s in f.write(twenty(f), 0, 1.0, [], lambda *_: None)] for f in (looked, other)]
-    assert texts[0] == texts[1]
+def test_looking_whether_a_round_fits_leaves_the_model_as_it_was(tiny_writer: Path) -> None:
+    for train in ("lora", "full"):
+        factory, _ = learner(tiny_writer, train=train)
+        [before, after] = ({}, {})
+        for found in (before, after):
+            model = factory.model([])
+            found["modules"] = {name: type(module) for name, module in model.named_modules()}
+            found["hooks"] = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
+            found["weights"] = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+            found["trained"] = [weight.requires_grad for weight in model.parameters()]
+            factory.prepare(lambda *_: None)
+        assert factory.model([]) is model
+        weights = before.pop("weights"), after.pop("weights")
+        assert before == after
+        assert not any(after["trained"])
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
 
 
 def test_a_save_that_fails_midway_leaves_nothing(tiny_writer: Path, tmp_path: Path) -> None:
@@ -451,78 +465,104 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
     )
 
 
-def accelerated(folder: Path, processes: int = 2) -> str:
-    """A file of `accelerate config` for so many processes on this processor."""
-    file = folder / "accelerate.yaml"
-    file.write_text(
-        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nuse_cpu: true\nmixed_precision: 'no'\n"
-        f"num_machines: 1\nnum_processes: {processes}\n"
-    )
-    return str(file)
-
-
 @pytest.mark.parametrize(
     ("rounds", "file", "more"),
     [
         (1, "adapter_model.safetensors", {"imitation": {"passes": 1}}),
-        (2, "model.safetensors", {"train": "full", "optimizer": "continue", "refit": "continue"}),
+        pytest.param(
+            2,
+            "model.safetensors",
+            {"train": "full", "optimizer": "continue", "refit": "continue"},
+            marks=pytest.mark.proof,
+        ),
     ],
     ids=["lora", "full"],
 )
-def test_processes_of_accelerate_learn_what_one_learns(
+def test_devices_learn_together_what_one_learns(
     rounds: int, file: str, more: dict[str, Any], tiny_writer: Path, tmp_path: Path
 ) -> None:
     """All weights in two rounds, since the second stands on what the first has saved."""
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
-    asked = {"backend": "trl", "learning_rate": 1e-3, "pairs_a_step": 2, "supervised": 0.0, **more}
-    facts: dict[str, list[dict[str, Any]]] = {"one": [], "two": []}
-    for name, where in (("one", {}), ("two", {"accelerate": accelerated(tmp_path)})):
-        factory, pairs = learner(tiny_writer, **asked, **where)
+    asked = {"backend": "trl", "learning_rate": 1e-3, "pairs_a_step": 4, "supervised": 0.0, **more}
+    facts: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+    for devices, done in facts.items():
+        factory, pairs = learner(tiny_writer, **asked, devices=devices)
+        pairs = [*pairs, *((p, chosen, rejected[:-1]) for p, chosen, rejected in pairs), *pairs]
         imitated = [(prompt, chosen) for prompt, chosen, _ in pairs]
         for round_ in range(rounds):
             ticks: list[tuple[int, int, str]] = []
-            earlier = [tmp_path / name / str(before) for before in range(round_)]
-            out = tmp_path / name / str(round_)
-            facts[name].append(
+            earlier = [tmp_path / str(devices) / str(before) for before in range(round_)]
+            out = tmp_path / str(devices) / str(round_)
+            done.append(
                 factory.refine(
                     pairs, round_, earlier, out, lambda *at, to=ticks: to.append(at), imitated=imitated
                 )
             )
-            assert ticks[-2:] == [(1, 2, "2 pairs"), (2, 2, "2 pairs")]  # an epoch is a step
-    for one, two in zip(facts["one"], facts["two"], strict=True):
+            # An epoch of six pairs is two steps.
+            assert [at[:2] for at in ticks[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+            assert [path.name for path in out.parent.iterdir()] == [str(each) for each in range(round_ + 1)]
+    for one, two in zip(facts[1], facts[2], strict=True):
+        assert (one["devices"], two["devices"]) == (1, 2)
         assert (one["pairs_a_pass"], two["pairs_a_pass"]) == (2, 1)
         for ours, theirs in zip(one["losses"], two["losses"], strict=True):
             assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-4)
             assert theirs["margin"] == pytest.approx(ours["margin"], abs=1e-3)
-    expected, found = (load_file(tmp_path / name / str(rounds - 1) / file) for name in ("one", "two"))
+    expected, found = (load_file(tmp_path / str(each) / str(rounds - 1) / file) for each in (1, 2))
     for key, weight in expected.items():
         torch.testing.assert_close(found[key], weight, atol=1e-4, rtol=1e-2)
 
 
-def test_processes_that_cannot_share_a_step_end_the_run_before_its_work(
-    tiny_writer: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
-    asked = {"backend": "trl", "pairs_a_step": 4}
-    with pytest.raises(UserError, match=r"4 pairs cannot be shared out evenly among the 3 processes.*of 3"):
-        learner(tiny_writer, **asked, accelerate=accelerated(tmp_path, 3))
-    with pytest.raises(UserError, match=r"does not say num_processes.*accelerate config"):
-        learner(tiny_writer, **asked, accelerate=str(tmp_path / "none.yaml"))
-    with pytest.raises(ValueError, match=r"set refinement\.backend: trl"):
-        learner(tiny_writer, accelerate=accelerated(tmp_path))
+def children() -> set[int]:
+    """The processes that descend from this one."""
+    found, new = set[int](), {os.getpid()}
+    while new:
+        listed = [Path(f"/proc/{pid}/task/{pid}/children") for pid in new]
+        new = {int(pid) for file in listed if file.exists() for pid in file.read_text().split()} - found
+        found |= new
+    return found
 
 
-def test_processes_that_fail_say_why_and_leave_nothing(tiny_writer: Path, tmp_path: Path) -> None:
+def test_a_round_on_devices_that_is_broken_off_leaves_no_process(tiny_writer: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
-    asked = {"backend": "trl", "pairs_a_step": 2, "accelerate": accelerated(tmp_path)}
+    factory, pairs = learner(tiny_writer, backend="trl", pairs_a_step=2, devices=2, epochs=50)
+    before, during = children(), set[int]()
+
+    def stop(*_: object) -> None:
+        during.update(children() - before)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        factory.refine(pairs, 0, [], tmp_path / "out", stop)
+    assert len(during) >= 3  # torchrun and the two that it started
+    assert not [pid for pid in during if Path(f"/proc/{pid}").exists()]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_or_diverges_on_a_device_is_told(tiny_writer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    asked = {"backend": "trl", "pairs_a_step": 2, "devices": 2}
     factory, pairs = learner(tiny_writer, **asked, learning_rate=1e30)
     facts = factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
-    assert not (tmp_path / "out").exists()
-    Path(asked["accelerate"]).write_text("num_processes: 2\n")
-    with pytest.raises(SelfdevError, match=r"(?s)`accelerate launch` ended with 1.*distributed_type"):
-        factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
-    assert not (tmp_path / "out").exists()
+    factory, [(prompt, chosen, rejected), _] = learner(tiny_writer, **asked)
+    unknown = (10**6, *rejected)
+    with pytest.raises(SelfdevError, match=r"a process of the 2 that train has failed: IndexError: .*resume"):
+        factory.refine([(prompt, chosen, unknown)] * 2, 0, [], tmp_path / "out", lambda *_: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_devices_that_do_not_fit_are_refused_before_the_work(tiny_writer: Path) -> None:
+    with pytest.raises(ValueError, match=r"4 pairs cannot be shared out evenly among 3.*a multiple of 3"):
+        learner(tiny_writer, backend="trl", pairs_a_step=4, devices=3)
+    with pytest.raises(ValueError, match=r"refinement\.devices.*set refinement\.backend: trl"):
+        learner(tiny_writer, pairs_a_step=4, devices=2)
+    for wanted, visible, told in (
+        (2, 1, "2 are asked for and 1 GPUs"),
+        (1, 4, r"sees 4 GPUs.*devices: 4.*CUDA_VISIBLE"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_devices(wanted, visible)
+    check_devices(4, 4)
 
 
 def test_without_trl_the_run_ends_before_its_work(tiny_writer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

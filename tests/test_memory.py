@@ -112,15 +112,51 @@ def test_pairs_of_trl_are_split_evenly_where_memory_is_short() -> None:
     model = adapted()
     pair = 2 * 70  # two rows, as long as the longest
     settings = RefinementSettings(pairs_a_step=6)
-    assert fitting_pairs(model, [STEP], settings, free=None) == 6
-    assert fitting_pairs(model, [STEP], settings, free=10**12) == 6
+    assert fitting_pairs(model, [STEP], 12, settings, None, False) == 6
+    assert fitting_pairs(model, [STEP], 12, settings, 10**12, False) == 6
     needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
     for fits, expected in ((5, 3), (3, 3), (2, 2), (1, 1)):
         free = int(needs.of(fits * pair) / SHARE) + 10
-        assert fitting_pairs(model, [STEP], settings, free) == expected
+        assert fitting_pairs(model, [STEP], 12, settings, free, False) == expected
+    few = int(needs.of(pair) / SHARE) + 10
     with pytest.raises(SelfdevError, match=r"one pair of 140 tokens.*refinement\.backend: own"):
-        fitting_pairs(model, [STEP], settings, free=int(needs.of(pair) / SHARE) - 1000)
-    assert fitting_pairs(model, [STEP], RefinementSettings(pairs_a_step=6, tokens_a_pass=300), free=None) == 2
+        fitting_pairs(model, [STEP], 12, settings, few - 1000, False)
+    with pytest.raises(SelfdevError, match=r"one pair of 140 tokens"):  # a second model has no room
+        fitting_pairs(model, [STEP], 12, settings, few, True)
+    limited = RefinementSettings(pairs_a_step=6, tokens_a_pass=300)
+    assert fitting_pairs(model, [STEP], 12, limited, None, False) == 2
+
+
+def test_passes_of_trl_share_out_the_last_step_evenly_too() -> None:
+    model, settings = adapted(), RefinementSettings(pairs_a_step=6)
+    assert [fitting_pairs(model, [STEP], 12 + rest, settings, None, False) for rest in range(6)] == [
+        6,
+        1,
+        2,
+        3,
+        2,
+        1,
+    ]
+    two = RefinementSettings(backend="trl", pairs_a_step=4, devices=2)
+    # Of 5 pairs one cannot be shared; of 7 the last two are one for each device.
+    assert [fitting_pairs(model, [STEP], pairs, two, None, False) for pairs in (4, 5, 6, 7, 8)] == [
+        2,
+        2,
+        1,
+        1,
+        2,
+    ]
+
+
+def test_processes_of_a_cpu_share_its_memory() -> None:
+    model, pair = adapted(), 2 * 70
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
+    settings = RefinementSettings(backend="trl", pairs_a_step=4, devices=2)
+    one = int(needs.of(pair) / SHARE) + 10 + weights
+    assert fitting_pairs(model, [STEP], 4, settings, 2 * one - weights, False) == 1
+    with pytest.raises(SelfdevError, match="for each of the devices"):
+        fitting_pairs(model, [STEP], 4, settings, 2 * one - weights - 2000, False)
 
 
 def test_what_is_available_is_bounded_by_the_machine() -> None:

@@ -118,6 +118,7 @@ def test_a_gguf_file_may_be_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     ]
     # The rest is what was copied.
     assert ("seed", "tokenizer.json", sha256(tmp_path / "out/tokenizer.json")) in rows[5:]
+    assert "1 expert merged into a seed" in (tmp_path / "out/README.md").read_text()
     copied = {path.name for path in (tmp_path / "out").iterdir()}
     assert {file for _, file, _ in rows[5:]} == copied - {"README.md", "config.json", "model.safetensors"}
     assert not (tmp_path / "out/gguf.sha256").exists()

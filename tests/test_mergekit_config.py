@@ -1,5 +1,6 @@
 """mergekit's YAML files: the same output as its own command gives, and messages for what is not taken."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from textwrap import dedent
@@ -248,6 +249,10 @@ def test_the_type_and_the_tokenizer_are_those_asked_for(models: dict[str, Path],
     file = written(tmp_path, text, models | {"DONOR": donor})
     assert main(["merge", "--config", str(file), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }}"
+    digest = hashlib.sha256((donor / "chat_template.jinja").read_bytes()).hexdigest()
+    card = (tmp_path / "out/README.md").read_text()
+    assert f"| tokenizer | `{donor}` | chat_template.jinja | `{digest}` |" in card
+    assert "2 experts merged" in card
     out, one, two = (read(folder) for folder in (tmp_path / "out", models["ONE"], models["TWO"]))
     name = MLP.format(0)
     expected = (one[name].double() + 3 * two[name].double()) / 4

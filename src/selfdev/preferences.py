@@ -21,6 +21,10 @@ FAILING = ("repair", "failure")
 """Reasons of pairs whose rejected program fails."""
 
 
+_DECK = 1000
+"""Programs of a reason that are dealt at the most, drawn from all: each text is compared with the others."""
+
+
 def asked(pair: Pair) -> str:
     """The program under whose prompt a pair is trained: a copy's own, where the example stands that it copies."""
     return pair.rejected if pair.reason == "copy" else pair.chosen
@@ -132,10 +136,10 @@ def within_cap(pairs: Sequence[Pair], cap: float) -> list[Pair]:
 def _deck(pool: Sequence[Candidate], alike: float, draw: random.Random) -> list[Candidate]:
     """Shuffled, with classes in turn, and variations on one text behind what none of them has been dealt of.
 
-    A class is why a program fails or what it copies. Without that a factory that mostly forgets a bracket would be told
-    of little else.
+    A class is why a program fails, or whether it is trivial, known or repeated. Without that a factory that mostly
+    forgets a bracket would be told of little else.
     """
-    shuffled = draw.sample(list(pool), len(pool))
+    shuffled = draw.sample(list(pool), min(len(pool), _DECK))
     family = _families(shuffled, alike)
     mixed = _in_turns(shuffled, lambda c: family[c.name])
     return _in_turns(mixed, lambda c: (c.status, c.failure))

@@ -335,10 +335,10 @@ class RefinementSettings(Section):
     backend: Literal["own", "trl"] = Field(
         "own", description="`own`: packed prompts, made for CPUs. `trl`: TRL's DPOTrainer, the extra `trl`."
     )
-    accelerate: str | None = Field(
-        None,
-        description="File of `accelerate config`: with `backend: trl`, `accelerate launch` starts its processes, one a "
-        "device, which share the pairs. `null`: one process.",
+    devices: int = Field(
+        1,
+        ge=1,
+        description="With `backend: trl`: so many processes, one a device, share the pairs of every step.",
     )
     loss: Literal["sigmoid", "ipo", "hinge", "robust", "kto"] = Field(
         "sigmoid", description="Of the preferences; see `factory/losses.py`. The paper: sigmoid."
@@ -441,9 +441,14 @@ class RefinementSettings(Section):
                         f"refinement.{key}: TRL's DPOTrainer has nothing like it; leave it out or set "
                         "refinement.backend: own"
                     )
-        elif self.accelerate is not None:
+        elif self.devices > 1:
             raise ValueError(
-                "refinement.accelerate: only TRL's DPOTrainer trains on many devices; set refinement.backend: trl"
+                "refinement.devices: only TRL's DPOTrainer trains on several; set refinement.backend: trl or devices: 1"
+            )
+        if self.pairs_a_step % self.devices:
+            raise ValueError(
+                f"refinement.pairs_a_step: {self.pairs_a_step} pairs cannot be shared out evenly among "
+                f"{self.devices} devices; take a multiple of {self.devices}"
             )
         return self
 

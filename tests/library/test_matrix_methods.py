@@ -132,6 +132,19 @@ def test_knots_merges_in_the_common_basis():
     )
 
 
+@pytest.mark.parametrize("shape", [(2, 30, 5), (3, 6, 40), (3, 12, 4), (2, 9, 9)])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+def test_knots_is_that_of_a_decomposition_in_float64(shape, density):
+    """Signs and thresholds hang on the singular vectors: those of float32 differ by a percent here."""
+    experts = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(torch.cat(tuple(experts.double()), dim=1), full_matrices=False)
+    parts = torch.stack(right.chunk(shape[0], dim=1)).float()
+    expected = (left * values).float() @ method("ties").merge(parts, density=density)
+    torch.testing.assert_close(
+        method("knots").merge(experts, density=density), expected, atol=1e-5, rtol=1e-5
+    )
+
+
 def test_svc_counts_a_shared_direction_once():
     check(method("svc").merge(diagonals([3, 1], [3, 1])), diagonal(3, 1))
 

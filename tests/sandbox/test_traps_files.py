@@ -11,7 +11,7 @@ import torch
 from canaries import ONE, SUM, program
 from processes import run_python
 
-from selfdev.sandbox import Limits, Sandbox, memory_file
+from selfdev.sandbox import Limits, Sandbox
 from selfdev.sandbox.child import Child
 from selfdev.sandbox.job import Call
 from selfdev.sandbox.memory_file import MemoryFile
@@ -35,12 +35,11 @@ def test_a_sealed_input_cannot_be_changed_by_anyone() -> None:
     file.close()
 
 
-def test_an_input_that_somebody_maps_writable_cannot_be_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_file, "_BUSY_SECONDS", 0.1)
+def test_an_input_that_somebody_maps_writable_cannot_be_sealed() -> None:
     file = MemoryFile("test")
     file.resize(8)
     with mmap.mmap(file.descriptor, 8), pytest.raises(OSError, match="busy"):
-        file.seal_contents()
+        file.seal_contents(patience=0.1)
     file.close()
 
 

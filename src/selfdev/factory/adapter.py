@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,9 +41,7 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
     Raises:
         SelfdevError: it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(folder)
     try:
         with quiet():
             model.save_pretrained(aside)
@@ -51,8 +51,32 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
+    move_learned(aside, folder)
+
+
+def move_learned(made: Path, folder: Path) -> None:
+    """Give what was saved on the same disk its place."""
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    made.rename(folder)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A folder for what is made on the way to another, on the same disk; gone afterwards."""
+    aside = _aside(folder)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    """The name, free, under which this process makes what is to be `folder`; `remove_left` knows it."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return aside
 
 
 def remove_left(folder: Path) -> None:

@@ -19,8 +19,8 @@ from selfdev.models.sources import cache_dir, resolve
 
 
 @dataclass(frozen=True)
-class Made:
-    """A model that is yet to be made.
+class Blueprint:
+    """What a model is made from.
 
     Attributes:
         weights: folder.
@@ -63,19 +63,19 @@ class Assembly:
         self.folder = resolve(config.factory.model)
         self.hash = weights_hash(self.folder)
 
-    def made(self, adapters: Sequence[Path]) -> Made:
+    def blueprint(self, adapters: Sequence[Path]) -> Blueprint:
         """What the model with an arm's adapters is made from."""
         if adapters and self._config.refinement.train == "full":
-            return Made(adapters[-1])
-        return Made(self.folder, tuple(self.layers(adapters)))
+            return Blueprint(adapters[-1])
+        return Blueprint(self.folder, tuple(self.layers(adapters)))
 
     def base(self) -> PreTrainedModel:
         """The model without a warm start."""
-        return Made(self.folder).load(self._config.factory.dtype, self.device)
+        return Blueprint(self.folder).load(self._config.factory.dtype, self.device)
 
     def model(self, adapters: Sequence[Path]) -> PreTrainedModel:
         """The model with an arm's adapters."""
-        return self.made(adapters).load(self._config.factory.dtype, self.device)
+        return self.blueprint(adapters).load(self._config.factory.dtype, self.device)
 
     def trainable(self, model: PreTrainedModel, seed: int) -> Model:
         """What a round trains of a model: a new adapter on it, or the whole of it."""

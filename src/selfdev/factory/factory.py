@@ -79,15 +79,15 @@ class LocalFactory:
         """
         folder = self._assembly.warm_start
         warm, writes = folder is not None and not folder.is_dir(), self.config.factory.endpoint is None
-        trains = self._training.is_ours
-        if not (warm or writes or trains):
+        learns, packs = self._training.learns, self._training.packs
+        if not (warm or writes or learns):
             return
         model = self._assembly.base() if warm else self.model([])
-        if warm or trains:
+        if warm or packs:
             check_training(model)
         if writes:
             self._check_batch(model)
-        if trains:
+        if learns:
             self._training.check(model, self.prompts(0))
         if not writes:
             self._loaded = None

@@ -3,8 +3,8 @@
 What a pass keeps for its backward pass, or for the tokens after it, is not guessed from the architecture: a short pass
 of the model itself tells it. In training it grows with the tokens, since attention keeps no matrix
 (`packed_attention.py`). Beside it stand the gradients and the optimiser's state, and one chunk of vocabulary logits. It
-is an estimate: what the system frees late and what other programs take meanwhile is not in it. TRL's is an upper bound,
-since its checkpointing is not reckoned with.
+is an estimate: what the system frees late and what other programs take meanwhile is not in it. What TRL saves by
+checkpointing is not reckoned with.
 """
 
 import logging
@@ -153,31 +153,43 @@ def fitting_pass(
 
 
 def fitting_pairs(
-    model: Model, steps: Sequence[Packed], settings: RefinementSettings, free: int | None, processes: int = 1
+    model: Model,
+    steps: Sequence[Packed],
+    pairs: int,
+    settings: RefinementSettings,
+    free: int | None,
+    other: bool,
 ) -> int:
-    """How many pairs a process of TRL may have in a pass: its share of a step, or an equal part of that which fits.
+    """How many pairs a process of TRL may have in a pass: its share of every step, or an equal part of that which fits.
 
     Args:
         model: see `footprint`.
         steps: of the round. To TRL a pair is two rows, as long as the longest of all, with the logits of all tokens.
-        settings: `pairs_a_step`, and `tokens_a_pass`, which is exceeded where not even one pair keeps to it.
-        free: bytes for one process, see `available`; None where nobody knows.
-        processes: that share the pairs.
+        pairs: of the round.
+        settings: `pairs_a_step`, `devices`, and `tokens_a_pass`, which is exceeded where one pair has more.
+        free: bytes, see `available`; None where nobody knows. On a CPU all processes share them.
+        other: whether the reference is a second model.
 
     Raises:
         SelfdevError: not even one pair fits.
     """
-    share = settings.pairs_a_step // processes
+    shares = [settings.pairs_a_step, pairs % settings.pairs_a_step // settings.devices * settings.devices]
+    share = math.gcd(*shares) // settings.devices
     pair = 2 * max(len(step.prompt) + max(step.lengths) for step in steps)
-    most = max(1, (settings.tokens_a_pass or pair * settings.pairs_a_step) // pair)
+    most = max(1, (settings.tokens_a_pass or pair * share) // pair)
     if free is not None:
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        if settings.devices > 1:  # the model makes room for those of the processes
+            free = (free + weights) // (settings.devices if model.device.type == "cpu" else 1) - weights
         needs = footprint(model, kl=False, forward=_forward)
+        needs = Footprint(needs.fixed + weights * other, needs.a_token)
         fits = needs.tokens(int(SHARE * free)) // pair
         if fits < 1:
             raise SelfdevError(
                 f"refinement: training on one pair of {pair} tokens, prompts included, takes TRL up to "
-                f"{needs.of(pair) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or set "
-                "refinement.backend: own, which packs prompts"
+                f"{needs.of(pair) / 1e9:.1f} GB and {max(0, free) / 1e9:.1f} GB of memory are free"
+                + (" for each of the devices" if settings.devices > 1 else "")
+                + "; free some, or set refinement.backend: own, which packs prompts"
             )
         most = min(most, fits)
     return max(part for part in range(1, min(most, share) + 1) if share % part == 0)

@@ -1,10 +1,11 @@
 """One round of learning: programs are imitated, then pairs preferred, and what comes of it is saved."""
 
+import gc
 import importlib.util
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdev.config import Config
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import load_moments, remove_left, save_learned
+from selfdev.factory.adapter import beside, load_moments, move_learned, remove_left, save_learned
 from selfdev.factory.assembly import Assembly
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
@@ -22,8 +23,8 @@ from selfdev.factory.memory import Packed, fitting_pairs, fitting_pass
 from selfdev.factory.optimiser import Moments
 from selfdev.factory.packing import Model
 from selfdev.factory.prompt import Prompt
-from selfdev.factory.refinement import Diverged, Outcome, Preference, Step, consult, plan, refine
-from selfdev.factory.trl_processes import LEARNED, START, Round, processes_of, refine_in_processes
+from selfdev.factory.refinement import Diverged, Outcome, Preference, Report, Step, consult, plan, refine
+from selfdev.factory.trl_processes import LEARNED, START, Round, check_devices, refine_in_processes
 from selfdev.factory.warm_start import completion
 from selfdev.models.folder import weights_hash
 from selfdev.streams import stream_seed
@@ -57,7 +58,8 @@ class Training:
         settings = config.refinement
         if settings.backend == "trl" and importlib.util.find_spec("trl") is None:
             raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
-        self._processes = processes_of(settings)
+        if settings.backend == "trl" and assembly.device.type == "cuda":
+            check_devices(settings.devices, torch.cuda.device_count())
         self.config = config
         self._assembly = assembly
         self._tokenizer = tokenizer
@@ -65,14 +67,18 @@ class Training:
         self._free = free
 
     @property
-    def is_ours(self) -> bool:
-        """Whether rounds of learning go through packed passes, and not through TRL alone."""
+    def learns(self) -> bool:
+        """Whether there are rounds of learning at all."""
+        return self.config.refinement.refit != "never" and self.config.iterations > 1
+
+    @property
+    def packs(self) -> bool:
+        """Whether rounds go through packed passes, and not through TRL alone."""
         settings = self.config.refinement
-        learns = settings.refit != "never" and self.config.iterations > 1
-        return learns and (settings.backend == "own" or settings.imitation.passes > 0)
+        return self.learns and (settings.backend == "own" or settings.imitation.passes > 0)
 
     def check(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
-        """Make sure that one program of the greatest length can be trained on; the model is left as it was.
+        """Make sure that programs of the greatest length can be trained on; the model is left as it was.
 
         Args:
             model: of the factory, loaded already.
@@ -81,11 +87,21 @@ class Training:
         Raises:
             SelfdevError: there is too little memory.
         """
+        settings, free = self.config.refinement, self._free(self._assembly.device)
+        if free is None:
+            return
         prompt = max((tuple(p.tokens(self._tokenizer)) for p in prompts), key=len)
         longest = Lesson(prompt, ((0,) * self.config.factory.max_new_tokens,))
         trainee = self._assembly.trainable(model, seed=0)
-        fitting_pass(trainee, [longest], self.config.refinement, self._free(self._assembly.device))
-        (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
+        try:
+            if self.packs:
+                fitting_pass(trainee, [longest], settings, free)
+            if settings.backend == "trl":
+                fitting_pairs(
+                    trainee, [longest], settings.pairs_a_step, settings, free, settings.train == "full"
+                )
+        finally:
+            (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
 
     def refine(
         self,
@@ -97,13 +113,14 @@ class Training:
         flip_rate: float = 0.0,
         imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
     ) -> dict[str, Any]:
-        """See `LocalFactory.refine`."""
+        """Train a new adapter or all weights and save them; the arguments are those of `LocalFactory.refine`."""
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
         taught = self._lessons(imitated, seed)
         skipped = {}
-        if len(pairs) < settings.min_pairs:
-            why = f"{len(pairs)} pairs, fewer than refinement.min_pairs ({settings.min_pairs})"
+        if len(pairs) < max(settings.min_pairs, settings.devices):
+            least = "min_pairs" if settings.min_pairs >= settings.devices else "devices"
+            why = f"{len(pairs)} pairs, fewer than refinement.{least} ({getattr(settings, least)})"
             if not taught:
                 return {"skipped": why}
             skipped, pairs = {"preferences_skipped": why}, []
@@ -120,6 +137,7 @@ class Training:
             "steps": len(steps),
             "imitation_steps": len(taught),
             "backend": settings.backend,
+            "devices": settings.devices,
             "train": settings.train,
             "loss": settings.loss,
             "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
@@ -129,8 +147,9 @@ class Training:
         }
         ground = [] if settings.refit == "fresh" else list(adapters)
         reference = [] if settings.held_to == "first" else list(adapters)
+        remove_left(out)  # a run's folder is locked; the cache of warm starts is not
         try:
-            model, done = self._train(ground, reference, taught, steps, seed, facts, tick)
+            done = self._train(ground, reference, taught, steps, seed, out, facts, tick)
         except Diverged as error:
             return facts | {"rolled_back": str(error)}
         except torch.OutOfMemoryError as error:
@@ -138,8 +157,6 @@ class Training:
                 f"refinement: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with a "
                 "lower refinement.pairs_a_step or refinement.rank"
             ) from error
-        remove_left(out)  # a run's folder is locked; the cache of warm starts is not
-        save_learned(model, out, done.moments)
         return facts | {
             "losses": [asdict(each) for each in done.losses],
             "stopped": done.stopped,
@@ -153,57 +170,70 @@ class Training:
         taught: Sequence[Lesson],
         steps: Sequence[Step],
         seed: int,
+        out: Path,
         facts: dict[str, Any],
         tick: Tick,
-    ) -> tuple[Model, Outcome]:
-        """Train a new adapter on top of `ground`, or `ground` itself, held to `reference`.
+    ) -> Outcome:
+        """Train a new adapter on top of `ground`, or `ground` itself, held to `reference`, and save it.
 
         Notes how the passes were split.
         """
-        settings = self.config.refinement
-        packed: list[Packed] = [*taught, *(steps if settings.backend == "own" else [])]
-        model, moments = self._trainee(ground, seed), self._moments(ground)
-        free = self._free(self._assembly.device)
+        settings, note = self.config.refinement, f"{facts['pairs']} pairs"
+        by_trl = settings.backend == "trl"
+        packed: list[Packed] = [*taught, *([] if by_trl else steps)]
+        model, free = self._trainee(ground, seed), self._free(self._assembly.device)
         tokens_a_pass = fitting_pass(model, packed, settings, free) if packed else None
-        facts |= {"tokens_a_pass": tokens_a_pass, "pairs_a_pass": None}
+        pairs = sum(len(step.pairs) for step in steps)
+        facts |= {
+            "tokens_a_pass": tokens_a_pass,
+            "pairs_a_pass": None,
+            "pairs_left_out": pairs % settings.devices,
+        }
         if not steps:
             self._imitate(model, taught, facts, tick)
-            return model, Outcome([], moments=moments)
-        if settings.backend == "trl":
-            facts["pairs_a_pass"] = fitting_pairs(model, steps, settings, free, self._processes)
+            done = Outcome([], moments=self._moments(ground))
+        elif by_trl:
+            other = not self._is_beneath(ground, reference)
+            facts["pairs_a_pass"] = fitting_pairs(model, steps, pairs, settings, free, other)
             self._imitate(model, taught, facts, tick)
-            if settings.accelerate is None:
-                return model, self._by_trl(model, ground, reference, steps, facts, moments, tick)
-            with tempfile.TemporaryDirectory(prefix="selfdev-round-") as scratch:
-                folder = Path(scratch)
-                save_learned(model, folder / START)
-                del model  # the processes need its place
-                return self._in_processes(folder, ground, reference, steps, facts, tick)
-        note = f"{facts['pairs']} pairs"
-        total = len(steps) * (1 + settings.epochs)
-        if reference != ground:
-            del model
-            references = consult(
-                self._assembly.model(reference),
-                steps,
-                settings,
-                tokens_a_pass,
-                lambda done: tick(done, total, note),
+            total = settings.epochs * math.ceil(
+                pairs // settings.devices * settings.devices / settings.pairs_a_step
             )
-            model = self._trainee(ground, seed)
+            report = partial(self._report, tick, total, note)
+            if settings.devices > 1:
+                with beside(out) as folder:
+                    save_learned(model, folder / START)
+                    del model  # the processes need its place
+                    done = self._in_processes(folder, ground, reference, steps, facts, report)
+                    move_learned(folder / LEARNED, out)
+                return done
+            done = self._by_trl(model, ground, reference, steps, facts, report)
         else:
-            references = consult(model, steps, settings, tokens_a_pass, lambda done: tick(done, total, note))
-        self._imitate(model, taught, facts, tick)
-        return model, refine(
-            model,
-            steps,
-            references,
-            settings,
-            flip_rate=facts["flip_rate"],
-            tokens_a_pass=tokens_a_pass,
-            moments=moments,
-            tick=lambda done: tick(len(steps) + done, total, note),
-        )
+            total = len(steps) * (1 + settings.epochs)
+            report = partial(self._report, tick, total, note)
+            if reference != ground:
+                del model
+                references = consult(self._assembly.model(reference), steps, settings, tokens_a_pass, report)
+                model = self._trainee(ground, seed)
+            else:
+                references = consult(model, steps, settings, tokens_a_pass, report)
+            self._imitate(model, taught, facts, tick)
+            done = refine(
+                model,
+                steps,
+                references,
+                settings,
+                flip_rate=facts["flip_rate"],
+                tokens_a_pass=tokens_a_pass,
+                moments=self._moments(ground),
+                tick=lambda step: report(len(steps) + step),
+            )
+        save_learned(model, out, done.moments)
+        return done
+
+    @staticmethod
+    def _report(tick: Tick, total: int, note: str, step: int) -> None:
+        tick(step, total, note)
 
     def _by_trl(
         self,
@@ -211,9 +241,8 @@ class Training:
         ground: Sequence[Path],
         reference: Sequence[Path],
         steps: Sequence[Step],
-        facts: dict[str, Any],
-        moments: Moments | None,
-        tick: Tick,
+        facts: Mapping[str, Any],
+        report: Report,
     ) -> Outcome:
         from selfdev.factory.trl_backend import refine_with_trl
 
@@ -225,8 +254,8 @@ class Training:
             self.config.refinement,
             flip_rate=facts["flip_rate"],
             pairs_a_pass=facts["pairs_a_pass"],
-            moments=moments,
-            tick=self._told(steps, facts, tick),
+            moments=self._moments(ground),
+            tick=report,
         )
 
     def _in_processes(
@@ -235,14 +264,18 @@ class Training:
         ground: Sequence[Path],
         reference: Sequence[Path],
         steps: Sequence[Step],
-        facts: dict[str, Any],
-        tick: Tick,
-    ) -> tuple[Model, Outcome]:
-        """The same on the devices that accelerate knows, from what `folder` has to start with."""
-        settings = self.config.refinement
+        facts: Mapping[str, Any],
+        report: Report,
+    ) -> Outcome:
+        """The same on several devices, from what `folder` has to start with."""
+        settings, device = self.config.refinement, self._assembly.device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         round_ = Round(
-            self._assembly.made(ground),
-            None if self._is_beneath(ground, reference) else self._assembly.made(reference),
+            self._assembly.blueprint(ground),
+            None if self._is_beneath(ground, reference) else self._assembly.blueprint(reference),
+            device.type,
             self.config.factory.dtype,
             self._assembly.folder,
             settings,
@@ -251,17 +284,11 @@ class Training:
             ground[-1] if ground and settings.optimizer == "continue" else None,
             steps,
         )
-        outcome = refine_in_processes(round_, folder, self._told(steps, facts, tick))
-        return round_.trainee(folder / LEARNED, self._assembly.device), outcome
+        return refine_in_processes(round_, folder, report)
 
     def _is_beneath(self, ground: Sequence[Path], reference: Sequence[Path]) -> bool:
         """Whether the reference is what is left where the adapter that is trained is taken off."""
         return self.config.refinement.train == "lora" and reference == ground
-
-    def _told(self, steps: Sequence[Step], facts: dict[str, Any], tick: Tick) -> Callable[[int], None]:
-        settings, pairs = self.config.refinement, sum(len(step.pairs) for step in steps)
-        total = settings.epochs * math.ceil(pairs / settings.pairs_a_step)
-        return lambda done: tick(done, total, f"{facts['pairs']} pairs")
 
     def _moments(self, ground: Sequence[Path]) -> Moments | None:
         """With which the optimiser of a round begins."""

@@ -80,7 +80,6 @@ def refine_with_trl(
     *,
     flip_rate: float = 0.0,
     pairs_a_pass: int | None = None,
-    processes: int = 1,
     moments: Moments | None = None,
     tick: Report = lambda step: None,
 ) -> Outcome:
@@ -90,11 +89,11 @@ def refine_with_trl(
         model: the factory, with a new adapter that changes nothing yet or to be trained as a whole.
         reference: what it is held to; None: the factory without the adapter.
         tokenizer: the factory's.
-        steps: their pairs are taken in this order, `settings.pairs_a_step` at a time.
+        steps: their pairs are taken in this order, `settings.pairs_a_step` at a time, the last ones left out that
+            `settings.devices` cannot share. With several devices each has a process, which calls this with the same.
         settings: losses, learning rate, epochs.
         flip_rate: TRL's `label_smoothing`; see `losses.robust`.
-        pairs_a_pass: a divisor of a process's share of a step, whose gradients are added up; None: all at once.
-        processes: that do the same at the same time, each with its share of every step.
+        pairs_a_pass: of one process, a divisor of its share of every step; gradients are added up. None: all at once.
         moments: with which an earlier round has ended, where the optimiser goes on.
         tick: called after each optimiser step with how many are done.
 
@@ -106,7 +105,8 @@ def refine_with_trl(
         for step in steps
         for chosen, rejected in step.pairs
     ]
-    at_once = pairs_a_pass or settings.pairs_a_step // processes
+    pairs = pairs[: len(pairs) - len(pairs) % settings.devices]
+    at_once = pairs_a_pass or settings.pairs_a_step // settings.devices
     batches = [pairs[i : i + settings.pairs_a_step] for i in range(0, len(pairs), settings.pairs_a_step)]
     rows = {
         "prompt_ids": [list(p.prompt) for p in pairs],
@@ -129,7 +129,8 @@ def refine_with_trl(
                 beta=settings.beta,
                 max_length=None,
                 per_device_train_batch_size=at_once,
-                gradient_accumulation_steps=settings.pairs_a_step // (at_once * processes),
+                gradient_accumulation_steps=settings.pairs_a_step // (at_once * settings.devices),
+                use_cpu=model.device.type == "cpu",
                 train_sampling_strategy="sequential",
                 num_train_epochs=settings.epochs,
                 max_grad_norm=1.0,
@@ -146,7 +147,8 @@ def refine_with_trl(
             optimizers=(optimizer, schedule),
         )
         if isinstance(model, PeftModel) and "ref" in model.peft_config:
-            model.delete_adapter("ref")  # TRL's copy of the new adapter, which changes nothing
+            # TRL's copy of the adapter as it is now; what it is held to has none, nor what was imitated before.
+            model.delete_adapter("ref")
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     if not all(torch.isfinite(each).all() for each in trained):

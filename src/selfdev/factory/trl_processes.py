@@ -1,27 +1,27 @@
-"""A round by TRL on many devices: `accelerate launch` starts a process for each, and these share the pairs.
+"""A round by TRL on several devices: a process for each, and these share the pairs of every step.
 
 They find what is to be done in a folder: `round.json`, and in `start` what is trained, as it is before the preferences.
-They leave `learned` and `outcome.json` there.
+They leave `learned` and `outcome.json` there. torchrun starts them, and ends all where one fails.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
 from peft import PeftModel
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.adapter import load_moments, save_learned
-from selfdev.factory.assembly import Made
+from selfdev.factory.assembly import Blueprint
 from selfdev.factory.packing import Model
 from selfdev.factory.refinement import Diverged, Losses, Outcome, Report, Step
 from selfdev.models.folder import load_tokenizer
@@ -29,10 +29,10 @@ from selfdev.settings import RefinementSettings
 
 START, LEARNED = "start", "learned"
 
-_ROUND, _OUTCOME = "round.json", "outcome.json"
+_ROUND, _OUTCOME, _FAILED = "round.json", "outcome.json", "failed.txt"
 _STEP = "selfdev: step "
-_SAID = 2000
-"""Last characters of what the processes print that the message of an error has."""
+_PATIENCE = 20.0
+"""Seconds that processes have to end after they were asked to."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Round:
     Attributes:
         ground: what is trained, without its new adapter.
         reference: None: the ground without the adapter.
+        device: kind of it, such as `cuda`; each process takes one.
         dtype: of the weights.
         tokenizer: folder of it.
         settings: of the run.
@@ -51,8 +52,9 @@ class Round:
         steps: of preferences.
     """
 
-    ground: Made
-    reference: Made | None
+    ground: Blueprint
+    reference: Blueprint | None
+    device: str
     dtype: str
     tokenizer: Path
     settings: RefinementSettings
@@ -61,49 +63,37 @@ class Round:
     moments: Path | None
     steps: Sequence[Step]
 
-    def trainee(self, folder: Path, device: torch.device | str = "cpu") -> Model:
+    def trainee(self, folder: Path, device: str) -> Model:
         """What is trained, as it lies in a folder."""
         if self.settings.train == "full":
-            return Made(folder).load(self.dtype, device).requires_grad_(True)
-        adapted: PeftModel = PeftModel.from_pretrained(
-            self.ground.load(self.dtype, device), folder, is_trainable=True
-        )
+            return Blueprint(folder).load(self.dtype, device).requires_grad_(True)
+        base = self.ground.load(self.dtype, device)
+        adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
         return adapted
 
 
 _FORMAT = TypeAdapter(Round)
 
 
-def processes_of(settings: RefinementSettings) -> int:
-    """How many processes train.
-
-    Raises:
-        UserError: the file of accelerate does not say it, or they cannot share out an optimiser step evenly.
-    """
-    accelerate, pairs_a_step = settings.accelerate, settings.pairs_a_step
-    if accelerate is None:
-        return 1
-    try:
-        count = int(yaml.safe_load(Path(accelerate).expanduser().read_text())["num_processes"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+def check_devices(wanted: int, visible: int) -> None:
+    """Raise UserError unless TRL would use as many GPUs as there are for it."""
+    if wanted > visible:
         raise UserError(
-            f"refinement.accelerate: '{accelerate}' does not say num_processes ({error}); write it by "
-            "`accelerate config --config_file FILE`"
-        ) from None
-    if count < 1 or pairs_a_step % count:
-        raise UserError(
-            f"refinement.pairs_a_step: {pairs_a_step} pairs cannot be shared out evenly among the {count} processes of "
-            f"'{accelerate}'; take a multiple of {count}"
+            f"refinement.devices: {wanted} are asked for and {visible} GPUs are visible; take {visible}"
         )
-    return count
+    if wanted == 1 < visible:
+        raise UserError(
+            f"refinement.backend: trl sees {visible} GPUs; set refinement.devices: {visible} to train on all, or "
+            "make one visible with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def refine_in_processes(round_: Round, folder: Path, tick: Report) -> Outcome:
-    """Start the processes and wait for them.
+    """Start the processes and wait for them; none is left behind.
 
     Args:
         round_: what they do.
-        folder: has `start`; afterwards `learned` as well.
+        folder: has `start`; afterwards `learned` as well, the optimiser's moments in it.
         tick: called after each optimiser step with how many are done.
 
     Raises:
@@ -111,49 +101,75 @@ def refine_in_processes(round_: Round, folder: Path, tick: Report) -> Outcome:
         SelfdevError: they ended with an error.
     """
     (folder / _ROUND).write_bytes(_FORMAT.dump_json(round_))
-    config = Path(round_.settings.accelerate or "").expanduser()
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["-m", __name__, str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as launched:
-        said = ""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(round_.settings.devices), "-m", __name__, str(folder)]
+    last = ""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,  # its end tells the processes that nobody waits for them
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as launched:
         try:
             for line in launched.stdout or ():
-                if line.startswith(_STEP):
-                    tick(int(line.removeprefix(_STEP)))
+                _, found, step = line.partition(_STEP)
+                if found:
+                    tick(int(step))
                 else:
-                    said = (said + line)[-_SAID:]
+                    last = line.strip() or last
         except BaseException:
-            launched.terminate()  # the launcher ends what it has started
+            _end(launched)
             raise
-    file = folder / _OUTCOME
-    if launched.returncode or not file.is_file():
-        raise SelfdevError(
-            f"refinement: `accelerate launch` ended with {launched.returncode}, and its processes said:\n{said.strip()}"
+    outcome = _read(folder / _OUTCOME)
+    if outcome is None or launched.returncode:
+        failed = folder / _FAILED
+        why = (
+            failed.read_text() if failed.is_file() else f"{last} (torchrun ended with {launched.returncode})"
         )
-    outcome = json.loads(file.read_text())
+        raise SelfdevError(
+            f"refinement: a process of the {round_.settings.devices} that train has failed: {why}; mend that and "
+            "resume, or begin a run with lower refinement.pairs_a_step, rank or devices"
+        )
     if "diverged" in outcome:
         raise Diverged(outcome["diverged"])
-    losses = [Losses(**each) for each in outcome["losses"]]
-    return Outcome(losses, outcome["stopped"], load_moments(folder / LEARNED))
+    return Outcome([Losses(**each) for each in outcome["losses"]], outcome["stopped"])
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _end(launched: subprocess.Popen[str]) -> None:
+    """End a process and all that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(launched.pid, number)
+            launched.wait(_PATIENCE)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
 
 
 def take_part(folder: Path) -> None:
     """What each of the processes does; the first one tells of it."""
     from selfdev.factory.trl_backend import refine_with_trl
 
-    first, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
+    threading.Thread(target=_leave_with_the_run, daemon=True).start()
+    first = os.environ["RANK"] == "0"
     round_ = _FORMAT.validate_json((folder / _ROUND).read_bytes())
-    model = round_.trainee(folder / START)
+    device = round_.device if round_.device == "cpu" else f"{round_.device}:{os.environ['LOCAL_RANK']}"
+    model = round_.trainee(folder / START, device)
     try:
         outcome = refine_with_trl(
             model,
-            round_.reference and round_.reference.load(round_.dtype),
+            round_.reference and round_.reference.load(round_.dtype, device),
             load_tokenizer(round_.tokenizer),
             round_.steps,
             round_.settings,
             flip_rate=round_.flip_rate,
             pairs_a_pass=round_.pairs_a_pass,
-            processes=processes,
             moments=load_moments(round_.moments) if round_.moments else None,
             tick=lambda step: print(f"{_STEP}{step}", flush=True) if first else None,
         )
@@ -167,5 +183,21 @@ def take_part(folder: Path) -> None:
         (folder / _OUTCOME).write_text(json.dumps(found))
 
 
+def _leave_with_the_run() -> None:
+    """End this process once the one that reads its steps is gone, however that came."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> None:
+    """`python -m selfdev.factory.trl_processes FOLDER`, as torchrun starts it."""
+    folder = Path(sys.argv[1])
+    try:
+        take_part(folder)
+    except Exception as error:
+        (folder / _FAILED).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
 if __name__ == "__main__":
-    take_part(Path(sys.argv[1]))
+    main()

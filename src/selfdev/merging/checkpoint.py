@@ -178,7 +178,7 @@ def merge_checkpoints(
             written, inputs = _stream(job, algorithm, folder, shard_bytes, tick, ahead)
         with _reading():
             beside = _beside(job)
-            inputs += _inputs_beside(job, beside)
+            inputs += _inputs_beside(recipe, job, beside)
         card = model_card(recipe, job.targets, job.counts, algorithm.origin, inputs)
         _write_beside(job, folder, beside, card)
     return Merged(out, *job.counts, job.targets, time.perf_counter() - began, written)
@@ -247,9 +247,12 @@ def _beside(job: Job) -> dict[Path, Path]:
     }
 
 
-def _inputs_beside(job: Job, beside: Mapping[Path, Path]) -> list[Input]:
+def _inputs_beside(recipe: Recipe, job: Job, beside: Mapping[Path, Path]) -> list[Input]:
     """The copied files as inputs of the seed and, where it is another's, of the tokenizer."""
-    owners = {job.tokenizer: ("tokenizer", str(job.tokenizer)), job.seed.folder: ("seed", job.seed_source)}
+    owners = {
+        job.tokenizer: ("tokenizer", recipe.tokenizer or ""),
+        job.seed.folder: ("seed", job.seed_source),
+    }
     return [
         Input(
             *owner,

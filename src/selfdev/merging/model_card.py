@@ -37,7 +37,7 @@ def model_card(
         targets: that were merged.
         counts: how many tensors were merged, and how many there are.
         origin: of the algorithm.
-        inputs: the seed first.
+        inputs: all that went in, the seed first; one that is named twice has more files.
     """
     names = list(dict.fromkeys(name for each in inputs if (name := hub_name(each.source))))
     front = {
@@ -47,11 +47,12 @@ def model_card(
         "tags": ["merge", "selfdev"],
     }
     merged, tensors = counts
+    counted = "1 expert" if len(recipe.experts) == 1 else f"{len(recipe.experts)} experts"
     rest = "" if merged == tensors else " The others are the seed's."
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         "# Merged model",
-        f"Made by selfdev {__version__}: {len(inputs) - 1} experts merged into a seed by {origin.title}. "
+        f"Made by selfdev {__version__}: {counted} merged into a seed by {origin.title}. "
         f"{merged} of {tensors} tensors were merged (targets `{targets}`), in float32.{rest}",
         "## Recipe",
         _block(recipe.command(targets), "sh"),

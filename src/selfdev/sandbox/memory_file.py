@@ -15,7 +15,8 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_expone
 
 from .tensor_file import TensorFile
 
-_BUSY_SECONDS = 20.0
+_PATIENCE = 20.0
+"""Seconds."""
 
 
 class MemoryFile(TensorFile):
@@ -32,23 +33,30 @@ class MemoryFile(TensorFile):
             os.close(low)
         super().__init__(io.FileIO(high, "r+"))
 
-    def seal_contents(self) -> None:
-        """Forbid every change for good."""
-        self._seal(fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    def seal_contents(self, patience: float = _PATIENCE) -> None:
+        """Forbid every change for good.
+
+        Args:
+            patience: seconds to wait for whoever holds one of its pages.
+
+        Raises:
+            OSError: somebody still does, or has mapped it to write.
+        """
+        self._seal(fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, patience)
 
     def seal_size(self) -> None:
         """Forbid every change of the size for good."""
-        self._seal(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        self._seal(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, _PATIENCE)
 
-    def _seal(self, seals: int) -> None:
+    def _seal(self, seals: int, patience: float) -> None:
         # The kernel too may hold a page for a while, to move it or to write it out, and waits only 0.2 s for itself.
-        patient = Retrying(
+        patiently = Retrying(
             retry=retry_if_exception(_is_busy),
             wait=wait_exponential(0.01, max=1.0),
-            stop=stop_after_delay(_BUSY_SECONDS),
+            stop=stop_after_delay(patience),
             reraise=True,
         )
-        patient(fcntl.fcntl, self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+        patiently(fcntl.fcntl, self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
 
 
 def _is_busy(error: BaseException) -> bool:

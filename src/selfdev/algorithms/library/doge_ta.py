@@ -32,8 +32,9 @@ def doge_ta(
     sum of l_i (D_i + C), each at the largest entries of D_i alone.
 
     The paper takes 400 steps of Adam with a step of 1e-4 from C = 0 on. The loss is quadratic, and conjugate
-    gradients find the smallest C that minimises it, whatever the size of the weights. The paper trims over the
-    whole model at once, here each tensor is trimmed on its own. Tensors that are no matrices have no C.
+    gradients come to the smallest C that minimises it, whatever the size of the weights: at most 50 steps, or until the
+    gradient has shrunk by 1e-5, so that experts next to equal are not told apart. The paper trims over the whole model
+    at once, here each tensor is trimmed on its own. Tensors that are no matrices have no C.
 
     Args:
         task_vectors: shape (experts, *parameter), float32; a matrix is (outputs, inputs).
@@ -58,7 +59,7 @@ def doge_ta(
         correction = _correction(task_vectors, factors, _shared_directions(task_vectors, shared))
 
     def merge(block: Tensor, entries: slice) -> Tensor:
-        moved = (block + correction.view(-1)[entries]) * (block.abs() >= least)
+        moved = (block + correction.reshape(-1)[entries]) * (block.abs() >= least)
         return (scale * factors) @ moved
 
     return blockwise(merge, task_vectors)

@@ -27,12 +27,13 @@ def components(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor,
 
 
 def of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what a matrix's product with its own transpose tells of it, without empty directions.
+    """Return what a float32 matrix's product with its own transpose tells of it, without empty directions.
 
-    That needs no copy of the matrix, as a singular value decomposition does.
+    The product needs no copy of the matrix, as a singular value decomposition does, and in float64 it loses nothing:
+    its eigenvalues are squares, those of directions that count at least 1e-10 of the largest, its rounding is 1e-16.
 
     Args:
-        gram: X^T X or X X^T in float64, whose rounding lies as far below that share as float32's does in X.
+        gram: X^T X or X X^T, float64.
 
     Returns:
         The right vectors of X in the first case, the left ones in the second, as columns (n, k), and singular values
@@ -41,7 +42,7 @@ def of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram)
     values = squares.clamp_(min=0.0).sqrt_().flip(0)
     kept = int((values > _NOTHING * values[0]).sum()) if len(values) else 0
-    return vectors.flip(1)[:, :kept].float().contiguous(), values[:kept].float()
+    return vectors[:, len(values) - kept :].float().flip(1), values[:kept].float()
 
 
 def orthogonal(columns: Tensor) -> Tensor:
