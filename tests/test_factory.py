@@ -2,6 +2,8 @@
 
 import os
 import resource
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tenacity import Retrying, stop_after_delay, wait_fixed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,7 +22,7 @@ from selfdev.algorithms.examples import examples
 from selfdev.algorithms.screening import Screen
 from selfdev.algorithms.source import Form
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import save_learned, with_new_adapter
+from selfdev.factory.adapter import remove_left, save_learned, with_new_adapter
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.memory import SHARE, available, footprint
 from selfdev.factory.prompt import Prompt, ask
@@ -535,6 +538,41 @@ def test_a_round_on_devices_that_is_broken_off_leaves_no_process(tiny_writer: Pa
         factory.refine(pairs, 0, [], tmp_path / "out", stop)
     assert len(during) >= 3  # torchrun and the two that it started
     assert not [pid for pid in during if Path(f"/proc/{pid}").exists()]
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_factory import learner
+factory, pairs = learner(Path(sys.argv[2]), backend="trl", pairs_a_step=2, devices=2, epochs=1000)
+factory.refine(pairs, 0, [], Path(sys.argv[3]), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.proof
+def test_processes_end_with_a_run_that_is_killed(tiny_writer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        str(Path(__file__).parent),
+        str(tiny_writer),
+        str(tmp_path / "out"),
+    ]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+
+    def training() -> list[str]:
+        lines = (file.read_bytes().decode() for file in Path("/proc").glob("[0-9]*/cmdline") if file.exists())
+        return [line for line in lines if str(left) in line]
+
+    for attempt in Retrying(stop=stop_after_delay(60), wait=wait_fixed(0.2), reraise=True):
+        with attempt:
+            assert not training()
+    remove_left(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
