@@ -506,6 +506,7 @@ def test_devices_learn_together_what_one_learns(
             assert [path.name for path in out.parent.iterdir()] == [str(each) for each in range(round_ + 1)]
     for one, two in zip(facts[1], facts[2], strict=True):
         assert (one["devices"], two["devices"]) == (1, 2)
+        assert one["steps"] == two["steps"] == 2
         assert (one["pairs_a_pass"], two["pairs_a_pass"]) == (2, 1)
         for ours, theirs in zip(one["losses"], two["losses"], strict=True):
             assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-4)
@@ -583,9 +584,11 @@ def test_what_fails_or_diverges_on_a_device_is_told(tiny_writer: Path, tmp_path:
     facts = factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
     factory, [(prompt, chosen, rejected), _] = learner(tiny_writer, **asked)
-    unknown = (10**6, *rejected)
+    unknown = (10**6, *rejected)  # for one of the two
     with pytest.raises(SelfdevError, match=r"a process of the 2 that train has failed: IndexError: .*resume"):
-        factory.refine([(prompt, chosen, unknown)] * 2, 0, [], tmp_path / "out", lambda *_: None)
+        factory.refine(
+            [(prompt, chosen, unknown), (prompt, chosen, rejected)], 0, [], tmp_path / "out", lambda *_: None
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -153,7 +153,8 @@ def test_processes_of_a_cpu_share_its_memory() -> None:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
     settings = RefinementSettings(backend="trl", pairs_a_step=4, devices=2)
-    one = int(needs.of(pair) / SHARE) + 10 + weights
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    one = int((needs.of(pair) + trained) / SHARE) + 10 + weights
     assert fitting_pairs(model, [STEP], 4, settings, 2 * one - weights, False) == 1
     with pytest.raises(SelfdevError, match="for each of the devices"):
         fitting_pairs(model, [STEP], 4, settings, 2 * one - weights - 2000, False)

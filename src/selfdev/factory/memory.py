@@ -4,7 +4,7 @@ What a pass keeps for its backward pass, or for the tokens after it, is not gues
 of the model itself tells it. In training it grows with the tokens, since attention keeps no matrix
 (`packed_attention.py`). Beside it stand the gradients and the optimiser's state, and one chunk of vocabulary logits. It
 is an estimate: what the system frees late and what other programs take meanwhile is not in it. What TRL saves by
-checkpointing is not reckoned with.
+checkpointing is not reckoned with, nor what each process of several devices takes for Python and its libraries.
 """
 
 import logging
@@ -182,7 +182,10 @@ def fitting_pairs(
         if settings.devices > 1:  # the model makes room for those of the processes
             free = (free + weights) // (settings.devices if model.device.type == "cpu" else 1) - weights
         needs = footprint(model, kl=False, forward=_forward)
-        needs = Footprint(needs.fixed + weights * other, needs.a_token)
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        # Processes exchange gradients in a copy of them.
+        more = weights * other + trained * (settings.devices > 1)
+        needs = Footprint(needs.fixed + more, needs.a_token)
         fits = needs.tokens(int(SHARE * free)) // pair
         if fits < 1:
             raise SelfdevError(

@@ -35,7 +35,7 @@ def optimiser(
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.0, fused=True)
     for name, weight in trained.items():
         if moments is not None and f"{name}.step" in moments:
-            optimizer.state[weight] = {key: moments[f"{name}.{key}"] for key in _STATE}
+            optimizer.state[weight] = {key: moments[f"{name}.{key}"].to(weight.device) for key in _STATE}
     warm_up = max(1, steps // 10)
     schedule = LambdaLR(
         optimizer, lambda i: min((i + 1) / warm_up, (steps - i) / max(1, steps - warm_up + 1))

@@ -93,7 +93,8 @@ def refine_with_trl(
             `settings.devices` cannot share. With several devices each has a process, which calls this with the same.
         settings: losses, learning rate, epochs.
         flip_rate: TRL's `label_smoothing`; see `losses.robust`.
-        pairs_a_pass: of one process, a divisor of its share of every step; gradients are added up. None: all at once.
+        pairs_a_pass: of one process, a divisor of its share of every step; gradients are added up. None, with one
+            device: all at once.
         moments: with which an earlier round has ended, where the optimiser goes on.
         tick: called after each optimiser step with how many are done.
 

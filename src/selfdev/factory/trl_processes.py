@@ -6,11 +6,13 @@ They leave `learned` and `outcome.json` there. torchrun starts them, and ends al
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from selfdev.settings import RefinementSettings
 START, LEARNED = "start", "learned"
 
 _ROUND, _OUTCOME, _FAILED = "round.json", "outcome.json", "failed.txt"
-_STEP = "selfdev: step "
+_STEP = re.compile(r"selfdev: step (\d+);")
 _PATIENCE = 20.0
 """Seconds that processes have to end after they were asked to."""
 
@@ -76,7 +78,7 @@ _FORMAT = TypeAdapter(Round)
 
 
 def check_devices(wanted: int, visible: int) -> None:
-    """Raise UserError unless TRL would use as many GPUs as there are for it."""
+    """Raise UserError if there are fewer GPUs, or one is wanted where TRL would use several."""
     if wanted > visible:
         raise UserError(
             f"refinement.devices: {wanted} are asked for and {visible} GPUs are visible; take {visible}"
@@ -101,7 +103,14 @@ def refine_in_processes(round_: Round, folder: Path, tick: Report) -> Outcome:
         SelfdevError: they ended with an error.
     """
     (folder / _ROUND).write_bytes(_FORMAT.dump_json(round_))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--log-dir",
+        str(folder / "log"),
+    ]
     command += ["--nproc-per-node", str(round_.settings.devices), "-m", __name__, str(folder)]
     last = ""
     with subprocess.Popen(
@@ -115,9 +124,8 @@ def refine_in_processes(round_: Round, folder: Path, tick: Report) -> Outcome:
     ) as launched:
         try:
             for line in launched.stdout or ():
-                _, found, step = line.partition(_STEP)
-                if found:
-                    tick(int(step))
+                if found := _STEP.search(line):
+                    tick(int(found[1]))
                 else:
                     last = line.strip() or last
         except BaseException:
@@ -171,7 +179,7 @@ def take_part(folder: Path) -> None:
             flip_rate=round_.flip_rate,
             pairs_a_pass=round_.pairs_a_pass,
             moments=load_moments(round_.moments) if round_.moments else None,
-            tick=lambda step: print(f"{_STEP}{step}", flush=True) if first else None,
+            tick=lambda step: print(f"selfdev: step {step};", flush=True) if first else None,
         )
     except Diverged as error:
         found: dict[str, Any] = {"diverged": str(error)}
@@ -195,7 +203,9 @@ def main() -> None:
     try:
         take_part(folder)
     except Exception as error:
-        (folder / _FAILED).write_text(f"{type(error).__name__}: {error}")
+        # The first of them has the cause; the others may only have lost it.
+        with suppress(FileExistsError), (folder / _FAILED).open("x") as file:
+            file.write(f"{type(error).__name__}: {error}")
         raise
 
 
