@@ -393,9 +393,7 @@ def test_weights_that_are_not_finite_are_no_adapter() -> None:
         refine(model, STEPS[:1], references, settings)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("loss", "kto"), ("kl", 0.1), ("rehearsal", 1), ("tokens_a_pass", 500)]
-)
+@pytest.mark.parametrize(("field", "value"), [("loss", "kto"), ("kl", 0.1), ("rehearsal", 1)])
 def test_what_trl_cannot_do_is_refused(field: str, value: object) -> None:
     with pytest.raises(ValidationError, match=rf"refinement\.{field}.*set refinement\.backend: own"):
         RefinementSettings(**{"backend": "trl", field: value})
