@@ -354,6 +354,24 @@ def test_a_round_that_does_not_fit_ends_the_run_before_it_begins(tiny_writer: Pa
     LocalFactory(frozen, lambda device: needs).prepare(lambda *_: None)
 
 
+def test_a_second_model_as_reference_is_reckoned_before_the_run(tiny_writer: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    held = {"refit": "continue", "backend": "trl", "pairs_a_step": 1}
+    factory, _ = learner(tiny_writer, **held, reference="previous")
+    small = factory.config.factory.model_copy(update={"batch": 1})
+    config = factory.config.model_copy(update={"factory": small})
+    model = with_new_adapter(load_model(tiny_writer), config.refinement.rank, 0)
+    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
+    prompt = max(len(each.tokens(factory.tokenizer)) for each in factory.prompts(0))
+    enough = int(needs.of(2 * (prompt + small.max_new_tokens)) / SHARE) + 10
+    LocalFactory(config, lambda device: enough).prepare(lambda *_: None)
+    other = config.model_copy(
+        update={"refinement": config.refinement.model_copy(update={"reference": "first"})}
+    )
+    with pytest.raises(SelfdevError, match="one pair of"):
+        LocalFactory(other, lambda device: enough).prepare(lambda *_: None)
+
+
 def test_looking_whether_a_round_fits_leaves_the_model_as_it_was(tiny_writer: Path) -> None:
     for train in ("lora", "full"):
         factory, _ = learner(tiny_writer, train=train)

@@ -97,9 +97,10 @@ class Training:
             if self.packs:
                 fitting_pass(trainee, [longest], settings, free)
             if settings.backend == "trl":
-                fitting_pairs(
-                    trainee, [longest], settings.pairs_a_step, settings, free, settings.train == "full"
-                )
+                # Rounds may stand on one model and be held to another.
+                apart = (settings.held_to == "first") != (settings.refit == "fresh")
+                other = settings.train == "full" or apart
+                fitting_pairs(trainee, [longest], settings.pairs_a_step, settings, free, other)
         finally:
             (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
 
@@ -196,9 +197,8 @@ class Training:
             other = not self._is_beneath(ground, reference)
             facts["pairs_a_pass"] = fitting_pairs(model, steps, pairs, settings, free, other)
             self._imitate(model, taught, facts, tick)
-            total = settings.epochs * math.ceil(
-                pairs // settings.devices * settings.devices / settings.pairs_a_step
-            )
+            facts["steps"] = math.ceil((pairs - pairs % settings.devices) / settings.pairs_a_step)
+            total = settings.epochs * facts["steps"]
             report = partial(self._report, tick, total, note)
             if settings.devices > 1:
                 with beside(out) as folder:

@@ -134,9 +134,8 @@ def refine_in_processes(round_: Round, folder: Path, tick: Report) -> Outcome:
     outcome = _read(folder / _OUTCOME)
     if outcome is None or launched.returncode:
         failed = folder / _FAILED
-        why = (
-            failed.read_text() if failed.is_file() else f"{last} (torchrun ended with {launched.returncode})"
-        )
+        why = f"{failed.read_text()}; " if failed.is_file() else ""
+        why += f"torchrun ended with {launched.returncode} ({last})"
         raise SelfdevError(
             f"refinement: a process of the {round_.settings.devices} that train has failed: {why}; mend that and "
             "resume, or begin a run with lower refinement.pairs_a_step, rank or devices"
