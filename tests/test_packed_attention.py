@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfdev.errors import UserError
 from selfdev.factory import packed_attention as module
-from selfdev.factory.packed_attention import BLOCK, Stretch, packed_attention, stretches
+from selfdev.factory.packed_attention import BLOCK, TOGETHER, Stretch, packed_attention, stretches
 
 LAYER: Any = SimpleNamespace(layer_idx=0)
 
@@ -46,7 +46,8 @@ def test_values_and_gradients_are_those_under_a_mask(prompt: int, lengths: list[
     inputs = [draw(seed, heads, tokens) for seed, heads in enumerate((2 * group, 2, 2))]
     expected = under_a_mask(*inputs, prompt, lengths, 0.7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", 5)  # so that prompts have several stretches
+        patch.setattr(module, "BLOCK", 5)  # so that prompts have several stretches,
+        patch.setattr(module, "TOGETHER", 9)  # and completions one or more, of one or more
         pack = stretches(prompt, lengths)
     found, _ = packed_attention(LAYER, *inputs, None, pack=pack, scaling=0.7)
     assert found.shape == (1, tokens, 2 * group, 4)
@@ -58,12 +59,18 @@ def test_values_and_gradients_are_those_under_a_mask(prompt: int, lengths: list[
         torch.testing.assert_close(its, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_pack_is_cut_at_its_completions_and_every_so_many_tokens_of_its_prompt() -> None:
-    assert stretches(3, [2, 4]) == [Stretch(0, 3, 0), Stretch(3, 5, 3), Stretch(5, 9, 3)]
-    assert stretches(2 * BLOCK + 1, [7])[1:] == [
-        Stretch(BLOCK, 2 * BLOCK, BLOCK),
-        Stretch(2 * BLOCK, 2 * BLOCK + 1, 2 * BLOCK),
-        Stretch(2 * BLOCK + 1, 2 * BLOCK + 8, 2 * BLOCK + 1),
+def test_a_pack_is_cut_every_so_many_tokens_of_its_prompt_and_of_its_completions() -> None:
+    assert stretches(3, [2, 4]) == [Stretch(0, (0, 3)), Stretch(3, (3, 5, 9))]
+    assert stretches(2 * BLOCK + 1, [])[1:] == [
+        Stretch(BLOCK, (BLOCK, 2 * BLOCK)),
+        Stretch(2 * BLOCK, (2 * BLOCK, 2 * BLOCK + 1)),
+    ]
+    long = TOGETHER + 1  # one that is longer has a stretch of its own
+    assert stretches(1, [TOGETHER - 1, 1, 1, long, 2])[1:] == [
+        Stretch(1, (1, TOGETHER, TOGETHER + 1)),
+        Stretch(1, (TOGETHER + 1, TOGETHER + 2)),
+        Stretch(1, (TOGETHER + 2, TOGETHER + 2 + long)),
+        Stretch(1, (TOGETHER + 2 + long, TOGETHER + 4 + long)),
     ]
 
 

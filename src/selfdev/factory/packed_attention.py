@@ -1,8 +1,9 @@
 """Attention within a pack: a prompt and its completions in one sequence, where no completion sees another.
 
 A mask over the whole sequence would hide most of its pairs of tokens after they have been computed. Here the pack is
-cut into *stretches*, and each meets only the keys that it may see. No scores are kept for the backward pass: they are
-computed again there, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135).
+cut into *stretches*. In one of completions all queries meet the prompt's keys in one large product, and each completion
+its own keys in a small one; the scores lie side by side under one softmax. No scores are kept for the backward pass:
+they are computed again there, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135).
 
 Works with the models of transformers that call the attention interface; see `models/shared_prefix.py`. Gradients add up
 in a fixed order.
@@ -10,7 +11,8 @@ in a fixed order.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +25,21 @@ IMPLEMENTATION = "selfdev_packed"
 BLOCK = 128
 """Tokens of the prompt in one stretch: shorter ones hide fewer pairs of tokens, longer ones are larger matrices."""
 
+TOGETHER = 512
+"""Tokens of completions in one stretch, unless one alone is longer: all scores of a stretch exist at once."""
+
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens; each sees the first `prefix` tokens of the pack, and its own stretch up to itself."""
+    """Neighbouring pieces of a pack whose attention is computed together.
 
-    start: int
-    end: int
+    Attributes:
+        prefix: every token of a piece sees the first `prefix` tokens of the pack, and its own piece up to itself.
+        bounds: where each piece starts, and where the last one ends.
+    """
+
     prefix: int
-
-    @property
-    def rows(self) -> slice:
-        """Where it lies in the pack."""
-        return slice(self.start, self.end)
+    bounds: tuple[int, ...]
 
 
 def stretches(prompt: int, completions: Sequence[int]) -> list[Stretch]:
@@ -45,66 +49,109 @@ def stretches(prompt: int, completions: Sequence[int]) -> list[Stretch]:
         prompt: its length in tokens.
         completions: the length of each, in tokens.
     """
-    found = [Stretch(start, min(start + BLOCK, prompt), start) for start in range(0, prompt, BLOCK)]
-    start = prompt
+    found = [Stretch(start, (start, min(start + BLOCK, prompt))) for start in range(0, prompt, BLOCK)]
+    bounds = [prompt]
     for length in completions:
-        found.append(Stretch(start, start + length, prompt))
-        start += length
+        end = bounds[-1] + length
+        if len(bounds) > 1 and end - bounds[0] > TOGETHER:
+            found.append(Stretch(prompt, tuple(bounds)))
+            bounds = bounds[-1:]
+        bounds.append(end)
+    return [*found, Stretch(prompt, tuple(bounds))] if completions else found
+
+
+class _Product(NamedTuple):
+    """Some rows of a pack, the keys that they meet, and where that stands in the scores of their stretch."""
+
+    rows: slice
+    keys: slice
+    at: tuple[slice, slice, slice]
+
+
+def _products(stretch: Stretch, group: int) -> list[_Product]:
+    """A token has `group` rows, one for each head that shares its key."""
+    first, last = group * stretch.bounds[0], group * stretch.bounds[-1]
+    every, prefix = slice(None), slice(stretch.prefix)
+    found = [_Product(slice(first, last), prefix, (every, every, prefix))] if stretch.prefix else []
+    for start, end in pairwise(stretch.bounds):
+        own = slice(stretch.prefix, stretch.prefix + end - start)
+        rows = slice(group * start, group * end)
+        found.append(
+            _Product(rows, slice(start, end), (every, slice(rows.start - first, rows.stop - first), own))
+        )
     return found
 
 
 class _Packed(torch.autograd.Function):
-    """Shapes: query (heads, tokens, head size), scaled; key and value (kv heads, tokens, head size)."""
+    """Shapes: query (heads, tokens, head size); key and value (kv heads, tokens, head size).
+
+    In between, heads that share a key are neighbouring rows: (kv heads, tokens * heads that share, head size).
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: Sequence[Stretch]) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pack: Sequence[Stretch], scaling: float
+    ) -> Tensor:
+        query = _to_rows(query, len(key))
         ctx.save_for_backward(query, key, value)
-        ctx.pack = pack
-        out = torch.empty_like(query)
+        ctx.pack, ctx.scaling = pack, scaling
+        out = torch.zeros_like(query)
         for stretch in pack:
-            weights = _weights(query, key, stretch)
-            out[:, stretch.rows] = (weights @ _seen(value, stretch)).view(len(query), -1, query.shape[2])
-        return out
+            products = _products(stretch, query.shape[1] // key.shape[1])
+            weights = _weights(query, key, stretch, products, scaling)
+            for rows, keys, at in products:
+                out[:, rows].baddbmm_(weights[at], value[:, keys])
+        return _to_heads(out, key)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        scaling, grad = ctx.scaling, _to_rows(grads[0], len(key))
+        to_query, to_key, to_value = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for stretch in ctx.pack:
-            weights = _weights(query, key, stretch)
-            grad = _by_key(grads[0], len(key), stretch)
-            _add_seen(to_value, weights.transpose(1, 2) @ grad, stretch)
-            to_weights = grad @ _seen(value, stretch).transpose(1, 2)
+            products = _products(stretch, query.shape[1] // key.shape[1])
+            weights = _weights(query, key, stretch, products, scaling)
+            to_weights = torch.zeros_like(weights)
+            for rows, keys, at in products:
+                to_value[:, keys].baddbmm_(weights[at].mT, grad[:, rows])
+                to_weights[at].baddbmm_(grad[:, rows], value[:, keys].mT)
             # d softmax: weights * (to_weights - sum of weights * to_weights)
             to_scores = torch._softmax_backward_data(to_weights, weights, -1, weights.dtype)
-            found = to_scores @ _seen(key, stretch)
-            to_query[:, stretch.rows] = found.view(len(query), -1, query.shape[2])
-            _add_seen(to_key, to_scores.transpose(1, 2) @ _by_key(query, len(key), stretch), stretch)
-        return to_query, to_key, to_value, None
+            for rows, keys, at in products:
+                to_query[:, rows].baddbmm_(to_scores[at], key[:, keys], alpha=scaling)
+                to_key[:, keys].baddbmm_(to_scores[at].mT, query[:, rows], alpha=scaling)
+        return _to_heads(to_query, key), to_key, to_value, None, None
 
 
-def _by_key(tensor: Tensor, kv_heads: int, stretch: Stretch) -> Tensor:
-    """A stretch of a tensor of the query's shape, heads that share a key together: (kv heads, rows, head size)."""
-    return tensor[:, stretch.rows].reshape(kv_heads, -1, tensor.shape[2])
+def _to_rows(tensor: Tensor, kv_heads: int) -> Tensor:
+    """From (heads, tokens, head size) to (kv heads, rows, head size)."""
+    by_key: Tensor = tensor.unflatten(0, (kv_heads, -1))
+    return by_key.transpose(1, 2).flatten(1, 2)
 
 
-def _seen(tensor: Tensor, stretch: Stretch) -> Tensor:
-    """The keys or values that a stretch may see, its own last."""
-    return torch.cat([tensor[:, : stretch.prefix], tensor[:, stretch.rows]], 1)
+def _to_heads(rows: Tensor, key: Tensor) -> Tensor:
+    """Back from (kv heads, rows, head size)."""
+    by_token: Tensor = rows.unflatten(1, (key.shape[1], -1))
+    return by_token.transpose(1, 2).flatten(0, 1)
 
 
-def _add_seen(to: Tensor, grad: Tensor, stretch: Stretch) -> None:
-    to[:, : stretch.prefix] += grad[:, : stretch.prefix]
-    to[:, stretch.rows] += grad[:, stretch.prefix :]
+def _weights(
+    query: Tensor, key: Tensor, stretch: Stretch, products: Sequence[_Product], scaling: float
+) -> Tensor:
+    """What each row of a stretch gives to each key, shape (kv heads, rows, prefix + longest piece).
 
-
-def _weights(query: Tensor, key: Tensor, stretch: Stretch) -> Tensor:
-    """What each row of a stretch gives to what it may see, shape (kv heads, rows, tokens seen)."""
-    scores = _by_key(query, len(key), stretch) @ _seen(key, stretch).transpose(1, 2)
-    own = stretch.end - stretch.start
-    later = torch.ones(own, own, dtype=torch.bool, device=query.device).triu_(1)
-    # As (kv heads, heads that share a key, tokens, tokens): the same for all heads.
-    scores.view(len(key), -1, own, scores.shape[2])[..., stretch.prefix :].masked_fill_(later, float("-inf"))
+    First come the keys of the prefix, then those of the row's own piece; what a shorter piece has not is given nothing.
+    """
+    group = query.shape[1] // key.shape[1]
+    lengths = [end - start for start, end in pairwise(stretch.bounds)]
+    place = torch.cat([torch.arange(length, device=query.device) for length in lengths]).repeat_interleave(
+        group
+    )
+    scores = query.new_empty(len(key), len(place), stretch.prefix + max(lengths))
+    for rows, keys, at in products:
+        scores[at].baddbmm_(query[:, rows], key[:, keys].mT, beta=0, alpha=scaling)
+    own = scores[..., stretch.prefix :]
+    own.masked_fill_(torch.arange(own.shape[2], device=own.device) > place[:, None], float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(query.dtype)
 
 
@@ -145,7 +192,7 @@ def packed_attention(
             "the factory's attention caps its scores or has sinks, which training here cannot do; take a model of "
             "another family"
         )
-    out: Tensor = _Packed.apply(query[0] * scaling, key[0], value[0], pack)  # type: ignore[no-untyped-call]
+    out: Tensor = _Packed.apply(query[0], key[0], value[0], pack, scaling)  # type: ignore[no-untyped-call]
     return out.transpose(0, 1)[None], None
 
 
