@@ -7,7 +7,6 @@ should run on the machine meanwhile.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +24,9 @@ def main() -> None:
     turns = ["--turns", str(arguments.turns)]
     sampling = [*turns, *(["--vllm", arguments.vllm] if arguments.vllm else [])]
     refinement = [*turns, "--pairs", str(arguments.pairs), "--pairs-a-step", str(arguments.pairs_a_step)]
-    # Waiting threads that spin would take the processor from those that work.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     for script, options in (("sampling.py", sampling), ("refinement.py", refinement)):
         print(f"## {script} {' '.join(options)}", flush=True)
-        subprocess.run([sys.executable, HERE / script, *options], env=environment, check=True)
+        subprocess.run([sys.executable, HERE / script, *options], check=True)
 
 
 if __name__ == "__main__":

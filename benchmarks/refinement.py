@@ -1,14 +1,14 @@
 """One round of DPO on packed prompts against TRL's DPOTrainer: time, peak memory, the same log-probabilities.
 
-    OMP_WAIT_POLICY=passive python benchmarks/refinement.py
-    OMP_WAIT_POLICY=passive python benchmarks/refinement.py --picture docs/images/refinement.png
+    python benchmarks/refinement.py --pairs-a-step 8 --peers trl
+    python benchmarks/refinement.py --picture docs/images/refinement.png
 
 64 pairs of real programs under four prompts of the quickstart: chosen are worked examples that the prompt does not
 show, six a prompt (in a quickstart a program stands in at most three pairs), rejected are mutated ones, all different.
 One epoch with the reference included, LoRA of rank 32, float32, two threads. Each side is a process of its own, turn by
 turn; TRL runs as it comes (with gradient checkpointing) and without checkpointing, in batches of four pairs that add up
-to the same optimiser steps. On a machine that others use, the time of the processor says more than the clock; both are
-printed.
+to the same optimiser steps. On a machine that others use, set OMP_WAIT_POLICY=passive and look at the time of the
+processor; on an idle one passive threads cost both sides, and ours more, since its operations are smaller.
 """
 
 import argparse

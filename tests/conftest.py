@@ -1,5 +1,6 @@
 """Where the tests' own modules lie, and what every test stands on."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -14,3 +15,9 @@ def interruptible() -> None:
     """Let Ctrl-C be Ctrl-C where the tests are a shell's background job, which ignores it and hands that down."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_terminal() -> None:
+    """Let the output be as wide as in a file: the workers of pytest-xdist are told that it has 80 columns."""
+    os.environ.pop("COLUMNS", None)

@@ -595,12 +595,19 @@ def test_processes_end_with_a_run_that_is_killed(tiny_writer: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
-def test_what_fails_or_diverges_on_a_device_is_told(tiny_writer: Path, tmp_path: Path) -> None:
+@pytest.mark.proof
+def test_what_diverges_on_devices_is_rolled_back(tiny_writer: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
     asked = {"backend": "trl", "pairs_a_step": 2, "devices": 2}
     factory, pairs = learner(tiny_writer, **asked, learning_rate=1e30)
     facts = factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_on_a_device_is_told(tiny_writer: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    asked = {"backend": "trl", "pairs_a_step": 2, "devices": 2}
     factory, [(prompt, chosen, rejected), _] = learner(tiny_writer, **asked)
     unknown = (10**6, *rejected)  # for one of the two
     with pytest.raises(SelfdevError, match=r"a process of the 2 that train has failed: IndexError: .*resume"):

@@ -1,0 +1,160 @@
+"""Are the programs that an arm writes better where nobody chose by it? On questions and models that no run has seen.
+
+    python benchmarks/population.py runs/benchmark/quickstart-* --out runs/benchmark/population.json
+
+The verdict of a run is about its best programs. This is about all new ones of the last iteration, each at the scale at
+which it was better on development, applied unchanged in two places: the run's own models, asked test questions that it
+has not asked; and the seed and experts of the zoo `nano2`, asked that task's test questions. Nothing is chosen by these
+scores. A program that fails in a place counts there as the seed model, since a user would be left with that.
+
+Several runs of one seed are averaged; differences between the arms are seed by seed, with 95 % intervals by Student's
+t over the seeds. Prints Markdown for docs/results.md. What is scored is kept in --out, so a call that was cut off goes
+on.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, median
+
+from quickstart import interval
+from selfdev.archive import FACTOR, Candidate
+from selfdev.evaluation.evaluator import Evaluator, score_again
+from selfdev.evaluation.standing import NORMED
+from selfdev.evaluation.tasks import load_task
+from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.models.sources import resolve
+from selfdev.runs import Run, jail_limits, open_run
+from selfdev.sandbox import Sandbox
+from selfdev.zoo import zoo_models
+
+HOME, AWAY = "questions it has not asked", "models it has not seen"
+QUESTIONS = 1800
+"""Of each place: a run leaves some 2,000 test questions of `nano` unasked, less their rewordings."""
+
+MIDDLES = ("mean", "median")
+"""Of the programs of one run."""
+
+Scores = dict[str, dict[str, float | None]]
+"""Place, then program or `seed`; None where a program fails."""
+
+
+class Opened:
+    """The seal of this script: it chooses nothing, so it has nothing to wait for."""
+
+    def opened(self, task_name: str) -> None:
+        """Let it be opened."""
+
+
+def new_ones(run: Run) -> dict[str, list[tuple[Candidate, float]]]:
+    """Of every arm the new programs of the last iteration, each with its better scale."""
+    better: dict[str, tuple[float, float]] = {}
+    scaled = [e for e in run.archive.evaluations("scaled") if e.number == NORMED]
+    for each in run.archive.evaluations("candidate") + scaled:
+        if each.score is not None:
+            factor = float(each.parameters.get(FACTOR, 1.0))
+            better[each.subject] = max(better.get(each.subject, (-1.0, 1.0)), (each.score, factor))
+    return {
+        arm: [
+            (c, better[c.name][1])
+            for c in run.candidates(arm)
+            if c.status == "new" and c.iteration + 1 == run.config.iterations and c.name in better
+        ]
+        for arm in ("learning", *run.config.controls)
+    }
+
+
+def evaluator(run: Run, place: str, box: Sandbox) -> Evaluator:
+    """What scores in a place."""
+    if place == HOME:
+        merge, task = run.config.merge, run.config.task.name
+        seed, experts = merge.seed, dict(merge.experts)
+    else:
+        seed, task = "zoo:nano2/seed", "nano2"
+        experts = {name: f"zoo:nano2/{name}" for name in zoo_models("nano2")["experts"]}
+    folder = resolve(seed)
+    folders = {name: resolve(source) for name, source in experts.items()}
+    vectors = read_task_vectors(folder, folders, run.config.merge.targets)
+    asked = frozenset(run.archive.questions("development") + run.archive.questions("test"))
+    few = len(load_task(task).groups)  # development questions are not needed
+    found = Evaluator(folder, vectors, load_task(task), few, box, run.config.seed, without=asked)
+    found.open_test(QUESTIONS, Opened())
+    return found
+
+
+def score(run: Run, done: Scores) -> Iterator[Scores]:
+    """Score what is not `done` yet; gives everything after each program."""
+    with Sandbox(jail_limits(run.config)) as box:
+        for place in (HOME, AWAY):
+            scores = done.setdefault(place, {})
+            programs = [each for its in new_ones(run).values() for each in its]
+            missing = [each for each in programs if each[0].name not in scores]
+            if not missing and "seed" in scores:
+                continue
+            judge = evaluator(run, place, box)
+            scores["seed"] = judge.seed("test").score
+            for candidate, factor in missing:
+                number = 0 if factor == 1.0 else NORMED
+                scores[candidate.name] = score_again(judge, candidate, "test", number, factor).score
+                yield done
+
+
+def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
+    """What the arms' programs gain over the seed model in a place."""
+    arms = ("learning", *runs[0][0].config.controls)
+    by_seed: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    programs, failed = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0)
+    for run, scores in runs:
+        base = scores[place]["seed"]
+        assert base is not None
+        for arm, its in new_ones(run).items():
+            found = [scores[place][candidate.name] for candidate, _ in its]
+            programs[arm] += len(found)
+            failed[arm] += found.count(None)
+            gained = [100 * ((base if each is None else each) - base) for each in found]
+            if gained:
+                by_seed["mean", arm][run.config.seed].append(mean(gained))
+                by_seed["median", arm][run.config.seed].append(median(gained))
+    print(f"\n### {place[0].upper()}{place[1:]}: gain over the seed model, points\n")
+    print(
+        "| arm | new programs | fail there | "
+        + " | ".join(f"{what} | learning - it" for what in MIDDLES)
+        + " |"
+    )
+    print("| --- " * (3 + 2 * len(MIDDLES)) + "|")
+    for arm in arms:
+        cells = [arm, str(programs[arm]), str(failed[arm])]
+        for what in MIDDLES:
+            its = {seed: mean(values) for seed, values in by_seed[what, arm].items()}
+            mine = {seed: mean(values) for seed, values in by_seed[what, "learning"].items()}
+            cells.append(f"{mean(its.values()):+.1f}")
+            middle, half = interval([mine[seed] - its[seed] for seed in its if seed in mine])
+            cells.append(
+                "" if arm == "learning" else f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
+            )
+        print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/population.json"), help="keeps the scores")
+    arguments = parser.parse_args()
+    kept: dict[str, Scores] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    runs = []
+    for folder in arguments.runs:
+        run = open_run(folder)
+        for so_far in score(run, kept.get(str(folder), {})):
+            arguments.out.write_text(json.dumps(kept | {str(folder): so_far}))
+        kept = json.loads(arguments.out.read_text())
+        runs.append((run, kept[str(folder)]))
+    for place in (HOME, AWAY):
+        print_place(place, runs)
+
+
+if __name__ == "__main__":
+    main()
