@@ -1,10 +1,10 @@
-"""Are the programs that an arm writes better where nobody chose by it? On questions and models that no run has seen.
+"""Are the programs that an arm writes better where nobody chose by it? On the sealed test, and on unseen models.
 
     python benchmarks/population.py runs/benchmark/quickstart-* --out runs/benchmark/population.json
 
 The verdict of a run is about its best programs. This is about all new ones of the last iteration, each at the scale at
-which it was better on development, applied unchanged in two places: the run's own models, asked test questions that it
-has not asked; and the seed and experts of the zoo `nano2`, asked that task's test questions. Nothing is chosen by these
+which it was better on development, applied unchanged in two places: the run's own models and sealed test, whose verdict
+is over; and the seed and experts of the zoo `nano2`, asked that task's test questions. Nothing is chosen by these
 scores. A program that fails in a place counts there as the seed model, since a user would be left with that.
 
 Several runs of one seed are averaged; differences between the arms are seed by seed, with 95 % intervals by Student's
@@ -15,7 +15,7 @@ on.
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -30,22 +30,31 @@ from selfdev.runs import Run, jail_limits, open_run
 from selfdev.sandbox import Sandbox
 from selfdev.zoo import zoo_models
 
-HOME, AWAY = "questions it has not asked", "models it has not seen"
-QUESTIONS = 1800
-"""Of each place: a run leaves some 2,000 test questions of `nano` unasked, less their rewordings."""
+HOME, AWAY = "the run's sealed test", "models that no run has seen"
+QUESTIONS = 2046
+"""Of each place, as many of every group."""
 
-MIDDLES = ("mean", "median")
-"""Of the programs of one run."""
+MEASURES: dict[str, Callable[[list[float]], float]] = {
+    "mean": mean,
+    "median": median,
+    "% that gain": lambda gains: 100 * mean(gain > 0 for gain in gains),
+}
+"""What the gains of one run's programs come to."""
 
 Scores = dict[str, dict[str, float | None]]
 """Place, then program or `seed`; None where a program fails."""
 
 
-class Opened:
-    """The seal of this script: it chooses nothing, so it has nothing to wait for."""
+class AfterTheVerdict:
+    """A seal that lets the test split be opened once the run has nothing left to choose."""
+
+    def __init__(self, run: Run):
+        self.run = run
 
     def opened(self, task_name: str) -> None:
-        """Let it be opened."""
+        """Raise if the run is not finished."""
+        if self.run.archive.run.status != "done":
+            raise SystemExit(f"{self.run.folder} is not finished, and its test of {task_name} is sealed")
 
 
 def new_ones(run: Run) -> dict[str, list[tuple[Candidate, float]]]:
@@ -77,10 +86,9 @@ def evaluator(run: Run, place: str, box: Sandbox) -> Evaluator:
     folder = resolve(seed)
     folders = {name: resolve(source) for name, source in experts.items()}
     vectors = read_task_vectors(folder, folders, run.config.merge.targets)
-    asked = frozenset(run.archive.questions("development") + run.archive.questions("test"))
     few = len(load_task(task).groups)  # development questions are not needed
-    found = Evaluator(folder, vectors, load_task(task), few, box, run.config.seed, without=asked)
-    found.open_test(QUESTIONS, Opened())
+    found = Evaluator(folder, vectors, load_task(task), few, box, run.config.seed)
+    found.open_test(QUESTIONS, AfterTheVerdict(run))
     return found
 
 
@@ -114,19 +122,19 @@ def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
             programs[arm] += len(found)
             failed[arm] += found.count(None)
             gained = [100 * ((base if each is None else each) - base) for each in found]
-            if gained:
-                by_seed["mean", arm][run.config.seed].append(mean(gained))
-                by_seed["median", arm][run.config.seed].append(median(gained))
+            for what, measure in MEASURES.items():
+                if gained:
+                    by_seed[what, arm][run.config.seed].append(measure(gained))
     print(f"\n### {place[0].upper()}{place[1:]}: gain over the seed model, points\n")
     print(
         "| arm | new programs | fail there | "
-        + " | ".join(f"{what} | learning - it" for what in MIDDLES)
+        + " | ".join(f"{what} | learning - it" for what in MEASURES)
         + " |"
     )
-    print("| --- " * (3 + 2 * len(MIDDLES)) + "|")
+    print("| --- " * (3 + 2 * len(MEASURES)) + "|")
     for arm in arms:
         cells = [arm, str(programs[arm]), str(failed[arm])]
-        for what in MIDDLES:
+        for what in MEASURES:
             its = {seed: mean(values) for seed, values in by_seed[what, arm].items()}
             mine = {seed: mean(values) for seed, values in by_seed[what, "learning"].items()}
             cells.append(f"{mean(its.values()):+.1f}")
