@@ -66,15 +66,23 @@ def run_once(name: str, seed: int, out: Path) -> Run | None:
     else:
         command = ["resume", str(folder)]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with held(folder):
-            pass
-    except BlockingIOError:
+    if in_other_hands(folder):
         return None
     with (out / f"{folder.name}.log").open("a") as log:
         if subprocess.run([sys.executable, "-m", "selfdev", *command], stdout=log, stderr=log).returncode:
+            if in_other_hands(folder):  # which took it at the same moment
+                return None
             sys.exit(f"{folder} failed: see {log.name}")
     return open_run(folder)
+
+
+def in_other_hands(folder: Path) -> bool:
+    """Whether another process works on a run."""
+    try:
+        with held(folder):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def last(run: Run) -> dict[str, object]:
