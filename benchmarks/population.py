@@ -7,15 +7,15 @@ which it was better on development, applied unchanged in two places: the run's o
 is over; and the seed and experts of the zoo `nano2`, asked that task's test questions. Nothing is chosen by these
 scores. A program that fails in a place counts there as the seed model, since a user would be left with that.
 
-Several runs of one seed are averaged; differences between the arms are seed by seed, with 95 % intervals by Student's
-t over the seeds. Prints Markdown for docs/results.md. What is scored is kept in --out, so a call that was cut off goes
-on.
+Several runs of one seed are averaged, whichever arms they have; differences between the arms are seed by seed, with
+uncorrected 95 % intervals by Student's t over the seeds. Prints Markdown for docs/results.md. What is scored is kept in
+--out, so a call that was cut off goes on.
 """
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 
@@ -34,12 +34,15 @@ HOME, AWAY = "the run's sealed test", "models that no run has seen"
 QUESTIONS = 2046
 """Of each place, as many of every group."""
 
-MEASURES: dict[str, Callable[[list[float]], float]] = {
-    "mean": mean,
-    "median": median,
-    "% that gain": lambda gains: 100 * mean(gain > 0 for gain in gains),
+LEAST = 1.0
+"""Points: what a gain must come to, to count."""
+
+MEASURES = {
+    "mean": "mean",
+    "median": "median",
+    "share": f"% of all written that are new and gain {LEAST:g} or more",
 }
-"""What the gains of one run's programs come to."""
+"""What is compared: the gains of one run's new programs, and how many of all that it wrote have one."""
 
 Scores = dict[str, dict[str, float | None]]
 """Place, then program or `seed`; None where a program fails."""
@@ -103,6 +106,7 @@ def score(run: Run, done: Scores) -> Iterator[Scores]:
                 continue
             judge = evaluator(run, place, box)
             scores["seed"] = judge.seed("test").score
+            yield done
             for candidate, factor in missing:
                 number = 0 if factor == 1.0 else NORMED
                 scores[candidate.name] = score_again(judge, candidate, "test", number, factor).score
@@ -111,37 +115,42 @@ def score(run: Run, done: Scores) -> Iterator[Scores]:
 
 def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
     """What the arms' programs gain over the seed model in a place."""
-    arms = ("learning", *runs[0][0].config.controls)
+    arms = dict.fromkeys(("learning", *(arm for run, _ in runs for arm in run.config.controls)))
     by_seed: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    programs, failed = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0)
+    programs: dict[str, set[tuple[int, str | None]]] = {arm: set() for arm in arms}
+    failed: dict[str, set[tuple[int, str | None]]] = {arm: set() for arm in arms}
     for run, scores in runs:
         base = scores[place]["seed"]
         assert base is not None
         for arm, its in new_ones(run).items():
-            found = [scores[place][candidate.name] for candidate, _ in its]
-            programs[arm] += len(found)
-            failed[arm] += found.count(None)
-            gained = [100 * ((base if each is None else each) - base) for each in found]
-            for what, measure in MEASURES.items():
-                if gained:
-                    by_seed[what, arm][run.config.seed].append(measure(gained))
+            gained = []
+            for candidate, _ in its:
+                found, what = scores[place][candidate.name], (run.config.seed, candidate.source)
+                programs[arm].add(what)
+                if found is None:
+                    failed[arm].add(what)
+                gained.append(0.0 if found is None else 100 * (found - base))
+            share = 100 * sum(gain >= LEAST for gain in gained) / run.config.programs
+            by_seed["share", arm][run.config.seed].append(share)
+            if gained:
+                by_seed["mean", arm][run.config.seed].append(mean(gained))
+                by_seed["median", arm][run.config.seed].append(median(gained))
     print(f"\n### {place[0].upper()}{place[1:]}: gain over the seed model, points\n")
-    print(
-        "| arm | new programs | fail there | "
-        + " | ".join(f"{what} | learning - it" for what in MEASURES)
-        + " |"
-    )
+    titles = " | ".join(f"{what} | learning - it" for what in MEASURES.values())
+    print(f"| arm | distinct new programs | fail there | {titles} |")
     print("| --- " * (3 + 2 * len(MEASURES)) + "|")
     for arm in arms:
-        cells = [arm, str(programs[arm]), str(failed[arm])]
+        cells = [arm, str(len(programs[arm])), str(len(failed[arm]))]
         for what in MEASURES:
             its = {seed: mean(values) for seed, values in by_seed[what, arm].items()}
             mine = {seed: mean(values) for seed, values in by_seed[what, "learning"].items()}
-            cells.append(f"{mean(its.values()):+.1f}")
-            middle, half = interval([mine[seed] - its[seed] for seed in its if seed in mine])
-            cells.append(
-                "" if arm == "learning" else f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
-            )
+            cells.append(f"{mean(its.values()):+.1f}" if its else "")
+            apart = [mine[seed] - its[seed] for seed in its if seed in mine]
+            if arm == "learning" or not apart:
+                cells.append("")
+                continue
+            middle, half = interval(apart)
+            cells.append(f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})")
         print("| " + " | ".join(cells) + " |")
 
 
@@ -155,11 +164,13 @@ def main() -> None:
     kept: dict[str, Scores] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     runs = []
     for folder in arguments.runs:
-        run = open_run(folder)
-        for so_far in score(run, kept.get(str(folder), {})):
-            arguments.out.write_text(json.dumps(kept | {str(folder): so_far}))
-        kept = json.loads(arguments.out.read_text())
-        runs.append((run, kept[str(folder)]))
+        run, name = open_run(folder), str(folder.resolve())
+        for so_far in score(run, kept.setdefault(name, {})):
+            kept[name] = so_far
+            aside = arguments.out.with_suffix(".part")
+            aside.write_text(json.dumps(kept))
+            aside.replace(arguments.out)
+        runs.append((run, kept[name]))
     for place in (HOME, AWAY):
         print_place(place, runs)
 

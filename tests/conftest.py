@@ -6,8 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# Two processes share two cores, and what takes long there says nothing of the code.
+settings.register_profile("selfdev", deadline=None)
+settings.load_profile("selfdev")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,5 +25,6 @@ def interruptible() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_terminal() -> None:
-    """Let the output be as wide as in a file: the workers of pytest-xdist are told that it has 80 columns."""
-    os.environ.pop("COLUMNS", None)
+    """Let the output be as wide as in a file: what imports `readline` hands 80 columns down to its children."""
+    for name in ("COLUMNS", "LINES"):
+        os.environ.pop(name, None)

@@ -163,8 +163,8 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
     "kill_at",
     [
         pytest.param(["warm start:1", "write:9", "judge:4", "judge:23", "refine:2"], marks=pytest.mark.proof),
-        pytest.param(["write:17", "rivals:3", "scale:5"], marks=pytest.mark.proof),
-        ["judge:20", "tune:2", "verdict:4"],
+        pytest.param(["judge:20", "rivals:3", "tune:2"], marks=pytest.mark.proof),
+        ["write:17", "scale:5", "verdict:4"],
     ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_archive(
@@ -186,6 +186,19 @@ def test_control_c_ends_cleanly_and_names_the_way_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="selfdev resume") as stopped:
         run(scripted_config(), tmp_path / "run", factory=ScriptedFactory(), watch=Impatient())
     assert stopped.value.exit_code == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_ends_the_run_before_its_work(tmp_path: Path) -> None:
+    config = scripted_config()
+    changed = config.model_copy(update={"task": config.task.model_copy(update={"device": "cuda"})})
+    with pytest.raises(UserError, match=r"task\.device: cuda, and torch finds none on this machine"):
+        run(changed, tmp_path / "run", factory=ScriptedFactory())
+    assert not (tmp_path / "run" / "archive.db").exists()
+
+
+def test_what_scores_stand_on_is_archived(finished: Run) -> None:
+    assert finished.archive.run.facts["scored_on"] == "cpu float32"
 
 
 def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """What is noted of a candidate when it is merged on the experts themselves."""
 
 import pytest
+import torch
 
 from selfdev.archive import Candidate
 from selfdev.evaluation.evaluator import Evaluator
 from selfdev.evaluation.tasks import load_task
+from selfdev.evaluation.tasks.grading import Grading, Way
 from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.models.device import Place
 from selfdev.sandbox import Sandbox
 from selfdev.zoo import zoo_models
 
@@ -39,3 +42,27 @@ def test_a_program_that_treats_all_experts_alike_does_not_change(changes: dict[s
 
 def test_a_program_that_picks_experts_by_their_place_changes(changes: dict[str, float]) -> None:
     assert changes["d[0].abs() * d[1]"] > 0.5
+
+
+@pytest.mark.parametrize("way", list(Way))
+def test_models_answer_in_the_type_that_is_asked_for(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo, task = zoo_models("nano"), load_task("nano")
+    monkeypatch.setattr(task, "grading", Grading(way, max_new_tokens=4))
+    vectors = read_task_vectors(zoo["seed"], zoo["experts"], "all")
+    source = PROGRAM.format("0.3 * d.sum(0)")
+    written = Candidate("learning/1/001", "learning", 0, 0, 0, source, (), None, True, source)
+    scores = {}
+    with Sandbox() as box:
+        for dtype in (torch.float32, torch.bfloat16):
+            place = Place(torch.device("cpu"), dtype)
+            scorer = Evaluator(zoo["seed"], vectors, task, 120, box, 1, place=place)
+            seed = {name: tensor.clone() for name, tensor in scorer.model.state_dict().items()}
+            assert {tensor.dtype for tensor in scorer.model.parameters()} == {dtype}
+            merged = scorer.rival("task_arithmetic", 0, {"scale": 0.4})
+            assert scorer.merge(written)  # what it makes stays of float32
+            scores[dtype] = [scorer.seed().score, merged.score]
+            for name, tensor in scorer.model.state_dict().items():
+                assert torch.equal(tensor, seed[name])
+    exact, rounded = scores.values()
+    assert exact != rounded  # it is another type indeed
+    assert exact == pytest.approx(rounded, abs=0.05 if way is not Way.LOGLIKELIHOOD else 0.1)

@@ -38,16 +38,19 @@ def draw(seed: int, heads: int, tokens: int) -> Tensor:
 @settings(deadline=None)
 @given(
     prompt=st.integers(1, 12),
-    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(1, 6), max_size=4),
     group=st.sampled_from([1, 3]),
+    together=st.sampled_from([1, 4, 9]),
 )
-def test_values_and_gradients_are_those_under_a_mask(prompt: int, lengths: list[int], group: int) -> None:
+def test_values_and_gradients_are_those_under_a_mask(
+    prompt: int, lengths: list[int], group: int, together: int
+) -> None:
     tokens = prompt + sum(lengths)
     inputs = [draw(seed, heads, tokens) for seed, heads in enumerate((2 * group, 2, 2))]
     expected = under_a_mask(*inputs, prompt, lengths, 0.7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", 5)  # so that prompts have several stretches,
-        patch.setattr(module, "TOGETHER", 9)  # and completions one or more, of one or more
+        patch.setattr(module, "TOGETHER", together)  # and completions one or more, of one or more
         pack = stretches(prompt, lengths)
     found, _ = packed_attention(LAYER, *inputs, None, pack=pack, scaling=0.7)
     assert found.shape == (1, tokens, 2 * group, 4)

@@ -152,6 +152,31 @@ def test_evaluate_asks_a_model_once(
     assert evaluated()["note"] == ""
 
 
+def test_a_type_of_weights_has_scores_of_its_own(
+    model: Path,
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "cache"))
+    words = ["evaluate", str(model), "--task", str(task), "--limit", "8", "--json"]
+    notes = []
+    for more in ([], ["--dtype", "bfloat16"], ["--dtype", "bfloat16", "--device", "cpu"]):
+        assert main([*words, *more]) == 0
+        notes.append(json.loads(capsys.readouterr().out)["note"])
+    assert notes[:2] == ["", ""]
+    assert "--fresh measures anew" in notes[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_device_that_is_not_there_is_refused(
+    model: Path, task: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(model), "--task", str(task), "--device", "cuda"]) == 2
+    assert "--device: cuda, and torch finds none on this machine" in capsys.readouterr().err
+
+
 def test_a_test_split_from_the_cache_says_that_it_was_opened(model: Path, tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "scores")
     first = measure(str(model), "nano", "test", 12, cache)

@@ -35,6 +35,7 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import base_of
 from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.models.device import Place
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
 from selfdev.roles import Factory
@@ -148,6 +149,7 @@ def _carry_out(
         stack.enter_context(told(folder, " --unsafe-sandbox" if unsafe_sandbox else ""))
         stack.enter_context(alone(folder))
         with watch.phase("models") as tick:
+            place = Place.of(config.task.device, config.task.dtype, "task.device")
             tick(0, 4, "jail")
             box = stack.enter_context(Sandbox(jail_limits(config), unsafe=unsafe_sandbox))
             tick(1, 4, "seed and experts")
@@ -163,6 +165,7 @@ def _carry_out(
                 box,
                 config.seed,
                 Objective(config.task.weights),
+                place=place,
             )
             scorer.check_test(config.task.test)
             tick(2, 4, f"factory {config.factory.model}")
@@ -180,6 +183,7 @@ def _carry_out(
                 "seed": weights_hash(seed),
                 "experts": {name: weights_hash(path) for name, path in experts.items()},
                 "task": task.fingerprint,
+                "scored_on": str(place),
                 **machine_facts(unsafe_sandbox),
             }
         )

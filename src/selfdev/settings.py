@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 from selfdev.algorithms.source import Form
 
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class Section(BaseModel):
     """Knows its fields and no others."""
@@ -157,12 +160,10 @@ class Factory(Section):
     batch: int = Field(
         64, ge=1, description="Programs written at once; one that ends makes room for the next."
     )
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+    device: Device = Field(
         "auto", description="Where it computes in process; `auto`: CUDA's GPU if there is one, else the CPU."
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Type of its weights. On most CPUs only float32 is fast."
-    )
+    dtype: Dtype = Field("float32", description="Type of its weights. On most CPUs only float32 is fast.")
     grammar: Literal["none", "python"] = Field(
         "none",
         description="`python`: only what continues a valid program with names in scope is sampled. For the short form, "
@@ -250,6 +251,12 @@ class TaskSettings(Section):
     name: str = Field(description="A built-in task, gsm8k:FOLDER, or a YAML file; see docs/tasks.md.")
     development: int = Field(100, ge=1, description="Questions of the development split.")
     test: int = Field(1000, ge=1, description="Questions of the test split, which the verdict opens once.")
+    device: Device = Field(
+        "auto", description="Where merged models answer; `auto`: CUDA's GPU if there is one, else the CPU."
+    )
+    dtype: Dtype = Field(
+        "float32", description="Type of their weights then. On most CPUs only float32 is fast."
+    )
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
         {}, description="Weight of a group in the score; 1 for groups that are not named."
     )

@@ -32,6 +32,7 @@ from selfdev.evaluation.standing import LEARNING, ranked_new
 from selfdev.evaluation.tasks import Split, Task, load_task
 from selfdev.evaluation.verdict import Entrant, measure_on_test, seed_and_rivals
 from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
+from selfdev.models.device import Place
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
 from selfdev.runs import ARCHIVE, TRANSFER, Run, alone, jail_limits, machine_facts, told
@@ -90,6 +91,7 @@ def transfer(
                 plan.config.seed,
                 Objective(plan.config.task.weights),
                 plan.asked,
+                plan.place,
             )
             scorer.check_test(plan.config.task.test)
         archive = stack.enter_context(_open_or_create(folder, plan, machine_facts(unsafe_sandbox)))
@@ -161,6 +163,7 @@ class _Plan:
         asked: ids of the questions that the run has asked.
         entrants: the run's programs, best on its development first; controls before them.
         budget: development evaluations of each rival.
+        place: where merged models answer.
         facts: what its archive stands on.
     """
 
@@ -171,6 +174,7 @@ class _Plan:
     asked: frozenset[str]
     entrants: list[Entrant]
     budget: int
+    place: Place
     facts: dict[str, Any]
 
 
@@ -206,6 +210,7 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
     asked = frozenset(archive.questions("development") + archive.questions("test"))
     config, left_out = _config(origin, seed, experts, task_name, task, asked)
     budget = spent_on_candidates(archive)
+    place = Place.of(config.task.device, config.task.dtype, "task.device")
     facts = {
         TRANSFER: {
             "run": record.name,
@@ -217,11 +222,12 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
         "seed": weights,
         "experts": hashes,
         "task": task.fingerprint,
+        "scored_on": str(place),
     }
     identity = json.dumps([weights, list(hashes.items()), task.fingerprint])
     name = f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     folder = origin.folder / FOLDER / name
-    return _Plan(folder, config, vectors, task, asked, controls + discovered, budget, facts)
+    return _Plan(folder, config, vectors, task, asked, controls + discovered, budget, place, facts)
 
 
 def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant]:

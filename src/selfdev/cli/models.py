@@ -19,6 +19,23 @@ class Beside(StrEnum):
     LM_EVAL = "lm-eval"
 
 
+class Where(StrEnum):
+    """The devices on which a model may compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+    MPS = "mps"
+
+
+class WeightType(StrEnum):
+    """The types that weights may have there."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Export(StrEnum):
     """What a discovered program may become."""
 
@@ -181,6 +198,12 @@ def evaluate(
     beside: Annotated[
         Beside | None, typer.Option("--with", help="Let lm-evaluation-harness judge the same questions.")
     ] = None,
+    device: Annotated[
+        Where, typer.Option(help="Where it computes; auto: CUDA's GPU if there is one, else the CPU.")
+    ] = Where.AUTO,
+    dtype: Annotated[
+        WeightType, typer.Option(help="Type of its weights; on most CPUs only float32 is fast.")
+    ] = WeightType.FLOAT32,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure, though the same model was asked the same before.")
     ] = False,
@@ -190,12 +213,14 @@ def evaluate(
     from selfdev.evaluation.harness import compare
     from selfdev.evaluation.measure import measure
     from selfdev.evaluation.score_cache import ScoreCache
+    from selfdev.models.device import Place
     from selfdev.report.measurement import measurement_json, measurement_text
 
+    place = Place.of(device.value, dtype.value, "--device")
     if beside is None:
-        measured, agreement = measure(model, task, split, limit, None if fresh else ScoreCache()), None
+        measured, agreement = measure(model, task, split, limit, None if fresh else ScoreCache(), place), None
     else:
-        measured, agreement = compare(model, task, split, limit)
+        measured, agreement = compare(model, task, split, limit, place=place)
     if as_json:
         print_json(measurement_json(measured, agreement))
     else:

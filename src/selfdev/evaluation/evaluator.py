@@ -23,6 +23,7 @@ from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
 from selfdev.evaluation.tasks import Question, Seal, Task
 from selfdev.merging.apply import applied
 from selfdev.merging.task_vectors import TaskVectors, merge_by_method
+from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
 
@@ -109,6 +110,7 @@ class Evaluator:
         seed: the run's, for the streams of candidates that draw random numbers and for the order of questions.
         objective: what the groups' scores come to; by default their mean.
         without: ids of questions that were asked before; these and their rewordings are asked in no split.
+        place: where the model computes.
     """
 
     def __init__(
@@ -121,8 +123,9 @@ class Evaluator:
         seed: int,
         objective: Objective | None = None,
         without: Collection[str] = frozenset(),
+        place: Place = ON_CPU,
     ):
-        self.model = load_model(folder)
+        self.model = load_model(folder, place.dtype).to(place.device)
         self.tokenizer = load_tokenizer(folder)
         self.vectors = vectors
         self.task = task

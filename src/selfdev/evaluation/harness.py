@@ -29,6 +29,7 @@ from selfdev.evaluation.measure import Measurement, ask, measure
 from selfdev.evaluation.tasks import Task, load_task
 from selfdev.evaluation.tasks.files import FEW_SHOT_SEED
 from selfdev.evaluation.tasks.grading import Way
+from selfdev.models.device import ON_CPU, Place
 from selfdev.models.sources import resolve
 
 BATCH = 8
@@ -84,7 +85,12 @@ class Agreement:
 
 
 def compare(
-    source: str, task_name: str, split: str = "development", limit: int | None = None, batch: int = BATCH
+    source: str,
+    task_name: str,
+    split: str = "development",
+    limit: int | None = None,
+    batch: int = BATCH,
+    place: Place = ON_CPU,
 ) -> tuple[Measurement, Agreement]:
     """Measure a model with `measure`, and with lm-evaluation-harness on the same questions.
 
@@ -94,6 +100,7 @@ def compare(
         split: `development` or `test`.
         limit: how many questions.
         batch: questions that the harness generates for at once.
+        place: where both compute.
 
     Raises:
         UserError: lm-eval is not installed, the task is not scored by likelihood, or what `measure` refuses.
@@ -105,11 +112,13 @@ def compare(
             f"task '{task.name}' is scored by '{task.grading.way}'; lm-evaluation-harness is compared on answers, "
             "that is on tasks scored by 'generate' or 'exact'"
         )
-    measured = measure(source, task_name, split, limit)
-    return measured, agreement(measured, second_opinion(source, task, split, limit, batch).verdicts)
+    measured = measure(source, task_name, split, limit, place=place)
+    return measured, agreement(measured, second_opinion(source, task, split, limit, batch, place).verdicts)
 
 
-def second_opinion(source: str, task: Task, split: str, limit: int | None, batch: int = BATCH) -> Opinion:
+def second_opinion(
+    source: str, task: Task, split: str, limit: int | None, batch: int = BATCH, place: Place = ON_CPU
+) -> Opinion:
     """Let lm-evaluation-harness evaluate a model on the questions that `measure` asks.
 
     Args:
@@ -118,6 +127,7 @@ def second_opinion(source: str, task: Task, split: str, limit: int | None, batch
         split: `development` or `test`.
         limit: how many questions.
         batch: questions that the harness generates for at once.
+        place: where it computes.
 
     Raises:
         UserError: what the harness's own task needs is not there.
@@ -126,7 +136,7 @@ def second_opinion(source: str, task: Task, split: str, limit: int | None, batch
     folder = resolve(source)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         posed = pose(task, split, questions, Path(scratch))
-        samples, seconds, processor_seconds = _run(posed.config, folder, max(posed.places) + 1, batch)
+        samples, seconds, processor_seconds = _run(posed.config, folder, max(posed.places) + 1, batch, place)
     found: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:
         found.setdefault(sample["doc_id"], []).append(sample)
@@ -161,7 +171,7 @@ def _check_installed() -> None:
 
 
 def _run(
-    config: str | dict[str, Any], folder: Path, limit: int, batch: int
+    config: str | dict[str, Any], folder: Path, limit: int, batch: int, place: Place
 ) -> tuple[list[dict[str, Any]], float, float]:
     """Let the harness run; returns its samples, one a question and filter, and its seconds and processor seconds."""
     from lm_eval.evaluator import evaluate
@@ -178,7 +188,7 @@ def _run(
                 self.seconds += time.perf_counter() - began
                 self.processor_seconds += time.process_time() - processor_began
 
-    model = Timed(pretrained=str(folder), dtype="float32", device="cpu", batch_size=batch)
+    model = Timed(pretrained=str(folder), dtype=place.dtype, device=str(place.device), batch_size=batch)
     # What `simple_evaluate` does, but for its report on the machine, which takes longer than a small evaluation.
     loaded = _task_manager().load([config])
     for task in loaded["tasks"].values():

@@ -14,6 +14,7 @@ from selfdev.evaluation.scoring import Scored, aggregate, mean_by_group, prepare
 from selfdev.evaluation.statistics import wilson
 from selfdev.evaluation.tasks import Question, Split, Task, load_task
 from selfdev.evaluation.tasks.grading import Way
+from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
 from selfdev.models.sources import resolve
 
@@ -107,6 +108,7 @@ def measure(
     split: str = "development",
     limit: int | None = None,
     cache: ScoreCache | None = None,
+    place: Place = ON_CPU,
 ) -> Measurement:
     """Score a model on a task.
 
@@ -116,6 +118,7 @@ def measure(
         split: `development`, or `test` if it is to be opened.
         limit: how many questions; all that the split has, the groups balanced, by default.
         cache: where scores that were measured before are looked up, and new ones kept; by default all are measured.
+        place: where the model computes.
 
     Raises:
         UserError: a bad task, model, split or limit; found before the model runs.
@@ -124,13 +127,13 @@ def measure(
     task = load_task(task_name)
     questions, note = ask(task, split, limit)
     folder = resolve(source)
-    key = score_key(folder, questions, task.grading) if cache is not None else ""
+    key = score_key(folder, questions, task.grading, place) if cache is not None else ""
     known = cache.get(key) if cache is not None else None
     if known is not None:
         scored, seconds = known.scored, known.seconds
         note = "; ".join(filter(None, (note, f"measured on {known.made} and kept; --fresh measures anew")))
     else:
-        model, tokenizer = load_model(folder), load_tokenizer(folder)
+        model, tokenizer = load_model(folder, place.dtype).to(place.device), load_tokenizer(folder)
         scoring = prepare(model, tokenizer, questions, task.grading)
         began, processor_began = time.perf_counter(), time.process_time()
         scored = scoring(model)

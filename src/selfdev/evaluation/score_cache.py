@@ -2,8 +2,9 @@
 
 An entry is found by what its scores depend on and by no name: the model's weights and what lies beside them (config,
 tokenizer), every question as the model sees it (so the data, the template and the few-shot examples) with its gold
-answer, how answers are written, read and judged, the number of threads, the processor's kind, the versions of what
-computes, and this package's own code. What differs in any of these is measured anew.
+answer, how answers are written, read and judged, the device and the type of the weights on it, the number of threads,
+the processor's kind, the versions of what computes, and this package's own code. What differs in any of these is
+measured anew.
 
 `selfdev evaluate` asks it. A run does not: it scores nothing twice, and what its archive says was measured by it.
 """
@@ -27,6 +28,7 @@ import selfdev
 from selfdev.evaluation.scoring import Reply, Scored
 from selfdev.evaluation.tasks import Question
 from selfdev.evaluation.tasks.grading import Grading, Reading
+from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import cache_dir
 
@@ -96,14 +98,16 @@ class ScoreCache:
         Path(aside).replace(self.folder / f"{key}.json")
 
 
-def score_key(model: Path, questions: Sequence[Question], grading: Grading) -> str:
+def score_key(model: Path, questions: Sequence[Question], grading: Grading, place: Place = ON_CPU) -> str:
     """What the scores of a model on some questions depend on, 64 hex digits.
 
     Args:
         model: its folder.
         questions: in the order in which they are asked, which batches depend on.
         grading: how answers are written, read and judged.
+        place: where the model computes.
     """
+    gpu = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None
     beside = sorted(file for pattern in _BESIDE for file in model.glob(pattern))
     parts: dict[str, Any] = {
         "weights": weights_hash(model),
@@ -116,6 +120,7 @@ def score_key(model: Path, questions: Sequence[Question], grading: Grading) -> s
             [(name, e.pattern.pattern, e.pattern.flags, e.pick) for name, e in grading.extractions.items()],
             repr(grading.checker),
         ],
+        "place": [str(place), gpu],
         "machine": [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
         "versions": {each: _version(each) for each in _COMPUTING},
         "code": _code(),

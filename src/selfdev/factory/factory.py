@@ -36,7 +36,7 @@ class LocalFactory:
         self.config = config
         self._free = free
         self._sources = examples()
-        self.device = pick_device(config.factory.device)
+        self.device = pick_device(config.factory.device, "factory.device")
         self._assembly = Assembly(config, self._sources, self.device)
         self.tokenizer = load_tokenizer(self._assembly.folder)
         self._training = Training(config, self._assembly, self.tokenizer, self._sources, free)

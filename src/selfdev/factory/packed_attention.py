@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 
 from selfdev.errors import UserError
@@ -69,7 +70,10 @@ class _Product(NamedTuple):
 
 
 def _products(stretch: Stretch, group: int) -> list[_Product]:
-    """A token has `group` rows, one for each head that shares its key."""
+    """What is multiplied in a stretch: all its rows with the prefix, and each piece's rows with the piece's own keys.
+
+    A token has `group` rows, one for each head that shares its key.
+    """
     first, last = group * stretch.bounds[0], group * stretch.bounds[-1]
     every, prefix = slice(None), slice(stretch.prefix)
     found = [_Product(slice(first, last), prefix, (every, every, prefix))] if stretch.prefix else []
@@ -101,9 +105,10 @@ class _Packed(torch.autograd.Function):
             weights = _weights(query, key, stretch, products, scaling)
             for rows, keys, at in products:
                 out[:, rows].baddbmm_(weights[at], value[:, keys])
-        return _to_heads(out, key)
+        return _to_heads(out, key.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         scaling, grad = ctx.scaling, _to_rows(grads[0], len(key))
@@ -120,7 +125,7 @@ class _Packed(torch.autograd.Function):
             for rows, keys, at in products:
                 to_query[:, rows].baddbmm_(to_scores[at], key[:, keys], alpha=scaling)
                 to_key[:, keys].baddbmm_(to_scores[at].mT, query[:, rows], alpha=scaling)
-        return _to_heads(to_query, key), to_key, to_value, None, None
+        return _to_heads(to_query, key.shape[1]), to_key, to_value, None, None
 
 
 def _to_rows(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -129,9 +134,9 @@ def _to_rows(tensor: Tensor, kv_heads: int) -> Tensor:
     return by_key.transpose(1, 2).flatten(1, 2)
 
 
-def _to_heads(rows: Tensor, key: Tensor) -> Tensor:
+def _to_heads(rows: Tensor, tokens: int) -> Tensor:
     """Back from (kv heads, rows, head size)."""
-    by_token: Tensor = rows.unflatten(1, (key.shape[1], -1))
+    by_token: Tensor = rows.unflatten(1, (tokens, -1))
     return by_token.transpose(1, 2).flatten(0, 1)
 
 

@@ -171,7 +171,7 @@ class Continuations:
         scores[..., :count] = (wide @ common_keys.transpose(1, 2)).view(kv_heads, rows, group, count)
         own = (query @ keys.transpose(2, 3)).masked_fill_(self._hidden[:, None, None], float("-inf"))
         scores[..., count:] = own.transpose(0, 1)
-        weights = scores.softmax(-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         out = weights[..., count:].transpose(0, 1) @ values
         shared = weights[..., :count].reshape(kv_heads, rows * group, count) @ common_values
         out += shared.view(kv_heads, rows, group, size).transpose(0, 1)
