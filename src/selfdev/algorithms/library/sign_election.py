@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from selfdev.algorithms.library.blocks import Kept, blockwise
+from selfdev.algorithms.library.blocks import Kept, added, blockwise
 from selfdev.algorithms.library.specification import MERGEKIT, PAPER
 
 # A sum of weights below this divides nothing: mergekit's bound.
@@ -14,7 +14,7 @@ _NO_WEIGHT = 1e-8
 
 def elected_sign(task_vectors: Tensor, zero: float = 0.0) -> Tensor:
     """Return the sign of the sum over experts, shape (*parameter); `zero` where the sum is exactly zero."""
-    total = task_vectors.sum(dim=0)
+    total = added(task_vectors)
     sign = torch.sign(total)
     return sign if zero == 0.0 else sign.add_(total == 0.0, alpha=zero)
 
@@ -76,15 +76,17 @@ def combine(
             own = block * factors if own is None else own.mul_(factors)
         weighted = block if own is None else own
         if not elect:
-            total = weighted.sum(dim=0)
+            total = added(weighted)
             return total.div_(whole) if normalize else total
         sign = elected_sign(weighted, zero=1.0 if reading == MERGEKIT else 0.0)
-        agreeing = (block * sign if own is None else own.mul_(sign)).clamp_(min=0.0)
-        total = agreeing.sum(dim=0).mul_(sign)
+        agreeing = torch.empty_like(block) if own is None else own
+        for row, out in zip(weighted, agreeing, strict=True):  # one after the other: each stays in the cache
+            torch.mul(row, sign, out=out).clamp_(min=0.0)
+        total = added(agreeing).mul_(sign)
         if not normalize:
             return total
         agrees = agreeing.sign_()
-        divisor = (agrees if shares is None else agrees.mul_(shares)).sum(dim=0)
+        divisor = added(agrees if shares is None else agrees.mul_(shares))
         # torch.where would take as long as all that is above.
         return total.div_(divisor.clamp_(min=1.0) if shares is None else divisor.add_(divisor == 0))
 

@@ -191,7 +191,7 @@ class _Bracket:
         if self.high > self.low:
             self.at_high += int(np.count_nonzero(row == self.high))
         above &= row < self.high
-        self.between.append(row[above])  # the slowest step by far, if many were left
+        self.between.append(np.compress(above, row))  # the slowest step by far, if many were left
 
     def at(self, rank: int) -> float | None:
         """The number of a rank; None where it is outside."""
