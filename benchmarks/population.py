@@ -154,11 +154,43 @@ def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
+def draw(runs: Sequence[tuple[Run, Scores]], path: Path) -> None:
+    """Draw, of all that each arm wrote, the share that is new and gains at least so much."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), sharey=True, constrained_layout=True)
+    arms = dict.fromkeys(("learning", *(arm for run, _ in runs for arm in run.config.controls)))
+    for axis, place in zip(axes, (HOME, AWAY), strict=True):
+        for arm in arms:
+            gains, written = list[float](), 0
+            for run, scores in runs:
+                its = new_ones(run).get(arm)
+                if its is not None:
+                    written += run.config.programs
+                    base = scores[place]["seed"] or 0.0
+                    gains += [100 * ((scores[place][c.name] or base) - base) for c, _ in its]
+            gains = sorted((gain for gain in gains if gain > 0), reverse=True)
+            shares = [100 * rank / written for rank in range(1, len(gains) + 1)]
+            axis.step(gains, shares, where="pre", label=arm, linewidth=2)
+        axis.set_xlim(0, None)
+        axis.set_xlabel(f"points gained over the seed model: {place}")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(0, None)
+    axes[0].set_ylabel("% of the programs written that are\nnew and gain at least so much")
+    axes[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--picture", type=Path, help="draw how the gains are spread")
     parser.add_argument("--out", type=Path, default=Path("runs/population.json"), help="keeps the scores")
     arguments = parser.parse_args()
     kept: dict[str, Scores] = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
@@ -173,6 +205,8 @@ def main() -> None:
         runs.append((run, kept[name]))
     for place in (HOME, AWAY):
         print_place(place, runs)
+    if arguments.picture is not None:
+        draw(runs, arguments.picture)
 
 
 if __name__ == "__main__":
