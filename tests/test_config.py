@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from selfdev.algorithms.source import Form
-from selfdev.config import load_config, parse_config, presets
+from selfdev.config import change_config, load_config, parse_config, presets
 from selfdev.errors import UserError
 from test_tasks import gsm8k_folder
 
@@ -66,6 +66,10 @@ def test_the_paper_has_no_help_and_its_own_numbers(tmp_path: Path) -> None:
         ("quickstart", "task.weights={add: 0}", "task.weights.add"),
         ("quickstart", "task.floors={rve: 2}", "nearest known one is 'rev'"),
         ("absent.yaml", "seed=1", "No such file"),
+        ("quickstart", "refinement.rehearsal=99", "beside those that a prompt shows there are"),
+        ("quickstart", "rivals=[ties,ties]", "rivals: ties stands there twice"),
+        ("quickstart", "controls=[frozen,frozen]", "controls: frozen stands there twice"),
+        ("quickstart", "merge.targets='('", "no regular expression"),
         ("quickstart", "controls=[frosen]", "'frozen', 'feedback' or 'learning_feedback'"),
     ],
 )
@@ -128,3 +132,11 @@ def test_a_file_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"name: \xff\xfe\n")
     with pytest.raises(UserError, match="UTF-8"):
         load_config(str(file))
+
+
+def test_a_run_goes_on_with_what_it_began_with_but_for_the_names_of_its_devices() -> None:
+    config = load_config("quickstart")
+    changed = change_config(config, ["task.device=cpu", "factory.device=cpu"], "here")
+    assert (changed.task.device, changed.factory.device) == ("cpu", "cpu")
+    with pytest.raises(UserError, match=r"--set seed: .*only factory\.device, task\.device may change"):
+        change_config(config, ["seed=2"], "here")

@@ -10,7 +10,7 @@ import torch
 
 from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, killed, scripted_config
 from selfdev.algorithms.source import unwrap_short
-from selfdev.archive import Archive, TestSealed
+from selfdev.archive import Archive, Evaluation, TestSealed
 from selfdev.errors import Interrupted, UserError
 from selfdev.evaluation.evaluator import Evaluator, Refused, norm_of
 from selfdev.evaluation.evidence import Evidence
@@ -198,7 +198,17 @@ def test_a_device_that_is_not_there_ends_the_run_before_its_work(tmp_path: Path)
 
 
 def test_what_scores_stand_on_is_archived(finished: Run) -> None:
-    assert finished.archive.run.facts["scored_on"] == "cpu float32"
+    assert finished.archive.run.facts["task.device"] == "cpu float32"
+
+
+def test_a_seed_that_cannot_be_scored_ends_the_run_before_a_program_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = Evaluation("seed", "seed", 0, "development", None, None, 120, {}, "ScoringError: not finite")
+    monkeypatch.setattr(Evaluator, "seed", lambda self, split: failed)
+    with pytest.raises(UserError, match=r"the seed cannot be scored, .*not finite.*task\.dtype is float16"):
+        run(scripted_config(), tmp_path / "run", factory=ScriptedFactory())
+    assert not Run(tmp_path / "run").archive.candidates("learning")
 
 
 def test_a_factory_that_never_writes_a_program_ends_with_a_report(tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """What is noted of a candidate when it is merged on the experts themselves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from selfdev.archive import Candidate
+from selfdev.errors import UserError
 from selfdev.evaluation.evaluator import Evaluator
 from selfdev.evaluation.tasks import load_task
 from selfdev.evaluation.tasks.grading import Grading, Way
@@ -42,6 +45,18 @@ def test_a_program_that_treats_all_experts_alike_does_not_change(changes: dict[s
 
 def test_a_program_that_picks_experts_by_their_place_changes(changes: dict[str, float]) -> None:
     assert changes["d[0].abs() * d[1]"] > 0.5
+
+
+def test_a_tensor_that_the_model_has_under_another_name_is_refused() -> None:
+    zoo = zoo_models("nano")
+    vectors = read_task_vectors(zoo["seed"], zoo["experts"], "mlp")
+    [name, *_] = vectors.seed
+    seed = {f"old.{name}" if each == name else each: tensor for each, tensor in vectors.seed.items()}
+    with (
+        Sandbox() as box,
+        pytest.raises(UserError, match=rf"merge\.targets: 'old\.{name}' .*save_pretrained"),
+    ):
+        Evaluator(zoo["seed"], replace(vectors, seed=seed), load_task("nano"), 12, box, 1)
 
 
 @pytest.mark.parametrize("way", list(Way))

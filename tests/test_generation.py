@@ -8,7 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from byte_model import byte_model, byte_tokenizer
 from selfdev.errors import UserError
@@ -81,9 +92,8 @@ def test_a_model_whose_attention_does_more_is_refused(tokenizer):
         eos_token_id=0,
     )
     capped = Gemma2ForCausalLM(config).eval()
-    scoring = prepare(capped, tokenizer, asked("one"), Grading(Way.GENERATE, max_new_tokens=3))
-    with pytest.raises(UserError, match="caps its scores"):
-        scoring(capped)
+    with pytest.raises(UserError, match="caps its scores"):  # before any question is asked
+        prepare(capped, tokenizer, asked("one"), Grading(Way.GENERATE, max_new_tokens=3))
 
 
 @settings(max_examples=6, deadline=None)
@@ -135,6 +145,38 @@ def test_what_does_not_fit_the_context_is_refused_with_its_place(tokenizer):
     prepare(model, tokenizer, [question], Grading(Way.GENERATE, max_new_tokens=4))
     with pytest.raises(UserError, match="context has 64"):
         prepare(model, tokenizer, asked("x" * 63), Grading(Way.LOGLIKELIHOOD))
+
+
+SMALL = {"vocab_size": 300, "hidden_size": 32, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize("way", [Way.GENERATE, Way.LOGLIKELIHOOD])
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (BloomForCausalLM, BloomConfig(n_layer=2, n_head=4, initializer_range=0.3, **SMALL)),
+        (
+            FalconForCausalLM,
+            FalconConfig(num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, **SMALL),
+        ),
+        (
+            GPTNeoForCausalLM,
+            GPTNeoConfig(
+                num_layers=2,
+                num_heads=4,
+                attention_types=[[["global", "local"], 1]],
+                initializer_range=0.3,
+                **SMALL,
+            ),
+        ),
+        (MambaForCausalLM, MambaConfig(num_hidden_layers=2, **SMALL)),
+    ],
+)
+def test_a_model_that_would_not_see_the_common_beginning_is_refused(tokenizer, way, kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with pytest.raises(UserError, match=rf"a {kind.__name__} .*cannot be scored by 'generate'.*by 'exact'"):
+        prepare(model, tokenizer, asked("one"), Grading(way))
 
 
 @pytest.mark.parametrize("way", [Way.GENERATE, Way.LOGLIKELIHOOD])

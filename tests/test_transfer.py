@@ -30,7 +30,8 @@ EXPERTS = {name: f"zoo:nano2/{name}" for name in ("tri", "tot", "low")}
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    config = scripted_config(iterations=1, programs=5, rivals=["task_arithmetic", "dare_ties"])
+    task = {"name": "nano", "development": 120, "test": 240, "device": "cpu"}
+    config = scripted_config(iterations=1, programs=5, rivals=["task_arithmetic", "dare_ties"], task=task)
     return run(config, tmp_path_factory.mktemp("run") / "run", factory=ScriptedFactory(PROGRAMS[:5]))
 
 
@@ -45,6 +46,7 @@ def test_it_lies_in_the_run_under_its_task_and_weights(finished: Run, carried: T
     assert is_transfer(carried)
     assert not is_transfer(finished)
     assert carried.archive.run.status == "done"
+    assert carried.config.task.device == finished.config.task.device == "cpu"  # it is told nothing of its own
 
 
 def test_the_finalists_are_applied_as_they_are_at_the_scale_that_the_run_found(

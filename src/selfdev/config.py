@@ -100,6 +100,15 @@ class Config(Section):
                     raise ValueError(
                         f"refinement.{key}: it takes worked examples in the short form; set prompt.form: short"
                     )
+        shows = self.prompt.shown if self.prompt.examples == "drawn" else len(self.prompt.names)
+        if self.refinement.rehearsal > len(known) - shows:
+            raise ValueError(
+                f"refinement.rehearsal: {self.refinement.rehearsal} worked examples, and beside those that a prompt "
+                f"shows there are {len(known) - shows}"
+            )
+        for key, names in (("rivals", self.rivals), ("controls", self.controls)):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{key}: {twice} stands there twice; leave one out")
         if self.factory.warm_start.targets + self.prompt.shown > len(known):
             raise ValueError(
                 f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples"
@@ -201,12 +210,14 @@ def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
         UserError: as in `load_config`, or a run must go on with what it began with in this field.
     """
     data = config.model_dump(mode="json")
-    free = [f"factory.endpoint.{name}" for name in Endpoint.CHANGEABLE] if config.factory.endpoint else []
+    free = ["factory.device", "task.device"]  # where it is the same device under another name
+    free += [f"factory.endpoint.{name}" for name in Endpoint.CHANGEABLE] if config.factory.endpoint else []
     for change in changes:
         key, value = _split(change)
         if key not in free:
-            said = f"only {', '.join(free)} may change" if free else "nothing of it may change"
-            raise UserError(f"--set {key}: a run goes on with what it began with; {said}")
+            raise UserError(
+                f"--set {key}: a run goes on with what it began with; only {', '.join(free)} may change"
+            )
         _put(data, key, value)
     return parse_config(data, where)
 

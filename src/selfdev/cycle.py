@@ -12,7 +12,7 @@ from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.candidates import candidate_name, history_of, remember, screened, unscreened
 from selfdev.config import Config
 from selfdev.evaluation.course import DEVELOPMENT, Course
-from selfdev.evaluation.evaluator import Refused, Scorer, score_again
+from selfdev.evaluation.evaluator import Refused, Scorer, score_again, score_seed
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new, repairs_of
 from selfdev.evaluation.verdict import reach_verdict
@@ -66,7 +66,7 @@ class Cycle:
         questions = self.scorer.questions("development")
         self.archive.set_questions("development", [(q.id, q.group) for q in questions])
         if not self.archive.evaluations("seed"):
-            self.archive.add_evaluation(self.scorer.seed("development"))
+            self.archive.add_evaluation(score_seed(self.scorer))
 
     def _write(self, arm: str, t: int) -> None:
         """The arm's factory writes its programs of iteration t, at this iteration's temperature."""

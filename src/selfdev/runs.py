@@ -33,6 +33,7 @@ from selfdev.evaluation.tasks import load_task
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import base_of
+from selfdev.factory.training import check_backend
 from selfdev.lock import held
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.device import Place
@@ -145,11 +146,16 @@ def _carry_out(
     again: bool = False,
 ) -> "Run":
     began = time.monotonic()
+    place = Place.of(config.task.device, config.task.dtype, "task.device")
+    devices = {"task.device": str(place)}
+    if factory is None and config.factory.weights_here:
+        writes = Place.of(config.factory.device, config.factory.dtype, "factory.device")
+        devices["factory.device"] = str(writes)
+        check_backend(config.refinement, writes.device)
     with ExitStack() as stack:
         stack.enter_context(told(folder, " --unsafe-sandbox" if unsafe_sandbox else ""))
         stack.enter_context(alone(folder))
         with watch.phase("models") as tick:
-            place = Place.of(config.task.device, config.task.dtype, "task.device")
             tick(0, 4, "jail")
             box = stack.enter_context(Sandbox(jail_limits(config), unsafe=unsafe_sandbox))
             tick(1, 4, "seed and experts")
@@ -183,7 +189,7 @@ def _carry_out(
                 "seed": weights_hash(seed),
                 "experts": {name: weights_hash(path) for name, path in experts.items()},
                 "task": task.fingerprint,
-                "scored_on": str(place),
+                **devices,
                 **machine_facts(unsafe_sandbox),
             }
         )

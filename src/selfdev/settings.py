@@ -244,6 +244,17 @@ class Merge(Section):
     )
     targets: str = Field("mlp", description="Which tensors: mlp, attention, all, or a regular expression.")
 
+    @field_validator("targets")
+    @classmethod
+    def _compiles(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"'{value}' is no regular expression: {error}; use mlp, attention, all or another one"
+            ) from None
+        return value
+
 
 class TaskSettings(Section):
     """The questions that decide."""

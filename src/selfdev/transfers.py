@@ -25,7 +25,7 @@ from selfdev.archive import FACTOR, Archive, Candidate
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
-from selfdev.evaluation.evaluator import Evaluator, Scorer
+from selfdev.evaluation.evaluator import Evaluator, Scorer, score_seed
 from selfdev.evaluation.objective import Objective
 from selfdev.evaluation.rivals import best_rival, spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import LEARNING, ranked_new
@@ -222,7 +222,7 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
         "seed": weights,
         "experts": hashes,
         "task": task.fingerprint,
-        "scored_on": str(place),
+        "task.device": str(place),
     }
     identity = json.dumps([weights, list(hashes.items()), task.fingerprint])
     name = f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -286,7 +286,7 @@ def _config(
             )
         counts[str(split)] = min(wanted, left)
     same = task.fingerprint == load_task(of_run.task.name).fingerprint
-    settings = of_run.task.model_dump(mode="json") if same else {}
+    settings = of_run.task.model_dump(mode="json", exclude=set() if same else {"weights", "floors"})
     rivals = {name: method(name).experts for name in of_run.rivals}
     left_out = [name for name, count in rivals.items() if count not in (None, len(experts))]
     changed = of_run.model_dump(mode="json") | {
@@ -344,7 +344,7 @@ def _carry_out(archive: Archive, plan: _Plan, scorer: Scorer, watch: Watcher) ->
         archive.keep_programs([each.candidate for each in plan.entrants if each.candidate is not None])
         archive.set_questions("development", [(q.id, q.group) for q in scorer.questions("development")])
         if not archive.evaluations("seed"):
-            archive.add_evaluation(scorer.seed("development"))
+            archive.add_evaluation(score_seed(scorer))
         with watch.phase("rivals") as tick:
             tune_rivals(archive, plan.config, scorer, plan.budget, tick, watch.rival)
     if archive.run.status != "done":

@@ -216,6 +216,8 @@ def evaluate(
     from selfdev.models.device import Place
     from selfdev.report.measurement import measurement_json, measurement_text
 
+    if fresh and beside is not None:
+        raise UserError("--fresh: with --with nothing is taken from the cache; leave one out")
     place = Place.of(device.value, dtype.value, "--device")
     if beside is None:
         measured, agreement = measure(model, task, split, limit, None if fresh else ScoreCache(), place), None

@@ -18,6 +18,7 @@ from torch import Tensor
 from selfdev.algorithms.library import method
 from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
 from selfdev.archive import FACTOR, Candidate, Evaluation, TestSealed
+from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.objective import Objective
 from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
 from selfdev.evaluation.tasks import Question, Seal, Task
@@ -126,6 +127,7 @@ class Evaluator:
         place: Place = ON_CPU,
     ):
         self.model = load_model(folder, place.dtype).to(place.device)
+        _check_names(self.model, vectors)
         self.tokenizer = load_tokenizer(folder)
         self.vectors = vectors
         self.task = task
@@ -316,12 +318,48 @@ class Evaluator:
         )
 
     def _outcomes(self, scoring: Scoring, merged: Mapping[str, Tensor] | None) -> Tensor:
+        try:
+            return self._scored(scoring, merged)
+        except torch.OutOfMemoryError as error:
+            raise SelfdevError(
+                f"scoring: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with "
+                "task.dtype: bfloat16 or task.device: cpu"
+            ) from error
+
+    def _scored(self, scoring: Scoring, merged: Mapping[str, Tensor] | None) -> Tensor:
         if merged is None:
             return scoring(self.model).outcomes
         if not all(torch.isfinite(tensor).all() for tensor in merged.values()):
             raise ScoringError("the merged task vector is not finite")
         with applied(self.model, self.vectors, merged):
             return scoring(self.model).outcomes
+
+
+def _check_names(model: Any, vectors: TaskVectors) -> None:
+    """Raise UserError unless every tensor that is merged is a parameter of the model, in this shape."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in vectors.seed.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(
+                f"merge.targets: '{name}' of the seed's files is no parameter of a {type(model).__name__} as "
+                "transformers loads it, which fuses or renames some; choose targets without it, or save the models "
+                "anew with save_pretrained"
+            )
+
+
+def score_seed(scorer: Scorer) -> Evaluation:
+    """Score the seed on development.
+
+    Raises:
+        UserError: it cannot be scored, so nothing could be compared with it.
+    """
+    found = scorer.seed("development")
+    if found.failure is not None:
+        raise UserError(
+            f"the seed cannot be scored, and so nothing compared with it: {found.failure}. If task.dtype is float16, "
+            "which many models overflow, set bfloat16 or float32; else the seed is broken"
+        )
+    return found
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:

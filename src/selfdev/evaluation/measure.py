@@ -65,6 +65,7 @@ class Measurement:
         answers: one a question.
         seconds: of scoring, loading left out.
         processor_seconds: the same, of all threads together.
+        place: the device, and the type of the weights there.
         note: what the reader must know.
     """
 
@@ -81,6 +82,7 @@ class Measurement:
     answers: list[Answer]
     seconds: float
     processor_seconds: float
+    place: str
     note: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def measure(
         seconds = time.perf_counter() - began, time.process_time() - processor_began
         if cache is not None:
             cache.put(key, scored, seconds)
-    return _measurement(source, folder, task, split, questions, scored, seconds, note)
+    return _measurement(source, folder, task, split, questions, scored, seconds, place, note)
 
 
 def ask(task: Task, split: str, limit: int | None) -> tuple[list[Question], str]:
@@ -166,6 +168,7 @@ def _measurement(
     questions: Sequence[Question],
     scored: Scored,
     seconds: tuple[float, float],
+    place: Place,
     note: str,
 ) -> Measurement:
     groups = mean_by_group(questions, scored.outcomes)
@@ -191,6 +194,7 @@ def _measurement(
         answers=answers,
         seconds=seconds[0],
         processor_seconds=seconds[1],
+        place=str(place),
         note=note,
     )
 

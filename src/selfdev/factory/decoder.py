@@ -16,12 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfdev.models.output_head import head_in_blocks
-from selfdev.models.shared_prefix import LayerCache, SharedPrefix, attending
+from selfdev.models.shared_prefix import LayerCache, SharedPrefix, alike, attending
 
 log = logging.getLogger(__name__)
-
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
-"""Difference of two ways to compute the same logits, as a share of their range; 0.05 for narrower types."""
 
 
 class Row(Protocol):
@@ -90,8 +87,7 @@ def shares_prefix(model: PreTrainedModel) -> bool:
             logits = batch.step([row])[0].float()
     except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
         return False  # there are no keys and values in its cache, or they have other shapes
-    spread = float(expected.max() - expected.min())
-    return float((logits - expected).abs().max()) <= TOLERANCE.get(model.dtype, 0.05) * spread
+    return alike(logits, expected, expected, model.dtype)
 
 
 @torch.no_grad()

@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from selfdev.errors import UserError
-from selfdev.factory.decoder import TOLERANCE
 from selfdev.factory.lora_linear import lean_lora
 from selfdev.factory.packed_attention import IMPLEMENTATION, stretches
 from selfdev.factory.vocabulary import token_log_probs
-from selfdev.models.shared_prefix import attending
+from selfdev.models.shared_prefix import alike, attending
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -137,8 +136,7 @@ def _as_plain(model: PreTrainedModel, prompt: list[int], completion: list[int], 
     ids = torch.tensor([prompt + completion], device=model.device)
     logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
     expected = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
-    spread = float(logits.max() - logits.min())
-    return float((packed - expected).abs().max()) <= TOLERANCE.get(model.dtype, 0.05) * spread
+    return alike(packed, expected, logits, model.dtype)
 
 
 def passes(prompt: int, completions: Sequence[int], tokens_a_pass: int | None) -> list[range]:

@@ -27,10 +27,19 @@ from selfdev.factory.refinement import Diverged, Outcome, Preference, Report, St
 from selfdev.factory.trl_processes import LEARNED, START, Round, check_devices, refine_in_processes
 from selfdev.factory.warm_start import completion
 from selfdev.models.folder import weights_hash
+from selfdev.settings import RefinementSettings
 from selfdev.streams import stream_seed
 
 Tick = Callable[[int, int, str], None]
 """Called with how much is done, of how much, and a note."""
+
+
+def check_backend(settings: RefinementSettings, device: torch.device) -> None:
+    """Raise UserError if TRL is asked for and not there, or not as it is asked for."""
+    if settings.backend == "trl" and importlib.util.find_spec("trl") is None:
+        raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
+    if settings.backend == "trl" and device.type == "cuda":
+        check_devices(settings.devices, torch.cuda.device_count())
 
 
 class Training:
@@ -55,11 +64,7 @@ class Training:
         sources: Mapping[str, str],
         free: Callable[[torch.device], int | None],
     ):
-        settings = config.refinement
-        if settings.backend == "trl" and importlib.util.find_spec("trl") is None:
-            raise UserError("refinement.backend: trl needs TRL; pip install 'selfdev[trl]', or set it to own")
-        if settings.backend == "trl" and assembly.device.type == "cuda":
-            check_devices(settings.devices, torch.cuda.device_count())
+        check_backend(config.refinement, assembly.device)
         self.config = config
         self._assembly = assembly
         self._tokenizer = tokenizer

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import Archive, ArchiveError, Candidate
+from selfdev.archive import FACTOR, Archive, ArchiveError, Candidate
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.merging.algorithm import Algorithm, Found, JailedProgram, Origin, jail
@@ -94,7 +94,14 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
 
 
 def _factor(archive: Archive, name: str) -> float:
-    """The scale at which the program was best on development; a transfer keeps the one it was applied at."""
+    """The scale at which the program was best on development; a transfer keeps the one it was applied at.
+
+    That is the verdict's, which minds floors; a program that was not in it has the scale of its highest score.
+    """
+    reached = archive.verdict()
+    for row in [] if reached is None or reached[1] is None else reached[1]["table"]:
+        if row["name"] == name:
+            return float(row["parameters"].get(FACTOR, 1.0))
     tried = archive.evaluations("candidate", name) + archive.evaluations("scaled", name)
     tried = tried or archive.evaluations(subject=name, split="test")
     scored = [each for each in tried if each.score is not None]

@@ -123,7 +123,14 @@ def _status(known: dict[str, Any]) -> str:
 
 def _scores(evaluations: list[dict[str, Any]]) -> RenderableType:
     groups = list(dict.fromkeys(group for e in evaluations for group in e["groups"]))
-    rows = table("accuracy in %", "score", *groups, "questions", "time")
+    nats = any((e["score"] or 0.0) < 0 for e in evaluations)
+    rows = table(
+        "log-likelihood in 0.01 nats a token" if nats else "accuracy in %",
+        "score",
+        *groups,
+        "questions",
+        "time",
+    )
     for e in evaluations:
         shares = [percent(e["groups"].get(group)) for group in groups]
         scaled = "" if e["factor"] == 1 else f" x {e['factor']:g}"

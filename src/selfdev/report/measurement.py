@@ -20,7 +20,8 @@ def measurement_text(measured: Measurement, agreement: Agreement | None) -> str:
 
 def _lines(measured: Measurement, agreement: Agreement | None) -> Iterator[str]:
     count = len(measured.answers)
-    yield f"{measured.model} on {measured.task}, {count} {measured.split} questions, {measured.seconds:.1f} s"
+    asked = f"{count} {measured.split} questions"
+    yield f"{measured.model} on {measured.task}, {asked}, {measured.seconds:.1f} s, {measured.place}"
     if measured.low is None or measured.high is None:
         yield f"score       {measured.score:.3f} nats a token (above is better)"
         yield from (f"  {group:10}{mean:.3f}" for group, mean in _several(measured.groups))

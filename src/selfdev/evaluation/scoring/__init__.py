@@ -12,6 +12,7 @@ A model whose logits are not finite is a failure (`ScoringError`), never a score
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from selfdev.evaluation.scoring.continuations import check_continues
 from selfdev.evaluation.scoring.exact import BATCH_TOKENS, Batch, Encoded, encode, score_exact
 from selfdev.evaluation.scoring.generate import Generation
 from selfdev.evaluation.scoring.loglikelihood import Likelihood
@@ -44,7 +45,7 @@ def prepare(model: Any, tokenizer: Any, questions: Sequence[Question], grading: 
     """Turn questions into tensors once, for any number of models of one architecture and tokenizer.
 
     Args:
-        model: one of them, asked for its config and end tokens.
+        model: one of them, asked for its config and end tokens, and whether it can be scored in this way.
         tokenizer: theirs.
         questions: at least one.
         grading: how answers are written, read and judged.
@@ -54,8 +55,11 @@ def prepare(model: Any, tokenizer: Any, questions: Sequence[Question], grading: 
         `ScoringError`.
 
     Raises:
-        UserError: a question does not fit the model's context or its tokenizer, or cannot be scored in this way.
+        UserError: a question does not fit the model's context or its tokenizer, or it or the model cannot be scored
+            in this way.
     """
+    if grading.way is not Way.EXACT:
+        check_continues(model)
     match grading.way:
         case Way.GENERATE:
             return Generation.prepare(model.config, tokenizer, questions, grading)

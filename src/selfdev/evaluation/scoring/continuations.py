@@ -211,3 +211,42 @@ AttentionInterface.register(IMPLEMENTATION, _attention)
 def attending(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within it, `model` attends over `Continuations`."""
     return shared_prefix.attending(model, IMPLEMENTATION)
+
+
+@torch.inference_mode()
+def prefill(model: Any, tokens: Sequence[int]) -> list[LayerCache]:
+    """The keys and values of at least one token, layer by layer, shape (kv heads, tokens, head size)."""
+    out = model(torch.tensor([tokens], device=model.device), use_cache=True, logits_to_keep=1)
+    return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+
+
+@torch.inference_mode()
+def check_continues(model: Any) -> None:
+    """Make sure that a row behind a common beginning has the model's own logits, on seven tokens.
+
+    An architecture whose attention does not go through transformers' interface would not complain, only not see what
+    precedes.
+
+    Raises:
+        UserError: they differ, or there are none; or the attention caps its scores or has sinks.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = [(7 * i + 1) % vocabulary for i in range(7)]
+    expected = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1].float()
+    if not expected.isfinite().all():
+        return  # which scoring tells
+    cause: Exception | None = None
+    try:
+        continuations = Continuations(prefill(model, tokens[:3]), 2, 4)
+        with attending(model):
+            continuations.read(model, [tokens[3:6], tokens[3:4]])
+            logits = continuations.step(model, [tokens[6], tokens[4]]).logits[0, -1].float()
+        right = shared_prefix.alike(logits, expected, expected, model.dtype)
+    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        right, cause = False, error
+    if not right:
+        raise UserError(
+            f"a {type(model).__name__} ({model.config.model_type}) cannot be scored by 'generate' or 'loglikelihood' "
+            "here: behind a common beginning it does not compute what it computes alone. Score the task by 'exact', or "
+            "take a model of another family"
+        ) from cause

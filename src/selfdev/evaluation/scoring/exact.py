@@ -120,7 +120,9 @@ def score_exact(model: Any, encoded: Encoded) -> Tensor:
         # does so monotonically, which moves no arg max.
         logits = head(hidden[batch.row.to(model.device), batch.position.to(model.device)])
         if not logits.isfinite().all():
-            raise ScoringError("the model's logits are not finite; the merged weights are broken")
+            raise ScoringError(
+                "the model's logits are not finite; its weights are broken, or overflow in their type"
+            )
         written = logits.argmax(-1).cpu()
         ended = (batch.gold == encoded.end) & torch.isin(written, encoded.ends)
         wrong = batch.row[(written != batch.gold) & ~ended]

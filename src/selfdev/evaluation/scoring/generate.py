@@ -150,6 +150,8 @@ def _greedy(model: Any, states: Tensor) -> list[int]:
     # Where a family scales or caps its logits after the head, it does so monotonically, which moves no arg max.
     logits = model.get_output_embeddings()(states)
     if not logits.isfinite().all():
-        raise ScoringError("the model's logits are not finite; the merged weights are broken")
+        raise ScoringError(
+            "the model's logits are not finite; its weights are broken, or overflow in their type"
+        )
     chosen: list[int] = logits.argmax(-1).tolist()
     return chosen

@@ -76,7 +76,9 @@ class Likelihood:
                     each = logits[row, end - self.solutions[i] : end].float()
                     outcomes[i] = -F.cross_entropy(each, gold).cpu()
         if not outcomes.isfinite().all():
-            raise ScoringError("the solutions' log-likelihoods are not finite; the merged weights are broken")
+            raise ScoringError(
+                "the solutions' log-likelihoods are not finite; the weights are broken, or overflow in their type"
+            )
         return Scored(outcomes)
 
     def _batches(self) -> Iterator[list[int]]:

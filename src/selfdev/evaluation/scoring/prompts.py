@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring.continuations import LayerCache
+from selfdev.evaluation.scoring.continuations import LayerCache, prefill
 from selfdev.evaluation.tasks import Question
 from selfdev.models.limits import context_limit
 
@@ -38,11 +38,8 @@ class Prompts:
         """The keys and values of the common beginning, layer by layer, shape (kv heads, tokens, head size)."""
         count = len(self.shared)
         # A model takes one token at least; of none, the shapes remain.
-        ids = torch.tensor([self.shared or self.rest[0][:1]], device=model.device)
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        return [
-            (layer.keys[0, :, :count], layer.values[0, :, :count]) for layer in out.past_key_values.layers
-        ]
+        cache = prefill(model, self.shared or self.rest[0][:1])
+        return [(keys[:, :count], values[:, :count]) for keys, values in cache]
 
     def longest_first(self) -> list[int]:
         """Indices of the rests, so that neighbours have similar lengths."""
