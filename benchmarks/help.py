@@ -34,9 +34,9 @@ from selfdev.candidates import remember, screened
 from selfdev.config import load_config
 from selfdev.evaluation.evaluator import Evaluator, Refused
 from selfdev.evaluation.tasks import load_task
-from selfdev.factory import decoder
 from selfdev.factory.factory import LocalFactory
 from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.models import shared_prefix
 from selfdev.models.sources import resolve
 from selfdev.runs import jail_limits
 from selfdev.sandbox import Sandbox
@@ -122,7 +122,7 @@ def measure(seed: int, temperature: float, programs: int, judge: Judge, tallies:
             tolerance[torch.float32] = math.inf
         prompts = factory.prompts(0)
         writing = Writing(config, factory, judge.screen, "frozen", 0, [], Tick())
-        with tallies[way].timed(), patch.dict(decoder.TOLERANCE, tolerance):
+        with tallies[way].timed(), patch.dict(shared_prefix.TOLERANCE, tolerance):
             asked, written = writing.write(prompts)
         tallies[way].turns += len(asked) - len(prompts)
         tallies[way].add(judge(written))

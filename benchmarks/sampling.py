@@ -30,10 +30,10 @@ from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from selfdev.config import load_config
-from selfdev.factory import decoder
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import STOP
 from selfdev.factory.sampling import Sampler
+from selfdev.models import shared_prefix
 
 NEVER = re.compile(r"(?!)")
 VLLM = """
@@ -143,7 +143,7 @@ def race(arguments: argparse.Namespace, factory: LocalFactory, model: Any) -> No
 
             results = {"ours": measured(lambda: ours(model))}
             # Its activations have one scale for the whole batch: the sampler's own test of a model does not pass.
-            with patch.dict(decoder.TOLERANCE, {torch.float32: math.inf}):
+            with patch.dict(shared_prefix.TOLERANCE, {torch.float32: math.inf}):
                 results["int8"] = measured(lambda: ours(int8))
             torch.manual_seed(turn)
             results["generate"] = measured(lambda: generate(factory, model, prompts, rows, sampler))

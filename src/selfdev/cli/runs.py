@@ -41,7 +41,11 @@ def resume(
     folder: RunFolder,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a budget, how a server is reached, or the name of a device."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a budget, how a server is reached, or the name of a device.",
+        ),
     ] = None,
     again: Again = False,
     unsafe_sandbox: Unsafe = False,

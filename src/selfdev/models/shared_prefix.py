@@ -225,14 +225,14 @@ def attending(model: PreTrainedModel, implementation: str = IMPLEMENTATION) -> I
         model.set_attn_implementation(before)
 
 
-_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
 """Difference of two ways to compute the same, as a share of the logits' range; 0.05 for narrower types."""
 
 
 def alike(found: Tensor, expected: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether what two ways have computed differs by rounding alone, on the scale of some logits of the model."""
     spread = float(logits.max() - logits.min())
-    return float((found - expected).abs().max()) <= _TOLERANCE.get(dtype, 0.05) * spread
+    return float((found - expected).abs().max()) <= TOLERANCE.get(dtype, 0.05) * spread
 
 
 def closed_up(going: Sequence[int]) -> list[int]:
