@@ -12,6 +12,7 @@ from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.archive import Run as RunRecord
 from selfdev.cli import main
 from selfdev.config import load_config
+from selfdev.merging.discovered import load_candidate
 from selfdev.merging.targets import layer_of
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.zoo import zoo_models
@@ -210,3 +211,14 @@ def test_a_hostile_docstring_stays_text(tmp_path: Path) -> None:
     run = a_run(tmp_path / 'run"""\\')
     assert main(["export", str(run), NAME, "--to", "py", "--out", str(tmp_path / "x.py")]) == 0
     compile((tmp_path / "x.py").read_text(), "x.py", "exec")
+
+
+def test_a_finalist_has_the_scale_of_the_verdict_though_another_scored_higher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_run(tmp_path / "run", factor=2.0)
+    assert load_candidate(folder, "learning/1/001").factor == 2.0
+    row = {"name": "learning/1/001", "kind": "discovered", "parameters": {"factor": 0.7}, "test": None}
+    table = {"table": [{**row, "dev": {"score": None, "questions": 0}}]}  # its floors let no more
+    monkeypatch.setattr(Archive, "verdict", lambda self: ({}, table))
+    assert load_candidate(folder, "learning/1/001").factor == 0.7

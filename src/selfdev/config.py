@@ -101,7 +101,7 @@ class Config(Section):
                         f"refinement.{key}: it takes worked examples in the short form; set prompt.form: short"
                     )
         shows = self.prompt.shown if self.prompt.examples == "drawn" else len(self.prompt.names)
-        if self.refinement.rehearsal > len(known) - shows:
+        if self.refinement.rehearsal and self.refinement.rehearsal > len(known) - shows:
             raise ValueError(
                 f"refinement.rehearsal: {self.refinement.rehearsal} worked examples, and beside those that a prompt "
                 f"shows there are {len(known) - shows}"

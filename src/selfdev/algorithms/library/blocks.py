@@ -50,10 +50,10 @@ def added(rows: Tensor) -> Tensor:
     It takes half as long as torch's own sum over a first dimension, and gives the same bits in blocks of any width.
 
     Args:
-        rows: shape (experts, n), at least one expert.
+        rows: shape (experts, *entries), at least one expert.
 
     Returns:
-        Shape (n,), in memory of its own.
+        Shape (*entries), in memory of its own.
     """
     if len(rows) == 1:
         return rows[0].clone()
