@@ -78,8 +78,8 @@ def new_ones(run: Run) -> dict[str, list[tuple[Candidate, float]]]:
     }
 
 
-def evaluator(run: Run, place: str, box: Sandbox) -> Evaluator:
-    """What scores in a place."""
+def evaluator(run: Run, place: str, box: Sandbox, development: int | None = None) -> Evaluator:
+    """What scores in a place; with few development questions, where none are needed."""
     if place == HOME:
         merge, task = run.config.merge, run.config.task.name
         seed, experts = merge.seed, dict(merge.experts)
@@ -89,8 +89,8 @@ def evaluator(run: Run, place: str, box: Sandbox) -> Evaluator:
     folder = resolve(seed)
     folders = {name: resolve(source) for name, source in experts.items()}
     vectors = read_task_vectors(folder, folders, run.config.merge.targets)
-    few = len(load_task(task).groups)  # development questions are not needed
-    found = Evaluator(folder, vectors, load_task(task), few, box, run.config.seed)
+    development = development or len(load_task(task).groups)
+    found = Evaluator(folder, vectors, load_task(task), development, box, run.config.seed)
     found.open_test(QUESTIONS, AfterTheVerdict(run))
     return found
 

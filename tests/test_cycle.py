@@ -323,6 +323,17 @@ def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: P
     assert not (tmp_path / "run" / "archive.db").exists()
 
 
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [("zoo:nano/seed", "'b' has the seed's weights"), ("zoo:nano/add", "'a' and 'b' have the same weights")],
+)
+def test_experts_that_teach_nothing_are_refused(tmp_path: Path, second: str, message: str) -> None:
+    experts = {"a": "zoo:nano/add", "b": second}
+    with pytest.raises(UserError, match=message):
+        run(scripted_config(merge={"seed": "zoo:nano/seed", "experts": experts}), tmp_path / "run")
+    assert not (tmp_path / "run" / "archive.db").exists()
+
+
 def test_failing_programs_are_paired_with_their_working_neighbours(finished: Run) -> None:
     repaired = finished.candidates("repaired")
     assert repaired

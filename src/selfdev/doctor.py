@@ -29,7 +29,6 @@ _LIBRARIES = ("transformers", "peft", "safetensors")
 _LEAST_DISK = (
     3 * 1024**3
 )  # bytes; the quickstart's factory takes 0.6 GB twice, and a run's archive comes on top
-_ENDPOINT_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")
 _ENDPOINT_SECONDS = 3.0
 
 
@@ -50,8 +49,12 @@ class Check:
     remedy: str = ""
 
 
-def checks() -> list[Check]:
-    """Look at everything. Takes a few seconds, most of them for a warm jail."""
+def checks(url: str = "") -> list[Check]:
+    """Look at everything. Takes a few seconds, most of them for a warm jail.
+
+    Args:
+        url: of a server that is to sample, if there is one.
+    """
     return [
         _python(),
         _torch(),
@@ -62,7 +65,7 @@ def checks() -> list[Check]:
         cache(),
         _disk(),
         models(),
-        *endpoints(),
+        *([endpoint(url)] if url else []),
     ]
 
 
@@ -121,6 +124,8 @@ def _accelerator() -> Check:
         return Check(
             "accelerator", True, ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
         )
+    if torch.backends.mps.is_available():
+        return Check("accelerator", True, "Apple's, if asked for: --set factory.device=mps")
     return Check("accelerator", True, "none; the preset quickstart runs on the processor")
 
 
@@ -182,24 +187,20 @@ def models() -> Check:
     )
 
 
-def endpoints() -> Iterator[Check]:
-    """Servers that the environment names for remote factories. None is fine: the factory then runs here."""
-    named = {os.environ[name].rstrip("/") for name in _ENDPOINT_VARIABLES if os.environ.get(name)}
-    if not named:
-        yield Check("endpoint", True, "none named; the factory runs on this machine")
-    for url in sorted(named):
-        try:
-            with urllib.request.urlopen(f"{url}/models", timeout=_ENDPOINT_SECONDS) as answer:
-                yield Check("endpoint", True, f"{url} answers with {answer.status}")
-        except urllib.error.HTTPError as error:  # it is there; whether it lets us in shows with the key
-            yield Check(
-                "endpoint", error.code in (401, 403), f"{url} answers with {error.code}", _ENDPOINT_REMEDY
-            )
-        except (OSError, ValueError) as error:
-            yield Check("endpoint", False, f"{url} does not answer: {error}", _ENDPOINT_REMEDY)
-
-
-_ENDPOINT_REMEDY = f"start the server, or correct {' or '.join(_ENDPOINT_VARIABLES)}"
+def endpoint(url: str) -> Check:
+    """Whether an OpenAI-compatible server answers, as `factory.endpoint.url` names it."""
+    url = url.rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{url}/models", timeout=_ENDPOINT_SECONDS) as answer:
+            return Check("endpoint", True, f"{url} answers with {answer.status}")
+    except urllib.error.HTTPError as error:  # it is there; whether it lets us in shows with the key
+        lets_in = error.code in (401, 403)
+        remedy = "" if lets_in else "give the address that ends before /models, as https://HOST/v1"
+        return Check("endpoint", lets_in, f"{url} answers with {error.code}", remedy)
+    except (OSError, ValueError) as error:
+        return Check(
+            "endpoint", False, f"{url} does not answer: {error}", "start the server, or correct its address"
+        )
 
 
 def _existing(folder: Path) -> Path:

@@ -35,6 +35,7 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.factory.prompt import base_of
 from selfdev.factory.training import check_backend
 from selfdev.lock import held
+from selfdev.merging.compatibility import check_distinct
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.device import Place
 from selfdev.models.folder import weights_hash
@@ -161,6 +162,8 @@ def _carry_out(
             tick(1, 4, "seed and experts")
             seed = resolve(config.merge.seed)
             experts = {name: resolve(source) for name, source in config.merge.experts.items()}
+            weights, hashes = weights_hash(seed), {name: weights_hash(path) for name, path in experts.items()}
+            check_distinct(weights, hashes)
             vectors = read_task_vectors(seed, experts, config.merge.targets)
             task = load_task(config.task.name)
             scorer = Evaluator(
@@ -186,8 +189,8 @@ def _carry_out(
         archive.check_facts(
             {
                 "factory": factory.facts,
-                "seed": weights_hash(seed),
-                "experts": {name: weights_hash(path) for name, path in experts.items()},
+                "seed": weights,
+                "experts": hashes,
                 "task": task.fingerprint,
                 **devices,
                 **machine_facts(unsafe_sandbox),

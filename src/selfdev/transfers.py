@@ -31,6 +31,7 @@ from selfdev.evaluation.rivals import best_rival, spent_on_candidates, tune_riva
 from selfdev.evaluation.standing import LEARNING, ranked_new
 from selfdev.evaluation.tasks import Split, Task, load_task
 from selfdev.evaluation.verdict import Entrant, measure_on_test, seed_and_rivals
+from selfdev.merging.compatibility import check_distinct
 from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
 from selfdev.models.folder import weights_hash
@@ -241,24 +242,16 @@ def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant
 
 
 def _check_unseen(run: Mapping[str, Any], seed: str, experts: Mapping[str, str]) -> None:
-    """Raise UserError if an expert teaches nothing, stands there twice, or is one that the run merged into this seed.
+    """Raise UserError unless the experts can be merged and are none that the run merged into this seed.
 
     Args:
         run: the run's facts, hashes of weights among them.
         seed: hash of the seed's weights.
         experts: hash of each expert's.
     """
-    first: dict[str, str] = {}
+    check_distinct(seed, experts)
     seen = {weights: name for name, weights in run["experts"].items()} if run["seed"] == seed else {}
     for name, weights in experts.items():
-        if weights == seed:
-            raise UserError(
-                f"expert '{name}' has the seed's weights, so there is nothing to merge; choose another"
-            )
-        if first.setdefault(weights, name) != name:
-            raise UserError(
-                f"experts '{first[weights]}' and '{name}' have the same weights; give one of them"
-            )
         if weights in seen:
             raise UserError(
                 f"expert '{name}' is not unseen: its weights are those of '{seen[weights]}', which the run merged into "

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import method
+from selfdev.errors import UserError
 
 DRAWN = [2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 2.0, 0.0]
 
@@ -41,6 +42,14 @@ def test_della_keeps_large_entries_more_often():
     assert kept[:, :50].mean().item() == pytest.approx(0.402, abs=0.01)
     largest = merged[:, -1]
     torch.testing.assert_close(largest[largest != 0], torch.full_like(largest[largest != 0], 100.0 / 0.7))
+
+
+def test_della_refuses_probabilities_that_are_none():
+    experts = torch.ones(2, 4)
+    with pytest.raises(UserError, match="at least 0"):
+        method("della").merge(experts, epsilon=[0.1, -0.1])
+    with pytest.raises(UserError, match="smaller epsilon"):
+        method("della").merge(experts, density=0.5, epsilon=-0.7, reading="mergekit")
 
 
 def test_della_with_nothing_to_drop_is_ties_without_trimming():

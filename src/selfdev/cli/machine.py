@@ -14,14 +14,19 @@ Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo; `selfdev zo
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    endpoint: Annotated[
+        str, typer.Option(metavar="URL", help="Try this server too, as factory.endpoint.url names it.")
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
     """Try whether this machine can run a run.
 
     Exit code 1 if something is missing.
     """
     from selfdev.doctor import checks, report
 
-    found = checks()
+    found = checks(endpoint)
     typer.echo(report(found, as_json=as_json))
     if not all(check.ok for check in found):
         raise typer.Exit(1)

@@ -1,6 +1,6 @@
 """What must hold between a seed and its experts before anything is merged. All of it is read from headers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from selfdev.errors import UserError
@@ -41,6 +41,25 @@ def check_quantised(model: Model) -> None:
             f"{model.owner}: its config says that its weights are quantised{f' by {by}' if by else ''}, and task "
             "vectors need floating-point weights; give the unquantised model, or save a dequantised one"
         )
+
+
+def check_distinct(seed: str, experts: Mapping[str, str]) -> None:
+    """Raise UserError if an expert has nothing to teach: the seed's weights, or those of another one.
+
+    Args:
+        seed: hash of the seed's weights.
+        experts: hash of each expert's, by its name.
+    """
+    first: dict[str, str] = {}
+    for name, weights in experts.items():
+        if weights == seed:
+            raise UserError(
+                f"expert '{name}' has the seed's weights, so there is nothing to merge; choose another"
+            )
+        if first.setdefault(weights, name) != name:
+            raise UserError(
+                f"experts '{first[weights]}' and '{name}' have the same weights; give one of them"
+            )
 
 
 def check_architecture(expert: Model, seed: Model) -> None:

@@ -37,7 +37,6 @@ class SharedPrefix:
         prompts: for each prompt and layer, its keys and values, shape (kv heads, tokens, head size).
         rows: how many rows continue each prompt; at first, rows of one prompt are neighbours.
         capacity: the longest continuation, in tokens.
-        padding: how many of the first tokens of each row's continuation are padding, shape (rows,); none by default.
     """
 
     def __init__(
@@ -45,12 +44,12 @@ class SharedPrefix:
         prompts: Sequence[Sequence[LayerCache]],
         rows: Sequence[int],
         capacity: int,
-        padding: Tensor | None = None,
     ):
         self.prompts = prompts
         self.capacity = capacity
         self.length = 0
-        self.padding = padding
+        # How many of the first tokens of each row's continuation are none of its own, shape (rows,).
+        self.padding: Tensor | None = None
         self._owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
         self._groups: list[tuple[int, slice | Tensor]] | None = None
         self._hidden: tuple[int, Tensor] | None = None
@@ -78,7 +77,7 @@ class SharedPrefix:
     def hidden(self, tokens: int) -> Tensor | None:
         """What of the continuation each of the next `tokens` tokens must not see.
 
-        That is padding, what an earlier row left in its place, and what follows it.
+        That is what an earlier row left in its place, and what follows it.
 
         Returns:
             True where it must not, shape (rows, 1, tokens, columns); None if nothing is hidden.
@@ -92,7 +91,7 @@ class SharedPrefix:
             own = torch.arange(self.length, then, device=self.device)[:, None]
             hidden = (place > own)[None].expand(len(self._owner), -1, -1)
             if self.padding is not None:
-                # A padding token sees itself, lest it see nothing, which is no number.
+                # A token sees itself, lest it see nothing, which is no number.
                 hidden = hidden | ((place < self.padding.to(self.device)[:, None, None]) & (place != own))
             self._hidden = (tokens, hidden[:, None])
         return self._hidden[1]

@@ -67,8 +67,9 @@ def della(
         task_vectors: shape (experts, *parameter), float32.
         density: mean probability with which an entry is kept, in (0, 1]. One number, or one for each expert.
         epsilon: difference of the probabilities between the largest and the smallest entry of a row, at least 0;
-            beyond 2 min(density - 0.01, 1 - density) the limits cut it. Half of it in mergekit's reading, there
-            below min(density, 1 - density) unless the density is 1. One number, or one for each expert.
+            beyond 2 min(density - 0.01, 1 - density) the limits cut it. Half of it in mergekit's reading, there of any
+            sign and in magnitude below min(density, 1 - density) unless the density is 1. One number, or one for each
+            expert.
         scale: factor on the merged task vector, mergekit's `lambda`; any number.
         seed: of the drawing, a whole number in [0, 2^64); give each tensor of a model a seed of its own.
         weights: a factor on each expert, before the election, any numbers; all 1 if None.
@@ -82,9 +83,13 @@ def della(
         The merged task vector, shape (*parameter).
 
     Raises:
-        UserError: a density out of range, or an epsilon too large for it in mergekit's reading.
+        UserError: a density out of range, or an epsilon: below 0, or in mergekit's reading too large for the density.
     """
     check_density(density)
+    if reading != MERGEKIT and any(each < 0 for each in for_each(epsilon, len(task_vectors))):
+        raise UserError(
+            f"epsilon {epsilon}: large entries would be dropped more often; give a number of at least 0"
+        )
     experts = len(task_vectors)
     spreads = list(zip(for_each(density, experts), for_each(epsilon, experts), strict=True))
     averaged = normalize if normalize is not None else elect
@@ -156,7 +161,7 @@ def _thinned_by_mergekit(
     for expert, (density, epsilon), mask in zip(task_vectors, spreads, masks, strict=True):
         if density == 1.0:
             continue
-        if not (density - epsilon > 0.0 and density + epsilon < 1.0):
+        if not (density - abs(epsilon) > 0.0 and density + abs(epsilon) < 1.0):
             raise UserError(
                 f"epsilon {epsilon} with density {density}: in mergekit's reading density - epsilon and density + "
                 "epsilon are probabilities in (0, 1); give a smaller epsilon"
