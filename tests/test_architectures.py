@@ -197,6 +197,23 @@ def test_a_warm_start_is_not_made_wrongly(
     assert not any((tmp_path).rglob("*.safetensors"))
 
 
+def test_a_model_that_sees_less_than_the_prompt_samples_by_its_own_attention(tmp_path: Path) -> None:
+    model = random_model(lambda: MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=16)))
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"16 tokens back \(sliding_window\).*refinement\.backend: trl"):
+        factory_of(tmp_path)
+    factory = factory_of(tmp_path, refit="never")
+    [prompt] = factory.prompts(0)
+    tokens = prompt.tokens(factory.tokenizer)
+    samples = factory.write([(0, prompt), (1, prompt)], 0, 1.0, [], lambda *_: None)
+    for sample in samples:
+        ids = torch.tensor([[*tokens, *sample.tokens]])
+        log_probs = model(ids).logits[0, len(tokens) - 1 : -1].log_softmax(-1)
+        expected = log_probs.gather(-1, torch.tensor(sample.tokens)[:, None]).sum().item()
+        assert sample.log_prob == pytest.approx(expected, rel=1e-4)
+
+
 def test_trl_trains_it_by_the_models_own_logits(gemma2: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
     factory = factory_of(gemma2, backend="trl", epochs=1, learning_rate=1e-3)

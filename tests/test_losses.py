@@ -87,6 +87,13 @@ def test_a_steps_loss_by_its_name(name: Name, expected: float) -> None:
     assert margin.item() == 3
 
 
+def test_to_kto_a_program_that_is_chosen_and_rejected_in_a_step_is_liked() -> None:
+    chain = torch.tensor([[0, 2], [2, 1]])
+    loss, _ = preference_loss("kto", GAIN, torch.ones(3), chain, beta=0.5)
+    expected, _ = preference_loss("kto", GAIN, torch.ones(3), torch.tensor([[0, 1], [2, 1]]), beta=0.5)
+    assert loss == expected
+
+
 def test_before_training_the_loss_is_log_2() -> None:
     for name in ("sigmoid", "robust"):
         loss, _ = preference_loss(name, torch.zeros(3), torch.ones(3), PAIRS, beta=0.1, flip_rate=0.3)

@@ -12,7 +12,7 @@ STATUSES = ["new", "trivial", "known", "repeated", "failed"]
 
 
 def candidate(
-    number: int, status: str, iteration: int = 0, nearest: str | None = None, tokens: tuple[int, ...] = ()
+    number: int, status: str, iteration: int = 0, nearest: str | None = None, tokens: tuple[int, ...] = (1,)
 ) -> Candidate:
     name = f"{iteration}/{number}"
     return Candidate(name, "learning", iteration, number, 0, "", tokens, status=status, nearest=nearest)
@@ -47,6 +47,12 @@ def test_failing_programs_are_rejected_only_if_asked_and_up_to_their_cap() -> No
     reasons = [p.reason for p in prefer(written, scores, 0, settings, seed=0)]
     assert reasons.count("failure") == 3
     assert reasons.count("score") == 7
+
+
+def test_an_answer_without_a_token_is_not_rejected() -> None:
+    written = [candidate(0, "new"), candidate(1, "failed"), candidate(2, "failed", tokens=())]
+    settings = Preferences(chosen_floor=1, failures_as_rejected=True, failing_cap=1)
+    assert {p.rejected for p in prefer(written, {"0/0": 0.5}, 0, settings, seed=0)} == {"0/1"}
 
 
 def test_a_cap_on_the_pairs_of_a_program_leaves_no_reason_out() -> None:

@@ -68,7 +68,8 @@ def prefer(
     if settings.copies_as_rejected:
         pools["copy"] = [c for c in written if c.status in ("trivial", "known", "repeated")]
     if settings.failures_as_rejected:
-        pools["failure"] = [c for c in written if c.status == "failed"]
+        # An answer without a token, as a server's that was cut off, is nothing to learn from.
+        pools["failure"] = [c for c in written if c.status == "failed" and c.tokens]
     return _pair_up(chosen, pools, scores, first, better, settings, random.Random(seed))
 
 

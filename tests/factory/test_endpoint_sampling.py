@@ -190,7 +190,9 @@ def test_no_server_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> N
 
 def test_a_model_that_the_server_does_not_know_is_refused(server: UnrulyServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no word from 'tame'.*does not exist.*it lists unruly"):
-        factory_of(server, tmp_path, model="tame")
+        factory_of(server, tmp_path, model="tame", request={"max_tokens": None, "max_completion_tokens": 200})
+    [probe] = server.asked
+    assert (probe["max_completion_tokens"], "max_tokens" in probe) == (1, False)
 
 
 def test_an_address_that_is_no_server_of_the_protocol_is_refused(

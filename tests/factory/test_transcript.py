@@ -1,5 +1,9 @@
 """Where a program ends in a server's answer, and which tokens it is."""
 
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
 from byte_model import byte_tokenizer
 from selfdev.algorithms.source import Form
 from selfdev.factory.journal import Answer
@@ -23,6 +27,15 @@ def test_the_servers_tokens_are_kept_up_to_the_one_that_ends_the_function() -> N
     assert sample.text == PROGRAM + "\n\n"
     assert sample.log_prob == -0.25 * len(sample.tokens)
     assert sample.finished
+
+
+def test_a_space_at_a_lines_begin_does_not_end_the_function() -> None:
+    """Tokenizers in the manner of SentencePiece drop it where they decode a word alone."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "\n": 1, "▁return": 2, "x": 3}, unk_token="<unk>"))
+    words.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    sample = to_sample(Answer(text="", finished=True, tokens=(1, 2, 1, 3)), tokenizer, SHORT, 100)
+    assert sample.tokens == (1, 2, 1, 3)
 
 
 def test_an_unfinished_program_keeps_all_its_tokens() -> None:

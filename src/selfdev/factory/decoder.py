@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfdev.models.limits import WINDOW, context_limit
 from selfdev.models.output_head import head_in_blocks
 from selfdev.models.shared_prefix import LayerCache, SharedPrefix, alike, attending
 
@@ -61,7 +62,9 @@ def decoding(model: PreTrainedModel, prompts: Sequence[Sequence[int]], capacity:
         capacity: the longest continuation, in tokens.
     """
     with head_in_blocks(model):
-        if not shares_prefix(model):
+        window = context_limit(model.config, WINDOW)
+        too_long = window is not None and max(map(len, prompts)) + capacity > window[1]
+        if too_long or not shares_prefix(model):
             log.warning(
                 "a %s cannot share its prompt's computation, so sampling is slow; let a server write, see "
                 "factory.endpoint",

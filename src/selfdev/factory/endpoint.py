@@ -195,6 +195,12 @@ class EndpointFactory:
         body |= self.settings.request
         return {field: value for field, value in body.items() if value is not None}
 
+    async def _word(self, server: Server, text: str) -> Answer:
+        """Have the server write one token, whatever `factory.endpoint.request` allows."""
+        body = self._body(self.model, text, 1)
+        body |= {field: 1 for field in ("max_tokens", "max_completion_tokens") if field in body}
+        return await patiently(self.settings, lambda: server.complete(self.chat, body))
+
     async def _ask(
         self, questions: list[_Question], layers: list[Path], tick: Callable[[int, str], None]
     ) -> dict[str, Answer]:
@@ -269,9 +275,7 @@ class EndpointFactory:
             if self.model in names:
                 return
             try:  # a server that lists no models, or not all, shows it by writing one token
-                await patiently(
-                    self.settings, lambda: server.complete(self.chat, self._body(self.model, "def", 1))
-                )
+                await self._word(server, "def")
             except NoAnswer as error:
                 listed = f"; it lists {', '.join(names[:20])}" if names else ""
                 raise UserError(
@@ -286,9 +290,7 @@ class EndpointFactory:
         tokens = len(prompt.tokens(self.learner.tokenizer))
         async with Server(self.settings) as server:
             try:
-                answer = await patiently(
-                    self.settings, lambda: server.complete(self.chat, self._body(self.model, prompt.text, 1))
-                )
+                answer = await self._word(server, prompt.text)
                 await check_runtime_adapters(server)
             except NoAnswer as error:
                 raise UserError(f"factory.endpoint: {error}") from error

@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
+from selfdev.errors import UserError
 from selfdev.factory.adapter import save_learned, with_new_adapter
 from selfdev.factory.assembly import Assembly
 from selfdev.factory.grammar import Grammar
@@ -20,6 +21,7 @@ from selfdev.factory.training import Tick, Training
 from selfdev.factory.warm_start import warm_start
 from selfdev.models.device import pick_device
 from selfdev.models.folder import load_tokenizer, weights_hash
+from selfdev.models.limits import WINDOW, context_limit
 from selfdev.settings import RefinementSettings
 from selfdev.streams import stream_seed
 
@@ -60,13 +62,22 @@ class LocalFactory:
     def _check_context(self, model: PreTrainedConfig) -> None:
         """Raise UserError unless the first iteration's prompts and what continues them fit the model."""
         limit, prompts = self.config.factory.max_new_tokens, self.prompts(0)
-        check_context(model, max(len(prompt.tokens(self.tokenizer)) for prompt in prompts) + limit)
+        longest = max(len(prompt.tokens(self.tokenizer)) for prompt in prompts) + limit
+        check_context(model, longest)
         if self.config.factory.repair_turn:
             empty = [correcting(prompt, "", "") for prompt in prompts]
-            longest = max(len(prompt.tokens(self.tokenizer)) for prompt in empty)
+            longest = max(len(prompt.tokens(self.tokenizer)) for prompt in empty) + limit
             # A program that fails has no more than its limit, and its error at most a token a character.
+            longest += LONGEST_ERROR + limit
             way_out = "set factory.repair_turn: false, use fewer examples or a smaller factory.max_new_tokens"
-            check_context(model, longest + limit + LONGEST_ERROR + limit, way_out)
+            check_context(model, longest, way_out)
+        window = context_limit(model, WINDOW)
+        if window is not None and longest > window[1] and (self._training.packs or self._assembly.warm_start):
+            raise UserError(
+                f"factory.model: layers of it see {window[1]} tokens back ({window[0]}), and cannot be trained here on "
+                f"prompt and program of {longest}; use fewer examples or a smaller factory.max_new_tokens, or set "
+                "refinement.backend: trl (with refinement.imitation.passes: 0 and factory.warm_start.steps: 0)"
+            )
 
     def prepare(self, tick: Tick) -> None:
         """Make the warm start's adapter, if there is to be one and it is not in the cache.

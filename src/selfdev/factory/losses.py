@@ -135,6 +135,8 @@ def preference_loss(
     elif name == "robust":
         loss = robust(margin, beta, flip_rate).mean()
     else:
-        chosen, rejected = gain[pairs[:, 0].unique()], gain[pairs[:, 1].unique()]
-        loss = kto(chosen, rejected, beta, kto_reference_point(gain[pairs.unique()]))
+        liked, disliked = pairs[:, 0].unique(), pairs[:, 1].unique()
+        # What is preferred to one program and not to another is good enough to be liked.
+        disliked = disliked[~torch.isin(disliked, liked)]
+        loss = kto(gain[liked], gain[disliked], beta, kto_reference_point(gain[pairs.unique()]))
     return loss, margin.mean()

@@ -131,18 +131,18 @@ def fitting_pass(
         wanted = max(least, min(wanted, settings.tokens_a_pass))
     if free is None:
         return settings.tokens_a_pass
-    needs = footprint(model, settings.kl > 0)
-    fits = needs.tokens(int(SHARE * free))
+    needs, free = footprint(model, settings.kl > 0), int(SHARE * free)
+    fits = needs.tokens(free)
     if fits < least:
         raise SelfdevError(
             f"{what}: training on one program of {least} tokens, prompt included, takes about "
-            f"{needs.of(least) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; free some, or "
+            f"{needs.of(least) / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory may be taken; free some, or "
             + (f"take a lower {what}.rank" if settings.train == "lora" else f"set {what}.train: lora")
         )
     if fits >= wanted:
         return settings.tokens_a_pass
     log.warning(
-        "%s: a pass of %d tokens takes about %.1f GB and %.1f GB are free; passes of at most %d tokens instead",
+        "%s: a pass of %d tokens takes about %.1f GB and %.1f GB may be taken; passes of at most %d tokens instead",
         what,
         wanted,
         needs.of(wanted) / 1e9,
@@ -186,11 +186,12 @@ def fitting_pairs(
         # Processes exchange gradients in a copy of them.
         more = weights * other + trained * (settings.devices > 1)
         needs = Footprint(needs.fixed + more, needs.a_token)
-        fits = needs.tokens(int(SHARE * free)) // pair
+        free = int(SHARE * free)
+        fits = needs.tokens(free) // pair
         if fits < 1:
             raise SelfdevError(
                 f"refinement: training on one pair of {pair} tokens, prompts included, takes TRL up to "
-                f"{needs.of(pair) / 1e9:.1f} GB and {max(0, free) / 1e9:.1f} GB of memory are free"
+                f"{needs.of(pair) / 1e9:.1f} GB and {max(0, free) / 1e9:.1f} GB of memory may be taken"
                 + (" for each of the devices" if settings.devices > 1 else "")
                 + "; free some, or set refinement.backend: own, which packs prompts"
             )
@@ -219,14 +220,15 @@ def check_batch(
         return
     kept = kept_a_token(model)
     a_row = tokens * kept + _DRAWN_FROM * 4 * model.config.get_text_config().vocab_size
-    left = int(SHARE * free) - sum(prompts) * kept
+    free = int(SHARE * free)
+    left = free - sum(prompts) * kept
     if rows * a_row <= left:
         return
     fits = max(0, left // a_row)
     raise UserError(
         f"factory.batch: sampling {rows} programs at once, each of up to {tokens} tokens, takes about "
-        f"{(rows * a_row + sum(prompts) * kept) / 1e9:.1f} GB beside the model and {free / 1e9:.1f} GB of memory are "
-        "free; free some, take a smaller factory.max_new_tokens, or "
+        f"{(rows * a_row + sum(prompts) * kept) / 1e9:.1f} GB beside the model and {free / 1e9:.1f} GB of memory may "
+        "be taken; free some, take a smaller factory.max_new_tokens, or "
         + (f"set factory.batch to {fits} or less" if fits else "a smaller factory.model")
     )
 

@@ -27,7 +27,7 @@ from selfdev.factory.decoder import Decoder, decoding
 from selfdev.factory.drawing import draw
 from selfdev.factory.grammar import Grammar
 from selfdev.factory.lanes import in_lanes, lanes, side_by_side
-from selfdev.models.limits import context_limit, end_tokens
+from selfdev.models.limits import CONTEXT, context_limit, end_tokens
 from selfdev.models.shared_prefix import closed_up
 
 
@@ -52,7 +52,7 @@ class Sample:
     seconds: float | None = field(default=None, compare=False)
 
 
-class _Ending:
+class Ending:
     """Knows from its tokens where a program ends: each token is decoded once, and no text at a step."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: set[int], stop: re.Pattern[str]):
@@ -72,7 +72,7 @@ class _Ending:
 class _Row:
     """One program: its prompt, its random stream, and what has been written."""
 
-    def __init__(self, prompt: int, seed: int, limit: int, ending: _Ending, grammar: Grammar | None):
+    def __init__(self, prompt: int, seed: int, limit: int, ending: Ending, grammar: Grammar | None):
         self.prompt = prompt
         self.writing = grammar.begin() if grammar else None
         self.uniform = torch.rand(limit, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -159,7 +159,7 @@ class Sampler:
             SelfdevError: the model's logits are not finite.
         """
         check_context(model.config, max(map(len, prompts)) + self.max_new_tokens)
-        ending = _Ending(tokenizer, end_tokens(model, tokenizer), self.stop)
+        ending = Ending(tokenizer, end_tokens(model, tokenizer), self.stop)
         written = [
             [_Row(number, seed, self.max_new_tokens, ending, self.grammar) for seed in seeds]
             for number, seeds in enumerate(rows)
@@ -231,7 +231,7 @@ def check_context(
     way_out: str = "use fewer examples or a smaller factory.max_new_tokens",
 ) -> None:
     """Raise UserError unless a model of this config can hold so many tokens."""
-    limit = context_limit(config)
+    limit = context_limit(config, CONTEXT)
     if limit is not None and tokens > limit[1]:
         raise UserError(
             f"the factory's prompt and {limit[0]} do not fit: prompt and continuation need {tokens} tokens "

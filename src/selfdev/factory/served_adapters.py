@@ -71,7 +71,10 @@ class ServedAdapters:
         needed = {name} | {self.name(each) for each in also if each}
         for stale in [each for each in served if each.startswith(self._prefix) and each not in needed]:
             await server.unload_adapter(stale)
-            shutil.rmtree(self._shared / stale, ignore_errors=True)
+        # Also what a server that was started anew has forgotten, and what was killed while it was written.
+        for folder in self._shared.glob("*"):
+            if folder.name.removeprefix(".").startswith(self._prefix) and folder.name not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _put(self, name: str, layers: Sequence[Path]) -> None:
         """Write the sum aside and rename it, so that a folder of that name is always whole."""

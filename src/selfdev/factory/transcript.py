@@ -8,7 +8,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from selfdev.factory.journal import Answer
-from selfdev.factory.sampling import Sample
+from selfdev.factory.sampling import Ending, Sample
 
 END_STRINGS = ("\n\n\n", "\ndef ", "\nclass ", "\n#")
 """Where a server may stop a program of the short form: four strings at most, so not all of its ends."""
@@ -58,11 +58,13 @@ def _of_tokens(
 ) -> Sample:
     finished = answer.finished and len(tokens) <= limit
     tokens, text = tokens[:limit], ""
-    for count, token in enumerate(tokens if stop is not None else (), start=1):
-        text += str(tokenizer.decode([token]))
-        if stop is not None and stop.search(text):
-            tokens, finished = tokens[:count], True
-            break
+    if stop is not None:
+        ending = Ending(tokenizer, set(), stop)
+        for count, token in enumerate(tokens, start=1):
+            text += ending.piece(token)
+            if stop.search(text):
+                tokens, finished = tokens[:count], True
+                break
     # A message's text is the server's own: it leaves out what a reasoning model thought aloud.
     text = answer.text if stop is None else str(tokenizer.decode(list(tokens), skip_special_tokens=True))
     log_prob = None if answer.log_probs is None else sum(answer.log_probs[: len(tokens)])

@@ -12,9 +12,18 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {int(end) for end in (*ends, tokenizer.eos_token_id) if end is not None}
 
 
-def context_limit(config: PreTrainedConfig) -> tuple[str, int] | None:
-    """The field of the config that limits the context most, and the limit in tokens; None if none does."""
+CONTEXT, WINDOW = "max_position_embeddings", "sliding_window"
+
+
+def context_limit(config: PreTrainedConfig, *fields: str) -> tuple[str, int] | None:
+    """The field of the config that limits a text most, and the limit in tokens; None if none does.
+
+    Args:
+        config: the model's.
+        fields: those that count. `CONTEXT` is how long a text may be. `WINDOW` is how far back some layers see, if not
+            to the beginning, which only the model's own attention knows: where ours takes its place no text may be
+            longer.
+    """
     config = config.get_text_config()
-    fields = ("max_position_embeddings", "sliding_window")
     limits = [(field, limit) for field in fields if (limit := getattr(config, field, None)) is not None]
     return min(limits, key=lambda limit: limit[1], default=None)

@@ -10,7 +10,7 @@ import torch
 from selfdev.errors import UserError
 from selfdev.evaluation.scoring.continuations import LayerCache, prefill
 from selfdev.evaluation.tasks import Question
-from selfdev.models.limits import context_limit
+from selfdev.models.limits import CONTEXT, WINDOW, context_limit
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def check_fits(config: Any, questions: Sequence[Question], lengths: Sequence[int
         lengths: tokens of each prompt.
         written: the most tokens that follow one.
     """
-    limit = context_limit(config)
+    limit = context_limit(config, CONTEXT, WINDOW)
     if limit is None:
         return
     field, most = limit
