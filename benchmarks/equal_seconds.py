@@ -92,16 +92,31 @@ def main() -> None:
             f"| {what} | {mean(one):.1f} | {mean(other):.1f} | {middle:+.1f} "
             f"({middle - half:+.1f} to {middle + half:+.1f}) |"
         )
-    found, cost = (sum(whole(run, "better") for run in learning.values()), training(learning))
-    needed = found * sum(whole(run, "written") for run in sampling.values())
-    needed /= sum(whole(run, "better") for run in sampling.values()) or float("nan")
-    more = needed - sum(whole(run, "written") for run in learning.values())
-    if more > 0:
+    print_price(learning, sampling)
+
+
+def print_price(learning: dict[int, Run], sampling: dict[int, Run]) -> None:
+    """How many programs sampling alone needs to find as much, between the control's number and `--times` as many."""
+    found = total(learning, "better", "learning")
+    few, many = total(learning, "written", "frozen"), total(sampling, "written", "learning")
+    less, more = total(learning, "better", "frozen"), total(sampling, "better", "learning")
+    print(
+        f"\nSurely better than the seed: {found:g} of learning's {few:g} programs, {less:g} of as many of sampling's."
+    )
+    if less < found < more:
+        needed = few + (found - less) * (many - few) / (more - less)
         print(
-            f"\nSampling alone writes {needed / len(learning):.0f} programs to find as many that are surely better "
-            "than the seed as learning does. So learning pays in seconds where a program takes more than "
-            f"{cost / more:.1f} s to write and score."
+            f"Sampling alone would write {needed / len(learning):.0f} programs a run for as many, by a straight line "
+            "between the two. If that advantage is real, learning pays in seconds where a program takes more than "
+            f"{training(learning) / (needed - few):.1f} s to write and score."
         )
+
+
+def total(runs: dict[int, Run], column: str, arm: str) -> float:
+    """A count of an arm over all iterations of all runs."""
+    return sum(
+        float(str(row[column])) for run in runs.values() for row in iterations(run) if row["arm"] == arm
+    )
 
 
 def training(runs: dict[int, Run]) -> float:
