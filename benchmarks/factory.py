@@ -2,8 +2,8 @@
 
     python benchmarks/factory.py --vllm /path/to/its/python
 
-Each of the two is a script of its own with options of its own; these are the ones of docs/results.md. Nothing else
-should run on the machine meanwhile.
+Each of the two is a script of its own with options of its own; here they take those of docs/results.md, where each was
+called by itself. Nothing else should run on the machine meanwhile.
 """
 
 import argparse
@@ -23,7 +23,8 @@ def main() -> None:
     arguments = parser.parse_args()
     turns = ["--turns", str(arguments.turns)]
     sampling = [*turns, *(["--vllm", arguments.vllm] if arguments.vllm else [])]
-    refinement = [*turns, "--pairs", str(arguments.pairs), "--pairs-a-step", str(arguments.pairs_a_step)]
+    pairs = ["--pairs", str(arguments.pairs), "--pairs-a-step", str(arguments.pairs_a_step)]
+    refinement = [*turns, *pairs, "--peers", "trl"]
     for script, options in (("sampling.py", sampling), ("refinement.py", refinement)):
         print(f"## {script} {' '.join(options)}", flush=True)
         subprocess.run([sys.executable, HERE / script, *options], check=True)

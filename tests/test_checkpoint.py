@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -381,6 +381,18 @@ def test_a_file_gives_the_same_in_the_jail_and_trusted(tmp_path: Path) -> None:
     assert not torch.equal(other[NORM], outs[0][NORM])
 
 
+def test_a_trusted_file_may_hold_a_dataclass(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Scale:\n"
+        "    by: float = 0.5\n\ndef merge_models(model_dict, device):\n"
+        "    return Scale().by * sum(model_dict.values())\n"
+    )
+    expert = write(tmp_path / "expert", {UP: TENSORS[UP] + 1})
+    out = merged(seed, tmp_path / "out", str(tmp_path / "mine.py"), x=expert, trust=True)
+    assert torch.equal(out[UP], TENSORS[UP] + 0.5)
+
+
 def test_a_file_has_the_users_rights_only_if_trusted(tmp_path: Path) -> None:
     seed = write(tmp_path / "seed")
     (tmp_path / "mine.py").write_text(
@@ -488,6 +500,11 @@ LORA = {
         "rank_pattern": {"layers.1.mlp.up_proj": 2},
         "alpha_pattern": {"layers.1.mlp.up_proj": 5},
     },
+    "anchored pattern": {
+        "r": 4,
+        "target_modules": ["up_proj"],
+        "alpha_pattern": {"^model.layers.1.mlp.up_proj": 5},
+    },
     "whole tensors": {"r": 2, "target_modules": ["up_proj"], "modules_to_save": ["lm_head"]},
 }
 
@@ -547,11 +564,70 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="lora_magnitude_vector"):
         merged(seed, tmp_path / "out", x=adapter)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(UserError, match="init_lora_weights pissa_niter_4, for which peft changes the base"):
+        merged(seed, tmp_path / "out", x=adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     with pytest.raises(UserError, match="is of kind LOHA"):
         merged(seed, tmp_path / "out", x=adapter)
     with pytest.raises(UserError, match="is a LoRA adapter and a whole model is needed"):
         merged(adapter, tmp_path / "out", x=seed)
+
+
+def test_an_adapter_may_lie_beside_its_bases_config(tmp_path: Path) -> None:
+    seed = nano_seed()
+    expected = lora(seed, tmp_path / "adapter", r=2, target_modules=["up_proj"])
+    shutil.copy(seed / "config.json", tmp_path / "adapter")
+    out = merged(seed, tmp_path / "out", x=tmp_path / "adapter", scale=1.0)
+    assert all((tensor - expected[name]).abs().max() < 1e-6 for name, tensor in out.items())
+
+
+def of_ones(folder: Path, whole: dict[str, Tensor], size: float = 1.0) -> Path:
+    """An adapter that adds ones to one tensor, and has others whole."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    tensors = {UP.replace("weight", "lora_A.weight"): torch.full((1, 2), size)}
+    tensors |= {UP.replace("weight", "lora_B.weight"): torch.ones(3, 1), **whole}
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def test_an_adapter_with_tokens_of_its_own(tmp_path: Path) -> None:
+    """peft keeps embeddings and head whole once the vocabulary has grown; a tied base has no place for the head."""
+    longer = torch.cat([TENSORS[TABLE] + 1, torch.full((2, 2), 9.0)])
+    untied = write(tmp_path / "untied", {HEAD: TENSORS[TABLE] * 2})
+    tied = write(tmp_path / "tied", tie_word_embeddings=True)
+    whole = {TABLE: longer, HEAD: longer.clone()}
+    adapter = of_ones(tmp_path / "adapter", whole)
+    for seed in (untied, tied):
+        name = seed.name
+        out = merged(seed, tmp_path / f"{name}-mlp", x=adapter, scale=1.0)
+        assert torch.equal(out[UP], TENSORS[UP] + 1)
+        message = refusal(seed, tmp_path / "no", x=adapter, targets="all")
+        assert "has 6 rows and the seed's has 4" in message
+        assert "--embeddings crop" in message
+        out = merged(seed, tmp_path / f"{name}-crop", x=adapter, targets="all", embeddings="crop", scale=1.0)
+        assert torch.equal(out[TABLE], TENSORS[TABLE] + 1)
+        assert (HEAD in out) == (seed == untied)
+    other = of_ones(tmp_path / "other", whole | {HEAD: longer + 1})
+    assert "trained an output head" in refusal(tied, tmp_path / "no", x=other)
+
+
+def test_an_adapter_that_is_broken_or_whose_base_is_packed(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    broken = of_ones(tmp_path / "broken", {}, size=torch.nan)
+    assert f"expert 'x': what its adapter adds to '{UP}' is not finite" in refusal(
+        seed, tmp_path / "out", x=broken
+    )
+    packed = write(
+        tmp_path / "packed", {UP: torch.zeros(3, 1, dtype=torch.uint8)}, quantization_config={"bits": 4}
+    )
+    adapter = of_ones(tmp_path / "adapter", {})
+    with pytest.raises(UserError, match="its weights are quantised"):
+        selfdev.merge("linear", seed, {"x": f"{adapter}+{packed}"}, out=tmp_path / "out")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -635,6 +711,18 @@ def test_vocabularies_of_different_sizes_are_refused_with_the_way_out(tmp_path: 
     assert torch.equal(swapped[TABLE], torch.cat([TENSORS[TABLE], LONGER[4:]]))
 
 
+def test_cropped_tensors_must_fit_but_for_their_rows(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", {HEAD: TENSORS[TABLE] * 2})
+    longer = write(tmp_path / "longer", {TABLE: LONGER, HEAD: LONGER})
+    crop: dict[str, Any] = {"targets": "all", "embeddings": "crop"}
+    headless = write(tmp_path / "headless")
+    assert f"expert 'y': it has no tensor '{HEAD}'" in refusal(
+        seed, tmp_path / "out", x=longer, y=headless, **crop
+    )
+    packed = write(tmp_path / "packed", {TABLE: LONGER.to(torch.int8), HEAD: LONGER})
+    assert f"its '{TABLE}' is stored as I8" in refusal(seed, tmp_path / "out", x=packed, **crop)
+
+
 def test_vocabularies_of_one_size_with_other_tokens(tmp_path: Path) -> None:
     seed = write(tmp_path / "seed")
     expert = write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1, UP: TENSORS[UP] + 1})
@@ -669,6 +757,46 @@ def test_tied_heads_stored_or_not(tmp_path: Path) -> None:
         in message
     )
     assert HEAD not in merged(tied, tmp_path / "d", x=untied, targets="all", embeddings="seed")
+
+
+def test_a_config_that_does_not_say_whether_heads_are_tied(tmp_path: Path) -> None:
+    """Older ones leave it to the architecture: Gemma's are tied, Llama's are not."""
+    head = {HEAD: TENSORS[TABLE].clone()}
+    gemma, expert = (
+        write(tmp_path / "gemma", head, model_type="gemma"),
+        write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1}, model_type="gemma"),
+    )
+    out = merged(gemma, tmp_path / "out", x=expert, targets="all", scale=1.0)
+    assert torch.equal(out[TABLE], TENSORS[TABLE] + 1)
+    assert HEAD not in out
+    assert "it has no tensor 'lm_head.weight'" in refusal(
+        write(tmp_path / "llama", head), tmp_path / "no", x=write(tmp_path / "headless"), targets="all"
+    )
+
+
+def test_nothing_to_merge_is_no_merge(tmp_path: Path) -> None:
+    tied = write(tmp_path / "tied", {HEAD: TENSORS[TABLE].clone()}, tie_word_embeddings=True)
+    assert "nothing would be merged" in refusal(tied, tmp_path / "out", x=tied, targets="lm_head")
+    assert "nothing would be merged" in refusal(
+        tied, tmp_path / "out", x=tied, targets="embed_tokens", embeddings="seed"
+    )
+
+
+def test_an_expert_may_be_called_seed(tmp_path: Path) -> None:
+    seed, expert = write(tmp_path / "one"), write(tmp_path / "two", {UP: TENSORS[UP] + 1})
+    selfdev.merge("linear", seed, {"seed": expert}, out=tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for folder in (seed, expert):
+        assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
+
+
+def test_an_empty_working_directory_may_be_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seed = write(tmp_path / "seed")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    selfdev.merge("linear", seed, {"x": seed}, out=".")
+    monkeypatch.chdir(tmp_path)
+    assert read(tmp_path / "here").keys() == TENSORS.keys()
 
 
 # --- whole or not there ---

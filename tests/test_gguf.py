@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from selfdev.errors import UserError
 from selfdev.models.gguf import dequantise
 from test_models import tiny_llama, write_gguf
 
@@ -44,3 +45,15 @@ def test_the_tokenizer_comes_along(folders: tuple[Path, Path]) -> None:
     gguf, out = folders
     expected = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     assert AutoTokenizer.from_pretrained(out).get_vocab() == expected.get_vocab()
+
+
+def test_a_file_that_is_not_all_of_the_model_is_refused(tmp_path: Path) -> None:
+    """What is missing transformers would fill with random numbers."""
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    write_gguf(model, tmp_path / "torn.gguf")
+    with pytest.raises(UserError, match=r"lacks 1 tensors .*such as model\.layers\.1\.mlp\.up_proj\.weight"):
+        dequantise(tmp_path / "torn.gguf", tmp_path / "torn")
+    write_gguf(tiny_llama(), tmp_path / "part.gguf", parts=3)
+    with pytest.raises(UserError, match=r"one of 3 parts; join them with llama\.cpp's llama-gguf-split"):
+        dequantise(tmp_path / "part.gguf", tmp_path / "part")

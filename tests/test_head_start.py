@@ -21,6 +21,12 @@ def folders(tmp_path: Path) -> list[Path]:
     return made
 
 
+def test_what_is_no_folder_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"nobody asked for it")
+    monkeypatch.chdir(tmp_path)
+    assert not HeadStart(["", "~nobody-of-this-name/x", "lab/model"]).stop()
+
+
 def test_a_merge_goes_on_from_what_was_hashed_before(folders: list[Path]) -> None:
     files = [file for folder in folders for file in sorted(folder.iterdir())]
     hashes = {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

@@ -95,6 +95,7 @@ def test_pickled_weights_and_adapters_come_from_the_hub_and_nothing_else_does(
     whole = write(hub.root / "lab" / "whole", {UP: TENSORS[UP] + 1})
     shutil.copy(seed / "pytorch_model.bin", whole)  # beside safetensors it is not wanted
     (whole / "optimizer.pt").write_bytes(b"no weights")
+    (seed / "LICENSE").write_text("of the seed")
 
     adapter = hub.root / "lab" / "lora"
     adapter.mkdir()
@@ -128,11 +129,13 @@ def test_pickled_weights_and_adapters_come_from_the_hub_and_nothing_else_does(
     assert done.returncode == 0, done.stderr
     expected = TENSORS[UP] + 1 + 2 * (2 * left @ right)
     torch.testing.assert_close(read(tmp_path / "out")[UP], expected)
+    assert (tmp_path / "out" / "LICENSE").read_text() == "of the seed"
     assert sorted(hub.fetched) == [
         "lora/adapter_config.json",
         "lora/adapter_model.safetensors",
         "pickled-lora/adapter_config.json",
         "pickled-lora/adapter_model.bin",
+        "seed/LICENSE",
         "seed/config.json",
         "seed/pytorch_model.bin",
         "whole/config.json",

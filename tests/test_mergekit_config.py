@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from checkpoints import nano_seed, read, relative
 from selfdev.cli import main
+from selfdev.errors import UserError
 from selfdev.merging.mergekit_config import read_config
+from selfdev.merging.mergekit_settings import read_yaml
 
 MLP = "model.layers.{}.mlp.up_proj.weight"
 ATTENTION = "model.layers.{}.self_attn.q_proj.weight"
@@ -373,6 +375,15 @@ def test_a_tokenizer_with_other_tokens_is_refused(
         error = capsys.readouterr().err
         assert owner in error
         assert "another token than the seed" in error
+
+
+def test_anchors_are_inherited_and_what_is_no_date_is_no_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "merge.yml"
+    file.write_text("a: &all {weight: 1.0, density: 0.5}\nb:\n  <<: *all\n  weight: 0.3\n")
+    assert read_yaml(file)["b"] == {"weight": 0.3, "density": 0.5}
+    file.write_text("merged: 2024-13-45\n")
+    with pytest.raises(UserError, match="is no YAML"):
+        read_yaml(file)
 
 
 def test_nothing_else_goes_beside_a_config(

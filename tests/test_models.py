@@ -60,11 +60,13 @@ def tiny_llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def write_gguf(model: LlamaForCausalLM, path: Path) -> None:
+def write_gguf(model: LlamaForCausalLM, path: Path, parts: int = 1) -> None:
     """As llama.cpp's converter writes it: MLP weights in 8 bits, the rest in float32, q and k interleaved."""
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
+    if parts > 1:  # that this file is one of
+        writer.add_uint16("split.count", parts)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -6,6 +6,7 @@ candidate of a run gets the seeds that it had when it was scored.
 
 import inspect
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -276,6 +277,7 @@ class TrustedFile:
             if specification is None or specification.loader is None:
                 raise UserError(f"'{self.path}' is no Python file; give a file *.py")
             module = module_from_spec(specification)
+            sys.modules[specification.name] = module  # where dataclasses look up what their annotations name
             try:
                 specification.loader.exec_module(module)
             except Exception as error:

@@ -11,6 +11,7 @@ last, and the next merge to the same folder removes it.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -167,7 +168,7 @@ def merge_checkpoints(
     began = time.perf_counter()
     recipe.check()
     found = find(recipe)
-    out = out.expanduser()
+    out = Path(os.path.expanduser(out)).absolute()
     check_out(out)
     job = prepare(recipe, recipe.targets or found.targets)
     check_schedule(recipe, sorted(job.chosen), job.layers)
@@ -205,12 +206,12 @@ def _stream(
         written = writer.finish()
         with _reading():
             hashes = ahead.digests()
-    named = {"seed": (job.seed_source, job.seed)} | {
-        name: (job.sources[name], expert) for name, expert in job.experts.items()
-    }
+    # No dict: an expert may be called `seed` too.
+    named = [("seed", job.seed_source, job.seed)]
+    named += [(name, job.sources[name], expert) for name, expert in job.experts.items()]
     return written, [
         Input(name, source, {**model.made_of(), **{file.name: hashes[file] for file in model.files}})
-        for name, (source, model) in named.items()
+        for name, source, model in named
     ]
 
 

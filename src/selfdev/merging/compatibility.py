@@ -1,6 +1,6 @@
 """What must hold between a seed and its experts before anything is merged. All of it is read from headers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from selfdev.errors import UserError
@@ -74,7 +74,13 @@ def check_architecture(expert: Model, seed: Model) -> None:
 
 
 def check_tensors(
-    expert: Model, seed: Model, chosen: Sequence[str], targets: str, *, ignored: Sequence[str] = ()
+    expert: Model,
+    seed: Model,
+    chosen: Sequence[str],
+    targets: str,
+    *,
+    rows: Collection[str] = (),
+    ignored: Sequence[str] = (),
 ) -> None:
     """Raise UserError unless the chosen tensors are in both, floating-point, and of one shape.
 
@@ -82,7 +88,8 @@ def check_tensors(
         expert: one of them.
         seed: the seed.
         chosen: what is merged.
-        targets: what chose it; an expert's tensor that it selects and the seed lacks is an error too.
+        targets: what chose them; an expert's tensor that it selects and the seed lacks is an error too.
+        rows: those of the chosen ones that may have other numbers of rows.
         ignored: tensors that the expert may have beyond the seed's.
     """
     for name in chosen:
@@ -91,7 +98,8 @@ def check_tensors(
                 f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape "
                 f"{seed.shapes[name]}; {_WAY_OUT}"
             )
-        if expert.shapes[name] != seed.shapes[name]:
+        first = 1 if name in rows else 0
+        if expert.shapes[name][first:] != seed.shapes[name][first:]:
             raise UserError(
                 f"{expert.owner}: its '{name}' has shape {expert.shapes[name]} and the seed's has "
                 f"{seed.shapes[name]}; {_WAY_OUT}, or leave this tensor out of the targets"

@@ -1,5 +1,6 @@
 """Hashing of the input files that begins before torch is there, whose import takes as long as a small merge."""
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ class HeadStart:
         Args:
             sources: of models, as the user gave them. Those that are no folders of safetensors are left alone.
         """
-        folders = [Path(source).expanduser() for source in sources]
+        folders = [Path(os.path.expanduser(source)) for source in sources if source]
         # One shard each: a merge that has more takes so long that nothing is gained.
         firsts = [next(iter(sorted(folder.glob("*.safetensors"))), None) for folder in folders]
         self._digests = {path: FileDigest(path) for path in firsts if path is not None}

@@ -116,9 +116,13 @@ def prepare(recipe: Recipe, targets: str) -> Job:
         check_quantised(expert)
         check_architecture(expert, seed)
     settled = settle(seed, list(experts.values()), chosen, recipe.embeddings)
-    whole = [name for name in settled.chosen if name not in settled.rows]
+    if not settled.chosen:
+        raise UserError(
+            f"targets '{targets}': all that they select is kept as the seed has it, for embeddings and output head are "
+            "tied, or --embeddings seed says so; nothing would be merged. Choose other targets"
+        )
     for expert in experts.values():
-        check_tensors(expert, seed, whole, targets, ignored=settled.ignored)
+        check_tensors(expert, seed, settled.chosen, targets, rows=settled.rows, ignored=settled.ignored)
     return Job(
         seed=seed,
         seed_source=recipe.seed,

@@ -1,5 +1,6 @@
 """From the word behind `--method` to an algorithm: a name of the library, a file, or a candidate of a run."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,13 +41,13 @@ def find(recipe: Recipe) -> Found:
         _refuse_trust(recipe)
         return _library(recipe)
     if word.endswith(".py"):
-        return _file(Path(word).expanduser(), parameters, trust=recipe.trust)
+        return _file(Path(os.path.expanduser(word)), parameters, trust=recipe.trust)
     if colon and run:
         _refuse_trust(recipe)
         # Late, since configs and archives take a while to import.
         from selfdev.merging.discovered import find_candidate
 
-        return find_candidate(Path(run).expanduser(), candidate, parameters)
+        return find_candidate(Path(os.path.expanduser(run)), candidate, parameters)
     library_method(word)  # which says what is known
     raise AssertionError(word)
 

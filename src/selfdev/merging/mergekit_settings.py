@@ -59,15 +59,18 @@ def read_yaml(file: Path) -> Lines:
         """As the safe one, with mappings that know their lines."""
 
     def mapping(loader: Loader, node: yaml.MappingNode) -> Lines:
-        loader.flatten_mapping(node)
+        seen = set()
+        for key_node, _ in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in seen:
+                raise UserError(f"{file}, line {line}: '{key}' is given twice; give it once")
+            seen.add(key)
+        loader.flatten_mapping(node)  # what `<<` inherits comes first, and the mapping's own takes its place
         made = Lines(file)
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
-            line = key_node.start_mark.line + 1
-            if key in made:
-                raise UserError(f"{file}, line {line}: '{key}' is given twice; give it once")
             made[key] = loader.construct_object(value_node, deep=True)
-            made.lines[key] = line
+            made.lines[key] = key_node.start_mark.line + 1
         return made
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
@@ -75,7 +78,7 @@ def read_yaml(file: Path) -> Lines:
         content = yaml.load(file.read_text(), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' cannot be read: {error}; give a file that is there") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
         raise UserError(f"'{file}' is no YAML: {error}") from None
     if not isinstance(content, Lines):
         raise UserError(f"'{file}' holds no mapping; a merge needs merge_method and models")

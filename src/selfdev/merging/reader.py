@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from selfdev.errors import UserError
+from selfdev.merging.compatibility import check_quantised
+from selfdev.merging.targets import of_vocabulary
 from selfdev.models.adapter import Adapter
 from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
@@ -135,6 +137,10 @@ class Checkpoint:
                 f"'{self.folder}' is broken; fetch it anew"
             )
 
+    def check_stored(self, name: str) -> None:
+        """Raise UserError if what a tensor is made of holds NaN or infinity."""
+        self.check_finite(name, self.tensor(name))
+
     def alias(self, name: str, stored_as: str) -> None:
         """Let `name` stand for the tensor `stored_as` as well."""
         self.shapes[name], self.types[name] = self.shapes[stored_as], self.types[stored_as]
@@ -198,8 +204,10 @@ class AdaptedCheckpoint(Checkpoint):
             UserError: something is missing or damaged, or the two do not fit.
         """
         super().__init__(owner, base, pickled=True)
+        check_quantised(self)  # what is packed has other shapes than the adapter's
         self._adapter = Adapter(owner, adapter)
-        self._adapter.attach(self.shapes)
+        self._adapter.attach(self.shapes, of_vocabulary)
+        self.shapes |= self._adapter.resized
         self._on_seed = on_seed
 
     @property
@@ -209,6 +217,15 @@ class AdaptedCheckpoint(Checkpoint):
 
     def made_of(self) -> dict[str, str]:
         return {} if self._on_seed else super().made_of()
+
+    def check_stored(self, name: str) -> None:
+        super().check_stored(name)
+        stored = self._stored_as.get(name, name)
+        if not all(map(is_finite, self._adapter.parts(stored))):
+            raise UserError(
+                f"{self.owner}: what its adapter adds to '{name}' is not finite, so '{self._adapter.file}' is broken; "
+                "fetch it anew"
+            )
 
     def in_parts(self, name: str) -> bool:
         return super().in_parts(name) and not self._adapter.changes(self._stored_as.get(name, name))

@@ -290,7 +290,7 @@ def _inputs(job: Job, part: _Part) -> Inputs:
             _let_go(job, name, part.begin + span.stop)
     if not finite:
         for model in (job.seed, *job.experts.values()):
-            model.check_finite(name, model.tensor(name))
+            model.check_stored(name)
         raise UserError(
             f"'{name}': an expert's tensor is further from the seed's than float32 reaches; leave it out"
         )

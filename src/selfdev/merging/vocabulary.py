@@ -74,7 +74,7 @@ def settle(
 def _repeated_head(seed: Checkpoint) -> str | None:
     """The seed's stored head, if it is the embeddings once more and the config ties them."""
     head, table = head_of(seed.shapes), embeddings_of(seed.shapes)
-    if not seed.config.get("tie_word_embeddings") or head is None or table is None:
+    if head is None or table is None or not _ties(seed):
         return None
     return head if _equal(seed, head, table) else None
 
@@ -83,8 +83,7 @@ def _matched_head(seed: Checkpoint, expert: Checkpoint, dropped: str | None) -> 
     """Bring an expert's head in line with the seed's; returns the name of one that is to be ignored."""
     ours = None if dropped else head_of(seed.shapes)
     theirs, table = head_of(expert.shapes), embeddings_of(expert.shapes)
-    tied = bool(expert.config.get("tie_word_embeddings"))
-    if ours is not None and theirs is None and table is not None and tied:
+    if ours is not None and theirs is None and table is not None and _ties(expert):
         expert.alias(ours, table)
     if ours is not None or theirs is None:
         return []
@@ -94,6 +93,18 @@ def _matched_head(seed: Checkpoint, expert: Checkpoint, dropped: str | None) -> 
         f"{expert.owner}: its output head '{theirs}' differs from its embeddings, and the seed ties the two; "
         "--embeddings seed keeps the seed's and merges all else, or choose targets without the embeddings"
     )
+
+
+def _ties(model: Checkpoint) -> bool:
+    """Whether a model's output head is its embeddings, by its config or, if that says nothing, its architecture."""
+    if (said := model.config.get("tie_word_embeddings")) is not None:
+        return bool(said)
+    from transformers import AutoConfig  # late: few configs leave it out, and the import takes a moment
+
+    try:
+        return bool(AutoConfig.for_model(model.config["model_type"]).tie_word_embeddings)
+    except (KeyError, ValueError, AttributeError):  # an architecture that transformers does not know
+        return False
 
 
 def _equal(model: Checkpoint, one: str, other: str) -> bool:

