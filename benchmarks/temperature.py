@@ -19,6 +19,8 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
+from math import isnan
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -177,37 +179,37 @@ def main() -> None:
 
 
 def print_table(kept: dict[str, dict[str, Cell]], temperatures: Sequence[float]) -> None:
-    """Both arms by temperature, and learning's difference from the frozen one at each pair of them."""
+    """Both arms by temperature, and learning's difference from the frozen one at each pair of them, and over all."""
 
-    def of(arm: str, temperature: float, what: str) -> dict[str, float]:
+    def of(arm: str, heat: Sequence[float], what: str) -> dict[str, float]:
         found = {}
         for name, cells in kept.items():
-            its = [cell for key_, cell in cells.items() if key_.startswith(f"{arm} {temperature:g} ")]
-            if its and (number := value(its, what)) == value(its, what):
+            begins = tuple(f"{arm} {temperature:g} " for temperature in heat)
+            its = [cell for key_, cell in cells.items() if key_.startswith(begins)]
+            if its and not isnan(number := value(its, what)):
                 found[name] = number
         return found
+
+    def apart(mine: Sequence[float], its: Sequence[float], what: str) -> str:
+        ours, theirs = of("learning", mine, what), of("frozen", its, what)
+        differences = [ours[name] - theirs[name] for name in ours if name in theirs]
+        if len(differences) < 2:
+            return ""
+        middle, half = interval(differences)
+        return f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})"
 
     print(f"| arm | temperature | runs | {' | '.join(MEASURES.values())} |")
     print("| --- " * (3 + len(MEASURES)) + "|")
     for arm in ("frozen", "learning"):
         for temperature in temperatures:
-            columns = [of(arm, temperature, what) for what in MEASURES]
+            columns = [of(arm, [temperature], what) for what in MEASURES]
             cells = [f"{mean(column.values()):.1f}" if column else "" for column in columns]
             print(f"| {arm} | {temperature:g} | {len(columns[0])} | {' | '.join(cells)} |")
     print(f"\n| learning at | frozen at | {' | '.join(MEASURES.values())} |")
     print("| --- " * (2 + len(MEASURES)) + "|")
-    for mine in temperatures:
-        for its in temperatures:
-            cells = []
-            for what in MEASURES:
-                ours, theirs = of("learning", mine, what), of("frozen", its, what)
-                apart = [ours[name] - theirs[name] for name in ours if name in theirs]
-                if len(apart) < 2:
-                    cells.append("")
-                    continue
-                middle, half = interval(apart)
-                cells.append(f"{middle:+.1f} ({middle - half:+.1f} to {middle + half:+.1f})")
-            print(f"| {mine:g} | {its:g} | {' | '.join(cells)} |")
+    for mine, its in product(temperatures, temperatures):
+        print(f"| {mine:g} | {its:g} | {' | '.join(apart([mine], [its], what) for what in MEASURES)} |")
+    print(f"| all | all | {' | '.join(apart(temperatures, temperatures, what) for what in MEASURES)} |")
 
 
 if __name__ == "__main__":
