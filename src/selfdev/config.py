@@ -245,23 +245,27 @@ def _read(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         )
     if preset in presets():
         text = (resources.files("selfdev") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
-        return dict(yaml.safe_load(text))
-    path = Path(preset)
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(
-            f"no preset '{preset}'; {_nearest(preset, presets())}; a file of your own ends in .yaml"
-        )
-    try:
-        data = _yaml(path.read_text(encoding="utf-8"), preset)
-    except OSError as error:
-        raise UserError(f"{preset}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{preset}: it is no text in UTF-8") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{preset}: it holds no fields; a run needs at least factory, merge and task")
+        data = dict(yaml.safe_load(text))
+    else:
+        data = _read_file(preset)
     if "preset" not in data:
         return data
     return _merged(_read(str(data.pop("preset")), (*seen, preset)), data)
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"no preset '{name}'; {_nearest(name, presets())}; a file of your own ends in .yaml")
+    try:
+        data = _yaml(path.read_text(encoding="utf-8"), name)
+    except OSError as error:
+        raise UserError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{name}: it is no text in UTF-8") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{name}: it holds no fields; a run needs at least factory, merge and task")
+    return data
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
