@@ -28,6 +28,13 @@ def strict_box() -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
+def narrow_box() -> Iterator[Sandbox]:
+    """Little memory, and time enough on a busy machine."""
+    with Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=64 * 1024**2)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
 def plain_box() -> Iterator[Sandbox]:
     """What the unsafe mode is where there is no forkserver."""
     sandbox = Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=1024**3), unsafe=True, plain=True)

@@ -60,11 +60,11 @@ def test_gets_no_more_than_its_memory(
 
 
 def test_memory_is_counted_above_what_the_child_occupies_anyway(
-    strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+    narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
     # An absolute limit of 64 MiB would fail everything: the warm interpreter alone has several hundred.
-    assert strict_box.merge(program("got = torch.ones(8 * 2**20).sum()"), model_dict).ok
-    assert strict_box.merge(program("got = torch.ones(32 * 2**20).sum()"), model_dict).status == "memory"
+    assert narrow_box.merge(program("got = torch.ones(8 * 2**20).sum()"), model_dict).ok
+    assert narrow_box.merge(program("got = torch.ones(32 * 2**20).sum()"), model_dict).status == "memory"
 
 
 def libraries(pid: int) -> list[tuple[int, int]]:
@@ -115,9 +115,9 @@ def test_memory_that_no_limit_counts_is_refused(
     assert repelled(strict_box.merge(source, model_dict))
 
 
-def test_inputs_do_not_count_against_the_budget(strict_box: Sandbox) -> None:
+def test_inputs_do_not_count_against_the_budget(narrow_box: Sandbox) -> None:
     large = {name: torch.ones(6 * 2**20) for name in "abc"}  # 72 MiB of 64
-    outcome = strict_box.merge("def merge_models(model_dict, device):\n    return model_dict['a'] * 2", large)
+    outcome = narrow_box.merge("def merge_models(model_dict, device):\n    return model_dict['a'] * 2", large)
     assert outcome.ok, outcome
 
 
