@@ -10,6 +10,7 @@ where one of these fails.
 
 import argparse
 import collections
+import gc
 import json
 import os
 import random
@@ -162,6 +163,7 @@ def mutated(random_: random.Random) -> str:
 
 def held(box: Sandbox) -> dict[str, int]:
     """What could leak, here and in the forkserver: descriptors, memory files, children, its memory."""
+    gc.collect()  # what the caller dropped before is not ours to count
     ours, theirs = Path("/proc/self"), Path(f"/proc/{box.pid}")
     descriptors = [os.readlink(entry) for side in (ours, theirs) for entry in _links(side / "fd")]
     children = [

@@ -1,5 +1,6 @@
 """Traps of memory files and descriptors: seals, the standard streams, leaks."""
 
+import gc
 import mmap
 import os
 import resource
@@ -81,6 +82,7 @@ def test_memory_files_never_land_on_the_standard_streams(tmp_path: Path) -> None
 
 def test_children_and_descriptors_are_given_back(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
     def held() -> tuple[int, int, str]:
+        gc.collect()  # what other tests dropped would else go between the two counts
         children = Path(f"/proc/{box.pid}/task/{box.pid}/children").read_text()
         return len(os.listdir("/proc/self/fd")), len(os.listdir(f"/proc/{box.pid}/fd")), children
 
@@ -94,6 +96,7 @@ def test_children_and_descriptors_are_given_back(box: Sandbox, model_dict: dict[
 
 
 def open_descriptors() -> set[str]:
+    gc.collect()  # as above
     return set(os.listdir("/proc/self/fd"))
 
 
