@@ -1,7 +1,8 @@
-"""What each part of learning does: the quickstart's learning arm alone, with one factor changed at a time.
+"""What each part of learning does: a preset's learning arm alone, with one factor changed at a time.
 
     python benchmarks/ablation.py --seeds 1 2 3 --out runs/ablation
     python benchmarks/ablation.py --only preset no_imitation --picture docs/images/ablation.png
+    python benchmarks/ablation.py --preset laptop --seeds 11 12 13 --only preset no_dpo --out runs/ablation-laptop
     python benchmarks/ablation.py --list
 
 All of it takes a night. It can be stopped at any time and called anew: runs that are finished are read, one that was
@@ -55,12 +56,12 @@ VARIANTS = {
 """Name, and what is changed in the preset."""
 
 
-def run_once(name: str, seed: int, out: Path) -> Run | None:
+def run_once(preset: str, name: str, seed: int, out: Path) -> Run | None:
     """Run, resume or read one run; None if another process has it in hand."""
     folder = out / f"{name}-{seed}"
     if not (folder / "archive.db").exists():
         changes = [f"seed={seed}", *ALONE, *VARIANTS[name]]
-        command = ["run", "quickstart", "--out", str(folder), *(w for c in changes for w in ("--set", c))]
+        command = ["run", preset, "--out", str(folder), *(w for c in changes for w in ("--set", c))]
     elif (found := open_run(folder)).archive.run.status == "done":
         return found
     else:
@@ -147,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--preset", default="quickstart", help="which one's learning arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--list", action="store_true", help="name the variants, and run nothing")
@@ -161,7 +163,7 @@ def main() -> None:
     runs: dict[str, dict[int, Run]] = {}
     for seed in arguments.seeds:  # seed by seed, so that all variants have the first seeds when it is stopped
         for name in arguments.only:
-            found = run_once(name, seed, arguments.out)
+            found = run_once(arguments.preset, name, seed, arguments.out)
             if found is not None:
                 runs.setdefault(name, {})[seed] = found
                 print(f"{name}, seed {seed}, is done", file=sys.stderr, flush=True)

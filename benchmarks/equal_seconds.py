@@ -80,7 +80,12 @@ def main() -> None:
     sampling: dict[int, Run] = {}
     for seed, run in learning.items():
         folder = arguments.out / f"sampling-{arguments.times}-{seed}"
-        run_seed(seed, folder, [*SAMPLING, f"programs={arguments.times * run.config.programs}"])
+        run_seed(
+            run.archive.run.preset,
+            seed,
+            folder,
+            [*SAMPLING, f"programs={arguments.times * run.config.programs}"],
+        )
         sampling[seed] = open_run(folder)
         print(f"seed {seed} is done", file=sys.stderr)
     print(f"| over a whole run, mean of {len(sampling)} seeds | learning | sampling alone | difference |")

@@ -1,6 +1,7 @@
 """The quickstart over several run seeds: does learning help, and by how much? And time, and memory.
 
     python benchmarks/quickstart.py --seeds 1 2 3 4 5 --out runs/benchmark --picture docs/images/inventions.png
+    python benchmarks/quickstart.py --preset laptop --seeds 11 12 13 14 15 16
 
 Runs that are finished are read, not run again, so the script can be stopped and called anew. It prints Markdown for
 docs/results.md. `--set KEY=VALUE` changes the preset, for ablations: give those an `--out` of their own. For times,
@@ -55,14 +56,14 @@ COLOURS = ("C0", "C1", "C2", "C3")
 Row = dict[str, object]
 
 
-def run_seed(seed: int, folder: Path, changes: Sequence[str]) -> float:
+def run_seed(preset: str, seed: int, folder: Path, changes: Sequence[str]) -> float:
     """Run or resume one seed; returns the peak memory of its largest process in GB, 0 if it was finished before."""
     if (folder / "archive.db").exists():
         if open_run(folder).archive.run.status == "done":
             return 0.0
         command = ["resume", str(folder)]
     else:
-        command = ["run", "quickstart", "--out", str(folder)]
+        command = ["run", preset, "--out", str(folder)]
         command += [part for change in (f"seed={seed}", *changes) for part in ("--set", change)]
     with (folder.parent / f"{folder.name}.log").open("a") as log:
         process = subprocess.Popen([sys.executable, "-m", "selfdev", *command], stdout=log, stderr=log)
@@ -314,6 +315,7 @@ def draw_scores(axis: "Axes", runs: dict[int, Run]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--preset", default="quickstart")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
@@ -321,8 +323,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs, peaks = {}, {}
     for seed in arguments.seeds:
-        folder = arguments.out / f"quickstart-{seed}"
-        peaks[seed] = run_seed(seed, folder, arguments.changes)
+        folder = arguments.out / f"{arguments.preset}-{seed}"
+        peaks[seed] = run_seed(arguments.preset, seed, folder, arguments.changes)
         runs[seed] = open_run(folder)
         print(f"seed {seed} is done", file=sys.stderr)
     for seed, run in runs.items():
