@@ -19,11 +19,10 @@ Shares = float | Sequence[float]
 
 _Numbers = NDArray[np.float32]
 
-# Entries from which on a rank is looked for by a sample: of n entries it takes one in n^(1/3) / 4. The bracket reaches
+# Entries from which on a rank is looked for by a sample: of n entries it takes one in n^(1/3). The bracket reaches
 # so many standard deviations to both sides of where the sample expects it. Outside of it lies one case in two
 # thousand, in which the row is selected from as a whole.
 _MANY = 1 << 17
-_SAMPLED = 0.25
 _DEVIATIONS = 3.5
 _BRACKETED = 1 << 17
 
@@ -116,7 +115,7 @@ def _ranked_by_sample(
 ) -> list[list[float | None]]:
     """The same; None where the sample misleads."""
     # An odd stride, or all of the sample could come from a few columns of a matrix.
-    stride = int(_SAMPLED * entries ** (1 / 3)) | 1
+    stride = int(entries ** (1 / 3)) | 1
     drawn = [look(slice(part.start, part.stop, stride)) for part in in_blocks(entries, _DRAWN * stride)]
     rows = zip(np.concatenate(drawn, axis=1), ranks, strict=True)
     ends = [[_ends(sample, rank, entries) for rank in its] for sample, its in rows]
