@@ -55,6 +55,7 @@ def test_kto() -> None:
     # beta (gain - z): 1 and 0 for the chosen; beta (z - gain): 1 for the rejected
     assert found.item() == pytest.approx((1 - logistic(1) + 0.5) / 2 + 1 - logistic(1))
     assert kto(torch.ones(2), torch.ones(3), 0.1, torch.tensor(1.0)).item() == 1
+    assert kto(torch.ones(2), torch.ones(0), 0.1, torch.tensor(1.0)).item() == 0.5
 
 
 def test_ktos_reference_point_has_no_gradient_and_is_never_below_0() -> None:

@@ -15,6 +15,7 @@ from selfdev.factory.memory import (
     fitting_pairs,
     fitting_pass,
     footprint,
+    footprint_of_trl,
 )
 from selfdev.factory.packing import Model, completion_states
 from selfdev.factory.refinement import Step
@@ -114,7 +115,7 @@ def test_pairs_of_trl_are_split_evenly_where_memory_is_short() -> None:
     settings = RefinementSettings(pairs_a_step=6)
     assert fitting_pairs(model, [STEP], 12, settings, None, False) == 6
     assert fitting_pairs(model, [STEP], 12, settings, 10**12, False) == 6
-    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
+    needs = footprint_of_trl(model)
     for fits, expected in ((5, 3), (3, 3), (2, 2), (1, 1)):
         free = int(needs.of(fits * pair) / SHARE) + 10
         assert fitting_pairs(model, [STEP], 12, settings, free, False) == expected
@@ -148,10 +149,32 @@ def test_passes_of_trl_share_out_the_last_step_evenly_too() -> None:
     ]
 
 
+def test_trl_keeps_of_a_layer_its_input_alone() -> None:
+    """What one more layer costs: a token's hidden state in float32, but for the one that is made anew at a time."""
+    shallow, deep = (
+        get_peft_model(tiny_model(layers=layers), LoraConfig(r=4, target_modules="all-linear"))
+        for layers in (4, 12)
+    )
+    width = shallow.config.hidden_size
+    found = [footprint_of_trl(model).a_token for model in (shallow, deep)]
+    assert found[1] - found[0] == pytest.approx(8 * 4 * width, rel=0.1)
+    assert found[0] < footprint(shallow, False).a_token
+    assert not shallow.get_base_model().training
+    assert not shallow.get_base_model().is_gradient_checkpointing
+
+
+def test_a_model_without_checkpointing_keeps_all_of_its_layers() -> None:
+    shallow, deep = tiny_model(layers=4), tiny_model(layers=12)
+    kept = [footprint_of_trl(model).a_token for model in (shallow, deep)]
+    shallow.supports_gradient_checkpointing = deep.supports_gradient_checkpointing = False
+    plain = [footprint_of_trl(model).a_token for model in (shallow, deep)]
+    assert plain[1] - plain[0] > 4 * (kept[1] - kept[0])
+
+
 def test_processes_of_a_cpu_share_its_memory() -> None:
     model, pair = adapted(), 2 * 70
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
+    needs = footprint_of_trl(model)
     settings = RefinementSettings(backend="trl", pairs_a_step=4, devices=2)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     one = int((needs.of(pair) + trained) / SHARE) + 10 + weights

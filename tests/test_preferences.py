@@ -1,6 +1,7 @@
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,10 +13,39 @@ STATUSES = ["new", "trivial", "known", "repeated", "failed"]
 
 
 def candidate(
-    number: int, status: str, iteration: int = 0, nearest: str | None = None, tokens: tuple[int, ...] = (1,)
+    number: int,
+    status: str,
+    iteration: int = 0,
+    nearest: str | None = None,
+    tokens: tuple[int, ...] | None = None,
 ) -> Candidate:
-    name = f"{iteration}/{number}"
+    name, tokens = f"{iteration}/{number}", (iteration, number) if tokens is None else tokens
     return Candidate(name, "learning", iteration, number, 0, "", tokens, status=status, nearest=nearest)
+
+
+def test_two_texts_are_not_preferred_to_each_other() -> None:
+    """Copies of both, which have names of their own: the two pairs would cancel, and KTO would know no rejected one."""
+    written = [
+        candidate(0, "new", tokens=(1, 2)),
+        candidate(1, "new", tokens=(3, 4)),
+        candidate(2, "repeated", nearest="0/0", tokens=(1, 2)),
+        candidate(3, "repeated", nearest="0/1", tokens=(3, 4)),
+    ]
+    settings = Preferences(chosen_floor=2, copies_as_rejected=True, pairs=8)
+    text = {c.name: c.tokens for c in written}
+    for seed in range(8):
+        pairs = prefer(written, {"0/0": 0.5, "0/1": 0.5}, 0, settings, seed)
+        assert len({frozenset((text[p.chosen], text[p.rejected])) for p in pairs}) == len(pairs) == 1
+
+
+@pytest.mark.parametrize(("cap", "failing"), [(0.3, 6), (0.5, 10), (0.9, 10), (1.0, 10)])
+def test_a_higher_cap_on_failing_programs_takes_nothing_from_the_others(cap: float, failing: int) -> None:
+    written = [candidate(i, "new") for i in range(30)] + [candidate(i, "failed") for i in range(30, 60)]
+    settings = Preferences(
+        chosen_floor=10, rejected_floor=20, failures_as_rejected=True, failing_cap=cap, pairs=20
+    )
+    pairs = prefer(written, {f"0/{i}": i / 30 for i in range(30)}, 0, settings, seed=0)
+    assert Counter(p.reason for p in pairs) == {"failure": failing, "score": 20 - failing}
 
 
 def test_the_papers_shares() -> None:

@@ -10,7 +10,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(zoo_models("nano")["seed"])
 
 
-def tiny_model(vocabulary: int = 64, seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(vocabulary: int = 64, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -18,7 +18,7 @@ def tiny_model(vocabulary: int = 64, seed: int = 0) -> LlamaForCausalLM:
                 vocab_size=vocabulary,
                 hidden_size=32,
                 intermediate_size=48,
-                num_hidden_layers=2,
+                num_hidden_layers=layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 max_position_embeddings=256,

@@ -99,14 +99,18 @@ def _pair_up(
     decks = {reason: _deck(pool, settings.alike, draw) for reason, pool in pools.items() if pool}
     # Beyond a share of pairs against failing programs a weak model learns only not to crash; `within_cap` holds it
     # where fewer pairs are made than were asked for.
-    failing = int(settings.failing_cap * settings.pairs) if "failure" in decks else 0
     working = [reason for reason in decks if reason != "failure"]
+    # A cap above a half leaves the other reasons theirs, where there are any.
+    most = min(settings.failing_cap, 0.5) if working else settings.failing_cap
+    failing = int(most * settings.pairs) if "failure" in decks else 0
     wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
     for number in range(settings.pairs - failing if working else 0):
         wanted[working[number % len(working)]] += 1
     # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
     turns = sorted((turn / count, reason) for reason, count in wanted.items() for turn in range(1, count + 1))
     pairs: dict[tuple[str, str], Pair] = {}
+    text = {c.name: c.tokens for c in chosen}
+    told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     family = _families(chosen, settings.alike)
     uses = dict.fromkeys(family.values(), 0)
     for _, reason in turns:
@@ -116,9 +120,15 @@ def _pair_up(
             free = [name for name, head in family.items() if uses[head] < settings.pairs_each]
             if reason == "score":
                 free = [c for c in free if scores[c] > first[rejected.name] and better(c, rejected.name)]
+            # Copies have names of their own: the same text twice, or two against each other, would teach nothing.
+            if rejected.tokens:
+                free = [
+                    c for c in free if text[c] != rejected.tokens and (rejected.tokens, text[c]) not in told
+                ]
             partner = min(_partners(free, rejected, pairs), key=lambda c: uses[family[c]], default=None)
             if partner is not None:
                 pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
+                told.add((text[partner], rejected.tokens))
                 uses[family[partner]] += 1
                 break
     return within_cap(list(pairs.values()), settings.failing_cap)

@@ -84,16 +84,17 @@ def kto(chosen: Tensor, rejected: Tensor, beta: float, reference_point: Tensor) 
 
     Args:
         chosen: gains of distinct completions, nats, shape (chosen,).
-        rejected: the same of the others, shape (rejected,).
+        rejected: the same of the others, shape (rejected,); it may be empty.
         beta: see above.
         reference_point: z, what a gain is measured from, nats, a scalar; see `kto_reference_point`.
 
     Returns:
-        The loss, a scalar in (0, 2); 1 where all gains are z.
+        The loss, a scalar in (0, 2); 1 where all gains are z, and half of that where nothing is rejected.
     """
     liked = 1 - torch.sigmoid(beta * (chosen - reference_point))
     disliked = 1 - torch.sigmoid(beta * (reference_point - rejected))
-    return liked.mean() + disliked.mean()
+    # What is liked under a prompt may be all that there is.
+    return liked.mean() + (disliked.mean() if len(disliked) else 0)
 
 
 def kto_reference_point(gain: Tensor) -> Tensor:

@@ -3,20 +3,22 @@
 What a pass keeps for its backward pass, or for the tokens after it, is not guessed from the architecture: a short pass
 of the model itself tells it. In training it grows with the tokens, since attention keeps no matrix
 (`packed_attention.py`). Beside it stand the gradients and the optimiser's state, and one chunk of vocabulary logits. It
-is an estimate: what the system frees late and what other programs take meanwhile is not in it. What TRL saves by
-checkpointing is not reckoned with, nor what each process of several devices takes for Python and its libraries.
+is an estimate: what the system frees late and what other programs take meanwhile is not in it, nor what each process
+of several devices takes for Python and its libraries.
 """
 
 import logging
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +41,12 @@ The rest is gradients on their way and holes in the heap; measured with SmolLM2-
 
 _MEASURED = 128
 """Tokens of the pass that is measured."""
+
+_TILE = 1 << 15
+"""Words of the vocabulary whose logits TRL has at once, of each token."""
+
+_TILES = {"cuda": 1, "cpu": 9}
+"""So many times; what has no kernel of its own for that is as a CPU, of which 8.2 were measured with TRL 1.16."""
 
 _DRAWN_FROM = 3
 """Copies of a batch's logits that a step of sampling may hold: the model's, in float32, those that a grammar allows."""
@@ -85,22 +93,67 @@ def _packed(model: Model, ids: list[int]) -> None:
     completion_states(model, ids[:half], [ids[half:]])
 
 
-def _forward(model: Model, ids: list[int]) -> None:
-    """A pass as TRL's, up to log-probabilities."""
-    model(torch.tensor([ids], device=model.device)).logits.float().log_softmax(dim=-1)
+def _body(model: Model, ids: list[int]) -> None:
+    """A pass up to the hidden states."""
+    _plain(model).base_model(torch.tensor([ids], device=model.device), use_cache=False)
 
 
-def footprint(model: Model, kl: bool, forward: Callable[[Model, list[int]], None] = _packed) -> Footprint:
+def _checkpointed(model: Model, ids: list[int]) -> None:
+    """The same as TRL passes: of a layer its input alone is kept, and all else is made anew in the backward pass."""
+    plain, was = _plain(model), [(module, module.training) for module in model.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the newer names are not in all of transformers 5
+        plain.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # or nothing would be checkpointed
+    try:
+        _body(model, ids)
+    finally:
+        for module, training in was:
+            module.training = training
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            plain.gradient_checkpointing_disable()
+        plain.disable_input_require_grads()  # what the first line asks for where there is an adapter
+
+
+def _plain(model: Model) -> PreTrainedModel:
+    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return found
+
+
+def is_checkpointed(model: Model) -> bool:
+    """Whether the layers of a model can do without what they keep for the backward pass, and make it anew."""
+    return bool(_plain(model).supports_gradient_checkpointing)
+
+
+def footprint(model: Model, kl: bool) -> Footprint:
     """Measure a model that is to be trained.
 
     Args:
         model: with its new adapter, or all of whose weights ask for a gradient.
         kl: whether the loss has a KL term, which needs the logits of model and reference at once.
-        forward: what a pass is.
     """
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     logits = CHUNK * len(output_weight(model)) * 4 * (5 if kl else 2)
-    return Footprint(3 * trained + logits, TRANSIENT * _kept(model, forward) / _MEASURED)
+    return Footprint(3 * _trained(model) + logits, TRANSIENT * _kept(model, _packed) / _MEASURED)
+
+
+def footprint_of_trl(model: Model) -> Footprint:
+    """The same of a model that TRL is to train, which keeps of a layer its input, and has few logits at once."""
+    kept = _kept(model, _body) / _MEASURED
+    if is_checkpointed(model):
+        layers = _plain(model).config.get_text_config().num_hidden_layers
+        kept = _kept(model, _checkpointed) / _MEASURED + TRANSIENT * kept / layers
+    else:
+        kept *= TRANSIENT
+    words, width = output_weight(model).shape
+    head = 4 * (3 * width + _TILES.get(model.device.type, _TILES["cpu"]) * min(words, _TILE))
+    of_head = 4 * words * width if output_weight(model).requires_grad else 0
+    return Footprint(3 * _trained(model) + of_head, kept + head)
+
+
+def _trained(model: Model) -> int:
+    """Bytes of the weights that ask for a gradient."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def fitting_pass(
@@ -164,7 +217,7 @@ def fitting_pairs(
 
     Args:
         model: see `footprint`.
-        steps: of the round. To TRL a pair is two rows, as long as the longest of all, with the logits of all tokens.
+        steps: of the round. To TRL a pair is two rows, as long as the longest of all.
         pairs: of the round.
         settings: `pairs_a_step`, `devices`, and `tokens_a_pass`, which is exceeded where one pair has more.
         free: bytes, see `available`; None where nobody knows. On a CPU all processes share them.
@@ -181,10 +234,9 @@ def fitting_pairs(
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         if settings.devices > 1:  # the model makes room for those of the processes
             free = (free + weights) // (settings.devices if model.device.type == "cpu" else 1) - weights
-        needs = footprint(model, kl=False, forward=_forward)
-        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        needs = footprint_of_trl(model)
         # Processes exchange gradients in a copy of them.
-        more = weights * other + trained * (settings.devices > 1)
+        more = weights * other + _trained(model) * (settings.devices > 1)
         needs = Footprint(needs.fixed + more, needs.a_token)
         free = int(SHARE * free)
         fits = needs.tokens(free) // pair

@@ -101,7 +101,7 @@ class Training:
         try:
             if self.packs:
                 fitting_pass(trainee, [longest], settings, free)
-            if settings.backend == "trl":
+            if settings.backend == "trl" and self.config.preferences.pairs:
                 # Rounds may stand on one model and be held to another.
                 apart = (settings.held_to == "first") != (settings.refit == "fresh")
                 other = settings.train == "full" or apart

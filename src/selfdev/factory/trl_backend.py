@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from selfdev.factory.memory import is_checkpointed
 from selfdev.factory.optimiser import Moments, kept_moments, optimiser
 from selfdev.factory.packing import Model
 from selfdev.factory.refinement import (
@@ -131,6 +132,7 @@ def refine_with_trl(
                 max_length=None,
                 per_device_train_batch_size=at_once,
                 gradient_accumulation_steps=settings.pairs_a_step // (at_once * settings.devices),
+                gradient_checkpointing=is_checkpointed(model),
                 use_cpu=model.device.type == "cpu",
                 train_sampling_strategy="sequential",
                 num_train_epochs=settings.epochs,
