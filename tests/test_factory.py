@@ -1,7 +1,9 @@
 """The whole cycle once with a real transformer: real sampling, real DPO, real adapters. No part is scripted."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from selfdev.algorithms.source import Form
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.adapter import remove_left, save_learned, with_new_adapter
 from selfdev.factory.factory import LocalFactory
-from selfdev.factory.memory import SHARE, available, footprint
+from selfdev.factory.memory import SHARE, available, footprint, footprint_of_trl
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.refinement import Diverged
 from selfdev.factory.trl_processes import check_devices
@@ -361,8 +363,10 @@ def test_a_second_model_as_reference_is_reckoned_before_the_run(tiny_writer: Pat
     small = factory.config.factory.model_copy(update={"batch": 1})
     config = factory.config.model_copy(update={"factory": small})
     model = with_new_adapter(load_model(tiny_writer), config.refinement.rank, 0)
-    needs = footprint(model, False, lambda model, ids: model(torch.tensor([ids])).logits.log_softmax(dim=-1))
-    prompt = max(len(each.tokens(factory.tokenizer)) for each in factory.prompts(0))
+    needs = footprint_of_trl(model)
+    prompt = max(
+        len(p.tokens(factory.tokenizer)) for t in range(config.iterations) for p in factory.prompts(t)
+    )
     enough = int(needs.of(2 * (prompt + small.max_new_tokens)) / SHARE) + 10
     LocalFactory(config, lambda device: enough).prepare(lambda *_: None)
     other = config.model_copy(
@@ -370,6 +374,37 @@ def test_a_second_model_as_reference_is_reckoned_before_the_run(tiny_writer: Pat
     )
     with pytest.raises(SelfdevError, match="one pair of"):
         LocalFactory(other, lambda device: enough).prepare(lambda *_: None)
+
+
+def test_the_prompts_of_all_iterations_and_arms_must_fit_the_model(tiny_writer: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_writer, tmp_path / "model")
+    config = writer_config(model)
+    config = config.model_copy(
+        update={
+            "iterations": 3,
+            "controls": (),
+            "prompt": config.prompt.model_copy(update={"examples": "drawn", "shown": 3, "prompts": 2}),
+        }
+    )
+    factory = LocalFactory(config)
+    limit = config.factory.max_new_tokens
+    lengths = [max(len(p.tokens(factory.tokenizer)) for p in factory.prompts(t)) for t in range(3)]
+    assert lengths[0] < max(lengths), "the first iteration has the longest prompt: take another seed"
+
+    def with_context(tokens: int, **changes: Any) -> None:
+        settings = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**settings, "max_position_embeddings": tokens}))
+        LocalFactory(config.model_copy(update=changes))
+
+    with_context(max(lengths) + limit)
+    with_context(lengths[0] + limit, iterations=1)
+    with pytest.raises(UserError, match="do not fit"):
+        with_context(max(lengths) + limit - 1)
+    # An arm that shows what it has written may ask by a longer program than any example is.
+    long = config.factory.model_copy(update={"max_new_tokens": 4 * limit})
+    with_context(max(lengths) + 4 * limit, factory=long)
+    with pytest.raises(UserError, match="do not fit"):
+        with_context(max(lengths) + 4 * limit, factory=long, controls=("feedback",))
 
 
 def test_looking_whether_a_round_fits_leaves_the_model_as_it_was(tiny_writer: Path) -> None:

@@ -208,5 +208,9 @@ def test_a_batch_that_does_not_fit_is_refused_before_anything_is_sampled() -> No
     check_batch(model, [50, 30], 10, 100, int(needs / SHARE) + 1)
     with pytest.raises(UserError, match=r"10 programs.* up to 100 tokens.*set factory\.batch to 9 or less"):
         check_batch(model, [50, 30], 10, 100, int(needs / SHARE) - 1)
+    turn = int((needs + 10 * 40 * 256) / SHARE)  # each has 40 tokens of a prompt for itself
+    check_batch(model, [50, 30], 10, 100, turn + 1, own=40)
+    with pytest.raises(UserError, match="10 programs"):
+        check_batch(model, [50, 30], 10, 100, turn - 1, own=40)
     with pytest.raises(UserError, match=r"a smaller factory\.max_new_tokens, or a smaller factory\.model"):
         check_batch(model, [50, 30], 10, 100, 1000)

@@ -9,13 +9,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from selfdev.algorithms.examples import examples
 from selfdev.config import Config
-from selfdev.errors import UserError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.adapter import save_learned, with_new_adapter
 from selfdev.factory.assembly import Assembly
 from selfdev.factory.grammar import Grammar
 from selfdev.factory.memory import available, check_batch, fitting_pass
 from selfdev.factory.packing import check_training
-from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, correcting, prompts_of
+from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, ask, correcting, prompts_of
 from selfdev.factory.sampling import Sample, Sampler, check_context
 from selfdev.factory.training import Tick, Training
 from selfdev.factory.warm_start import warm_start
@@ -59,16 +59,34 @@ class LocalFactory:
         }
         return facts if self._grammar is None else facts | {"grammar": self._grammar.version}
 
+    def _most_tokens(self) -> list[int]:
+        """The most tokens that each prompt of an iteration may have, whichever iteration and arm it is of."""
+        settings, shows = self.config.factory, any("feedback" in name for name in self.config.controls)
+        most: dict[int, int] = {}
+        for t in range(self.config.iterations):
+            for place, prompt in enumerate(self.prompts(t)):
+                asked = [len(prompt.tokens(self.tokenizer))]
+                if shows:  # a program that was written, in the place of the last example
+                    rest = ask(prompt.examples[:-1], self._sources, prompt.form)
+                    asked.append(len(rest.tokens(self.tokenizer)) + settings.max_new_tokens)
+                most[place] = max(most.get(place, 0), *asked)
+        return list(most.values())
+
+    def _of_a_turn(self) -> int:
+        """How many tokens a repair turn adds to a prompt at the most; 0 where there is none."""
+        if not self.config.factory.repair_turn:
+            return 0
+        usual = self.prompts(0)[0]
+        said = [len(each.tokens(self.tokenizer)) for each in (usual, correcting(usual, "", ""))]
+        # A program that fails has no more than its limit, and its error at most a token a character.
+        return said[1] - said[0] + LONGEST_ERROR + self.config.factory.max_new_tokens
+
     def _check_context(self, model: PreTrainedConfig) -> None:
-        """Raise UserError unless the first iteration's prompts and what continues them fit the model."""
-        limit, prompts = self.config.factory.max_new_tokens, self.prompts(0)
-        longest = max(len(prompt.tokens(self.tokenizer)) for prompt in prompts) + limit
+        """Raise UserError unless the prompts of all iterations and what continues them fit the model."""
+        longest = max(self._most_tokens()) + self.config.factory.max_new_tokens
         check_context(model, longest)
         if self.config.factory.repair_turn:
-            empty = [correcting(prompt, "", "") for prompt in prompts]
-            longest = max(len(prompt.tokens(self.tokenizer)) for prompt in empty) + limit
-            # A program that fails has no more than its limit, and its error at most a token a character.
-            longest += LONGEST_ERROR + limit
+            longest += self._of_a_turn()
             way_out = "set factory.repair_turn: false, use fewer examples or a smaller factory.max_new_tokens"
             check_context(model, longest, way_out)
         window = context_limit(model, WINDOW)
@@ -99,7 +117,7 @@ class LocalFactory:
         if writes:
             self._check_batch(model)
         if learns:
-            self._training.check(model, self.prompts(0))
+            self._training.check(model, max(self._most_tokens()) + self._of_a_turn())
         if not writes:
             self._loaded = None
         if warm and folder is not None:
@@ -107,9 +125,10 @@ class LocalFactory:
 
     def _check_batch(self, model: PreTrainedModel) -> None:
         settings = self.config.factory
-        prompts = [len(prompt.tokens(self.tokenizer)) for prompt in self.prompts(0)]
+        prompts, turn = self._most_tokens(), self._of_a_turn()
+        own = max(prompts) + turn if turn else 0
         rows = min(settings.batch, self.config.programs)
-        check_batch(model, prompts, rows, settings.max_new_tokens, self._free(self.device))
+        check_batch(model, prompts, rows, settings.max_new_tokens, self._free(self.device), own)
 
     def _warm_start(self, base: PreTrainedModel, folder: Path, tick: Tick) -> None:
         settings = self.config.factory.warm_start
@@ -154,6 +173,9 @@ class LocalFactory:
 
         Returns:
             What was written, in the order in which it was asked for.
+
+        Raises:
+            SelfdevError: what was reckoned for the batch was too little.
         """
         settings = self.config.factory
         sampler = Sampler(
@@ -180,13 +202,19 @@ class LocalFactory:
 
         for start in range(0, len(groups), most):
             part = groups[start : start + most]
-            written = sampler(
-                self.model(adapters),
-                self.tokenizer,
-                [prompt.tokens(self.tokenizer) for prompt, _ in part],
-                [seeds for _, seeds in part],
-                told,
-            )
+            try:
+                written = sampler(
+                    self.model(adapters),
+                    self.tokenizer,
+                    [prompt.tokens(self.tokenizer) for prompt, _ in part],
+                    [seeds for _, seeds in part],
+                    told,
+                )
+            except torch.OutOfMemoryError as error:
+                raise SelfdevError(
+                    f"sampling: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with a "
+                    "smaller factory.batch"
+                ) from error
             samples += [sample for group in written for sample in group]
         return samples
 

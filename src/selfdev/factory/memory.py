@@ -252,7 +252,7 @@ def fitting_pairs(
 
 
 def check_batch(
-    model: PreTrainedModel, prompts: Sequence[int], rows: int, tokens: int, free: int | None
+    model: PreTrainedModel, prompts: Sequence[int], rows: int, tokens: int, free: int | None, own: int = 0
 ) -> None:
     """Make sure that so many programs can be sampled at once.
 
@@ -264,6 +264,7 @@ def check_batch(
         rows: programs at once.
         tokens: the longest that one may become.
         free: bytes, see `available`; None where nobody knows.
+        own: tokens of a prompt that each program may have for itself, as in a repair turn.
 
     Raises:
         UserError: they do not fit into the free memory.
@@ -271,7 +272,7 @@ def check_batch(
     if free is None:
         return
     kept = kept_a_token(model)
-    a_row = tokens * kept + _DRAWN_FROM * 4 * model.config.get_text_config().vocab_size
+    a_row = (tokens + own) * kept + _DRAWN_FROM * 4 * model.config.get_text_config().vocab_size
     free = int(SHARE * free)
     left = free - sum(prompts) * kept
     if rows * a_row <= left:

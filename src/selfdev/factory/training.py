@@ -82,12 +82,12 @@ class Training:
         settings = self.config.refinement
         return self.learns and (settings.backend == "own" or settings.imitation.passes > 0)
 
-    def check(self, model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
+    def check(self, model: PreTrainedModel, prompt: int) -> None:
         """Make sure that programs of the greatest length can be trained on; the model is left as it was.
 
         Args:
             model: of the factory, loaded already.
-            prompts: of the first iteration.
+            prompt: tokens of the longest.
 
         Raises:
             SelfdevError: there is too little memory.
@@ -95,8 +95,7 @@ class Training:
         settings, free = self.config.refinement, self._free(self._assembly.device)
         if free is None:
             return
-        prompt = max((tuple(p.tokens(self._tokenizer)) for p in prompts), key=len)
-        longest = Lesson(prompt, ((0,) * self.config.factory.max_new_tokens,))
+        longest = Lesson((0,) * prompt, ((0,) * self.config.factory.max_new_tokens,))
         trainee = self._assembly.trainable(model, seed=0)
         try:
             if self.packs:
