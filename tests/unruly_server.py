@@ -38,6 +38,8 @@ class UnrulyServer:
         self.key = key
         self.retry_after = "0"
         self.die_after: int | None = None
+        self.refused: set[int] = set()
+        """Seeds of requests that it answers with 400, always."""
         self.counts = True
         self.asked: list[dict[str, Any]] = []
         self.arrived: list[float] = []
@@ -106,6 +108,7 @@ class UnrulyServer:
             self.asked.append(body)
             self.arrived.append(time.monotonic())
             misdeed = self.misdeeds.pop(0) if self.misdeeds else ""
+            misdeed = "400" if body.get("seed") in self.refused else misdeed
             if not self.misbehave(to, misdeed):
                 self.complete(to, body)
         else:

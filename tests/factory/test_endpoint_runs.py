@@ -106,7 +106,7 @@ def test_a_key_is_nowhere_to_be_found(
     with UnrulyServer(echoing, key=KEY) as server:
         config = searching_config(server.url, key_env="UNRULY_KEY", programs=24, concurrency=1)
         (tmp_path / "config.yaml").write_text(config.model_dump_json())
-        server.misdeeds = ["", "", "400"]
+        server.misdeeds = ["", "", "401"]
         assert main(["run", str(tmp_path / "config.yaml"), "--out", str(folder)]) == 3
         assert main(["resume", str(folder)]) == 0
         assert any(KEY in server.programs[body["seed"] % len(echoing)] for body in server.answered)

@@ -1,6 +1,7 @@
 """The endpoint factory against a server on a real socket, well-behaved and not."""
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from scripted import PROGRAMS
 from selfdev.algorithms.source import Form, read_program
 from selfdev.errors import Halted, UserError
 from selfdev.factory.endpoint import EndpointFactory
-from selfdev.factory.journal import Usage
+from selfdev.factory.journal import Answer, Usage
+from selfdev.factory.protocol import Completion
 from selfdev.factory.sampling import Sample
+from selfdev.streams import stream_seed
 from unruly_server import TOKENS, UnrulyServer
 
 KEY = "sk-very-secret-0123456789"
@@ -35,6 +38,12 @@ def write(
 ) -> list[Sample]:
     asked = enumerate(factory.prompts(iteration) * factory.config.programs)
     return factory.write(list(asked), iteration, 0.8, [], tick)
+
+
+def seeds_of(factory: EndpointFactory) -> list[int]:
+    """Of the requests of the first iteration."""
+    config = factory.config
+    return [stream_seed(config.seed, "sample", 0, number) % 2**31 for number in range(config.programs)]
 
 
 def test_each_program_is_asked_for_with_a_seed_of_its_own(server: UnrulyServer, tmp_path: Path) -> None:
@@ -147,6 +156,65 @@ def test_a_failure_that_stays_ends_the_session_and_keeps_what_is_written(
     server.misdeeds = []
     assert len(write(factory_of(server, tmp_path, key_env="UNRULY_KEY"))) == 12
     assert len(server.answered) == 12
+
+
+def test_what_the_server_refuses_alone_counts_as_empty(
+    server: UnrulyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or every resume would meet it again: here the sixth of twelve, by its seed."""
+    factory = factory_of(server, tmp_path, concurrency=2)
+    seeds = seeds_of(factory)
+    server.refused = {seeds[5]}
+    written = write(factory)
+    assert [number for number, sample in enumerate(written) if not sample.text] == [5]
+    assert not written[5].finished
+    assert [body["seed"] for body in server.asked].count(seeds[5]) == 2
+    assert "a program counts as empty that the server refuses to write: " in caplog.text
+    before = len(server.asked)
+    assert write(factory_of(server, tmp_path)) == written  # and is not asked for again
+    assert len(server.asked) == before
+    assert spent(factory).tokens == 11 * TOKENS
+
+
+def test_a_refusal_that_passes_is_made_up_for(server: UnrulyServer, tmp_path: Path) -> None:
+    server.misdeeds = ["", "", "", "400"]
+    assert all(sample.text for sample in write(factory_of(server, tmp_path, concurrency=2)))
+
+
+def test_a_server_that_begins_to_refuse_everything_ends_the_session(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    factory = factory_of(server, tmp_path, concurrency=1)
+    seeds = seeds_of(factory)
+    server.refused = set(seeds[4:])
+    with pytest.raises(Halted, match="answers 400"):
+        write(factory)
+    assert 5 <= len(server.asked) <= 9
+    server.refused = set()
+    assert all(sample.text for sample in write(factory_of(server, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("choice", "log_prob"),
+    [
+        ({"logprobs": {"token_logprobs": [-1.0, float("-inf")]}}, None),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": None}]}}, None),
+        ({"logprobs": {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}}, (-1.0, -2.0)),
+    ],
+)
+def test_log_probabilities_that_are_none_cost_no_answer(
+    choice: dict[str, Any], log_prob: tuple[float, ...] | None
+) -> None:
+    said = {"choices": [{"text": "ab", "token_ids": [1, 2], "finish_reason": "stop", **choice}]}
+    answer = Completion.model_validate_json(json.dumps(said)).answer()
+    assert answer.log_probs == log_prob
+    assert Answer.model_validate_json(answer.model_dump_json()) == answer  # as the journal keeps it
+
+
+def test_what_the_server_gave_up_half_way_is_no_answer() -> None:
+    said = {"choices": [{"text": "def half(", "finish_reason": "abort"}]}
+    with pytest.raises(ValueError, match="given up"):
+        Completion.model_validate(said).answer()
 
 
 def test_a_wait_that_is_too_long_ends_the_session_at_once(server: UnrulyServer, tmp_path: Path) -> None:

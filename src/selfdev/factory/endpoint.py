@@ -10,6 +10,7 @@ they are not, nothing can be learned, and the run is a search.
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from selfdev.factory.training import Tick
 from selfdev.factory.transcript import END_STRINGS, to_sample
 from selfdev.settings import ENDPOINT_MODEL, LIMITS
 from selfdev.streams import stream_seed
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -142,7 +145,7 @@ class EndpointFactory:
         if missing:
             known = len(questions) - len(missing)
             answers |= _in_a_loop(
-                self._ask(missing, layers, lambda done, note: tick(known + done, len(questions), note))
+                self._ask(missing, known, layers, lambda done, note: tick(known + done, len(questions), note))
             )
         tokenizer = None if self.learner is None else self.learner.tokenizer
         stop = None if self.chat else STOP[self.config.prompt.form]
@@ -202,11 +205,22 @@ class EndpointFactory:
         return await patiently(self.settings, lambda: server.complete(self.chat, body))
 
     async def _ask(
-        self, questions: list[_Question], layers: list[Path], tick: Callable[[int, str], None]
+        self,
+        questions: list[_Question],
+        known: int,
+        layers: list[Path],
+        tick: Callable[[int, str], None],
     ) -> dict[str, Answer]:
-        """Ask for programs, some at once. After a failure those in flight come home, and no more are sent."""
+        """Ask for programs, some at once. After a failure those in flight come home, and no more are sent.
+
+        What the server refuses while it answers as many others (its prompt is too long, or not to its taste) is asked
+        once more behind them, and then counts as answered by nothing: a resumed run would meet the same refusal for
+        ever. `known` is how many of the same call were answered before.
+        """
+        known = known or self.journal.has_answers
         answers: dict[str, Answer] = {}
         failures: list[SelfdevError] = []
+        refused: list[tuple[_Question, NoAnswer]] = []
         waiting = iter(questions)
         budget = Budget(self.settings, self.journal)
         lengths: dict[str, int] = {}
@@ -242,7 +256,11 @@ class EndpointFactory:
                 try:
                     await patiently(self.settings, partial(send, question), again)
                 except SelfdevError as error:
-                    failures.append(error)
+                    if isinstance(error, NoAnswer) and error.refuses and len(refused) < known + len(answers):
+                        told(f"refused: {error}")
+                        refused.append((question, error))
+                    else:
+                        failures.append(error)
 
         told(budget.note())
         async with Server(self.settings) as server:
@@ -251,8 +269,16 @@ class EndpointFactory:
                     load = partial(self.adapters.load, server, layers, [self._layers([])])
                     await patiently(self.settings, load, again)
                 await asyncio.gather(*(work() for _ in range(self.settings.concurrency)))
+                if refused and not failures:
+                    waiting, refused = iter([question for question, _ in refused]), []
+                    await asyncio.gather(*(work() for _ in range(self.settings.concurrency)))
             except SelfdevError as error:
                 failures.append(error)
+        if not failures:
+            for question, why in refused:
+                log.warning("a program counts as empty that the server refuses to write: %s", why)
+                answers[question.key] = Answer(text="", finished=False, tokens_in=0, tokens_out=0)
+                self.journal.settle(self.journal.ask(question.key, Usage(0, 0)), answers[question.key])
         if failures:
             raise Halted(str(failures[0])) from failures[0]
         return answers

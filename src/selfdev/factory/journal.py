@@ -127,6 +127,11 @@ class Journal:
                 found[question] = Answer.model_validate_json(row[0])
         return found
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether the run has had any answer."""
+        return self._db.execute("SELECT 1 FROM request WHERE answer IS NOT NULL").fetchone() is not None
+
     def spent(self) -> Usage:
         """What the run has cost so far, requests without an answer at their most."""
         row = self._db.execute(

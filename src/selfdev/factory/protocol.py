@@ -11,6 +11,9 @@ from pydantic import BaseModel, NonNegativeInt
 
 from selfdev.factory.journal import Answer
 
+_GIVEN_UP = ("abort", "error")
+"""Why an answer ends that the server did not bring to its end: what vLLM and SGLang say."""
+
 
 def retry_after(value: str | None) -> float | None:
     """Seconds that the header asks for, which may also be a date; None if it is absent or unreadable."""
@@ -54,7 +57,7 @@ class _Message(BaseModel):
 
 
 class _TokenLogProb(BaseModel):
-    logprob: float
+    logprob: float | None
 
 
 class _LogProbs(BaseModel):
@@ -64,9 +67,9 @@ class _LogProbs(BaseModel):
     content: list[_TokenLogProb] | None = None
 
     def of(self, tokens: Sequence[int] | None) -> tuple[float, ...] | None:
-        """One for every token; None unless there are just so many."""
+        """One for every token; None unless there are just so many, all finite."""
         found = self.token_logprobs if self.content is None else [each.logprob for each in self.content]
-        known = [each for each in found or () if each is not None]
+        known = [each for each in found or () if each is not None and math.isfinite(each)]
         return tuple(known) if tokens is not None and len(known) == len(tokens) else None
 
 
@@ -93,10 +96,12 @@ class Completion(BaseModel):
         """The first choice.
 
         Raises:
-            ValueError: there is none, or it holds neither text nor message.
+            ValueError: there is none, or it holds neither text nor message, or the server gave it up half-way.
         """
         if not self.choices or (self.choices[0].text is None and self.choices[0].message is None):
             raise ValueError("no choice")
+        if self.choices[0].finish_reason in _GIVEN_UP:
+            raise ValueError("given up")
         choice, usage = self.choices[0], self.usage or _Counted()
         text = choice.text if choice.message is None else choice.message.content
         return Answer(

@@ -48,6 +48,11 @@ class NoAnswer(SelfdevError):
         self.billed = billed
         self.status = status
 
+    @property
+    def refuses(self) -> bool:
+        """Whether it is this one request that the server does not take, by what it says."""
+        return self.status in (400, 413, 422)
+
 
 class Server:
     """A connection to the server, to be entered in one event loop.
