@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tenacity import Retrying, stop_after_delay, wait_fixed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -726,6 +726,33 @@ def test_a_run_that_trains_all_weights_resumes(tiny_writer: Path, tmp_path: Path
         written = factory.write(twenty(factory), 1, temperature, adapters, lambda *_: None)
         texts[len(adapters)] = [sample.tokens for sample in written]
     assert [c.tokens for c in resumed.archive.candidates("learning", 1)] == texts[1] != texts[0]
+
+
+def test_a_model_that_asks_for_no_sampling_in_earnest_is_saved(tiny_writer: Path, tmp_path: Path) -> None:
+    """A generation config that transformers itself does not save; of it the ends are kept."""
+    model = load_model(tiny_writer)
+    model.generation_config.temperature, model.generation_config.eos_token_id = 0.6, [0, 7]
+    save_learned(model, tmp_path / "whole")
+    assert load_model(tmp_path / "whole").generation_config.eos_token_id == [0, 7]
+
+
+@pytest.mark.parametrize(("breaks", "said"), [("exchanged", "by its hash"), ("removed", "is not there")])
+def test_a_run_does_not_go_on_with_what_it_has_not_learned(
+    breaks: str, said: str, tiny_writer: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(
+            writer_config(tiny_writer).model_copy(update={"controls": ()}), folder, watch=Stopping("write", 1)
+        )
+    [learned] = (folder / "adapters").iterdir()
+    if breaks == "removed":
+        shutil.rmtree(learned)
+    else:
+        file = learned / "adapter_model.safetensors"
+        save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=f"{learned.name}.*{said}"):
+        resume(folder)
 
 
 class Stopped(Exception):

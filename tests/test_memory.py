@@ -1,10 +1,12 @@
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from selfdev.errors import SelfdevError, UserError
+from selfdev.factory import memory
 from selfdev.factory.imitation import Lesson
 from selfdev.factory.memory import (
     SHARE,
@@ -190,6 +192,25 @@ def test_what_is_available_is_bounded_by_the_machine() -> None:
     with open("/proc/meminfo") as lines:
         total = int(lines.readline().split()[1]) * 1024
     assert 0 < free < total
+
+
+def test_what_a_control_group_leaves_counts_what_files_give_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that has read its weights through the system's cache."""
+    own = tmp_path / "groups" / "slice" / "box"
+    own.mkdir(parents=True)
+    (tmp_path / "group").write_text("0::/slice/box\n")
+    monkeypatch.setattr(memory, "_OWN_GROUP", tmp_path / "group")
+    monkeypatch.setattr(memory, "_CONTROL_GROUPS", tmp_path / "groups")
+    (own / "memory.max").write_text("10000000\n")
+    (own / "memory.current").write_text("9000000\n")
+    assert available(torch.device("cpu")) == 1_000_000
+    (own / "memory.stat").write_text("anon 1000000\ninactive_file 7000000\nactive_file 500000\n")
+    assert available(torch.device("cpu")) == 8_000_000
+    (own.parent / "memory.max").write_text("max\n")
+    (own.parent / "memory.current").write_text("9500000\n")
+    assert available(torch.device("cpu")) == 8_000_000
 
 
 def test_what_is_available_on_a_gpu_is_what_it_and_torchs_cache_have(monkeypatch: pytest.MonkeyPatch) -> None:

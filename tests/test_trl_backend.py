@@ -59,6 +59,18 @@ def test_the_same_losses_and_the_same_adapter_as_ours(loss: str) -> None:
     assert_like_ours(settings, flip_rate=0.1)
 
 
+def test_a_tokenizer_needs_no_padding_and_is_left_alone() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    settings = RefinementSettings(learning_rate=1e-3, pairs_a_step=2)
+    model = adapted()
+    refine_with_trl(model, None, tokenizer, STEPS, settings)
+    expected, _ = with_trl(settings)
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight)
+    assert tokenizer.pad_token is None
+
+
 def test_the_same_with_a_supervised_share_and_another_reference() -> None:
     settings = RefinementSettings(beta=0.3, learning_rate=1e-3, epochs=2, pairs_a_step=2, supervised=0.5)
     assert_like_ours(settings, reference=tiny_model(seed=1))

@@ -5,6 +5,7 @@ Every step asks the archive first whether it is done, as in the cycle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from selfdev.algorithms.examples import examples
@@ -13,9 +14,11 @@ from selfdev.algorithms.source import rewrite
 from selfdev.archive import Archive, Candidate, Pair, Refinement
 from selfdev.candidates import candidate_name, history_of, screened
 from selfdev.config import Config
+from selfdev.errors import UserError
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import COMBINED, FEEDBACK, LEARNING, ranked_new, repairs_of, scores_on_first
 from selfdev.factory.prompt import Prompt, base_of, showing
+from selfdev.models.folder import weights_hash
 from selfdev.preferences import asked, prefer, within_cap
 from selfdev.roles import Factory, Screener
 from selfdev.streams import stream_seed
@@ -142,7 +145,31 @@ class Learning:
         self.archive.add_written(replace(written, arm=repairs_of(self.arm), seconds=tick.seconds), repaired)
 
     def adapters(self, before: int | None = None) -> list[Path]:
-        """The factory's adapters (in iteration `before`, by default now), in the order they are merged in."""
+        """The factory's adapters (in iteration `before`, by default now), in the order they are merged in.
+
+        Raises:
+            UserError: one is not what was saved.
+        """
         rounds = [r for r in self.archive.refinements(self.arm) if before is None or r.iteration < before]
-        folders = [self.folder / r.adapter for r in rounds if r.adapter is not None]
-        return folders[-1:] if self.config.refinement.refit == "fresh" else folders
+        rounds = [r for r in rounds if r.adapter is not None]
+        if self.config.refinement.refit == "fresh":
+            rounds = rounds[-1:]
+        folders = [self.folder / str(r.adapter) for r in rounds]
+        for folder, round_ in zip(folders, rounds, strict=True):
+            if (saved := round_.facts.get("adapter")) is not None:
+                files = sorted(folder.glob("*.safetensors"))
+                _check_saved(folder, saved, tuple((f.name, f.stat().st_mtime_ns) for f in files))
+        return folders
+
+
+@cache
+def _check_saved(folder: Path, saved: str, files: tuple[tuple[str, int], ...]) -> None:
+    """Once, as long as the files stay as they are: what is merged must be what was learned."""
+    if not files:
+        raise UserError(
+            f"'{folder}', which the run has learned, is not there; put it back, or begin the run anew"
+        )
+    if weights_hash(folder) != saved:
+        raise UserError(
+            f"'{folder}' is not what the run has learned, by its hash; put that back, or begin the run anew"
+        )

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from selfdev.disk import flush
 from selfdev.errors import SelfdevError
 from selfdev.factory.optimiser import Moments
 from selfdev.factory.packing import Model
@@ -42,12 +43,18 @@ def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> 
         SelfdevError: it cannot be written.
     """
     aside = _aside(folder)
+    if isinstance(model, PreTrainedModel) and (asked := model.generation_config) is not None:
+        # How its makers would sample is not ours, and may be what transformers does not save.
+        ends = {name: getattr(asked, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ends)
     try:
         with quiet():
             model.save_pretrained(aside)
         if moments is not None:
             (aside / _MOMENTS).parent.mkdir()
             save_file(dict(moments), aside / _MOMENTS)
+        for written in (*aside.rglob("*"), aside):  # before the archive names it: a power cut must not cut it
+            flush(written)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise SelfdevError(f"{folder} could not be written: {error}; is the disk full?") from error
@@ -58,6 +65,7 @@ def move_learned(made: Path, folder: Path) -> None:
     """Give what was saved on the same disk its place."""
     shutil.rmtree(folder, ignore_errors=True)
     made.rename(folder)
+    flush(folder.parent)
 
 
 @contextmanager

@@ -147,7 +147,8 @@ class LocalFactory:
                 model, lessons, RefinementSettings(), self._free(self.device), "factory.warm_start"
             ),
         )
-        save_learned(model, folder)
+        if not folder.is_dir():  # another run's may have come meanwhile, and be in use
+            save_learned(model, folder)
 
     def prompts(self, iteration: int) -> list[Prompt]:
         """The prompts of one iteration: one and always the same, or dealt out anew."""

@@ -5,6 +5,7 @@ adapter that it trains is saved as ours is. What differs is the batching: each p
 own. The device is the one that transformers' Trainer finds; several take a process each (`trl_processes.py`).
 """
 
+import copy
 import math
 import random
 import tempfile
@@ -19,6 +20,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from selfdev.factory.memory import is_checkpointed
 from selfdev.factory.optimiser import Moments, kept_moments, optimiser
@@ -145,7 +147,10 @@ def refine_with_trl(
                 disable_tqdm=True,
             ),
             train_dataset=Dataset.from_dict(rows),
-            processing_class=tokenizer,
+            data_collator=DataCollatorForPreference(
+                pad_token_id=0
+            ),  # masked, and not every tokenizer has one
+            processing_class=copy.deepcopy(tokenizer),  # TRL sets its padding
             callbacks=[diary],
             optimizers=(optimizer, schedule),
         )

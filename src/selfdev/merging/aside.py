@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from selfdev.disk import flush
 from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.job import existing_folder
 from selfdev.merging.writer import write_failure
@@ -99,8 +100,8 @@ def _put_in_place(aside: Path, out: Path) -> None:
     try:
         # All is on the disk before the name is, or a power failure could leave a folder that looks whole.
         for file in aside.rglob("*"):
-            _flush(file)
-        _flush(aside)
+            flush(file)
+        flush(aside)
         aside.rename(out)  # over an empty folder too
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -109,16 +110,7 @@ def _put_in_place(aside: Path, out: Path) -> None:
             ) from error
         raise SelfdevError(write_failure(error, aside)) from error
     try:
-        _flush(out.parent)
+        flush(out.parent)
     except OSError as error:
         shutil.rmtree(out, ignore_errors=True)
         raise SelfdevError(write_failure(error, aside)) from error
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold a folder's entries or a file's bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
