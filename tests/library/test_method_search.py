@@ -139,6 +139,11 @@ def test_one_density_for_each_expert():
         ("linear", {"weights": [1.0, -1.0]}, "which is 0"),
         ("arcee_fusion", {"spread": -1.0}, "not negative"),
         ("doge_ta", {"step": 0.0}, "above 0"),
+        ("consensus_ta", {"agreement": 0}, "agreement 0 at least 1"),
+        ("consensus_ta", {"strictness": -0.1}, "strictness -0.1 must be at least 0"),
+        ("svc", {"floor": 0.0}, "above 0"),
+        ("wudi", {"cutoff": 1.0}, r"\[0, 1\)"),
+        ("ram", {"threshold": -1e-5}, "at least 0"),
     ],
 )
 def test_a_value_that_is_not_taken_is_named(name, parameters, says):
@@ -167,3 +172,19 @@ def test_no_experts_is_an_error():
 def test_the_registry_cannot_be_changed_from_outside():
     methods().clear()
     assert methods() == METHODS
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("nuslerp", {"flatten": False}),
+        ("nuslerp", {"flatten": False, "row_wise": True}),
+        ("model_stock", {"filter_wise": True}),
+    ],
+)
+def test_a_number_is_merged_as_a_vector_of_one_entry_is(name, parameters):
+    numbers = torch.tensor([2.0, 3.0])
+    merged = method(name).merge(numbers, torch.tensor(1.0), **parameters)
+    assert merged.shape == ()
+    whole = method(name).merge(numbers[:, None], torch.ones(1), **parameters)
+    torch.testing.assert_close(merged, whole[0])

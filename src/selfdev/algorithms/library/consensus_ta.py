@@ -4,6 +4,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.errors import UserError
 
 
 def consensus_ta(
@@ -24,6 +25,8 @@ def consensus_ta(
     Returns:
         The merged task vector, shape (*parameter).
     """
+    if not (strictness >= 0.0 and agreement >= 1):
+        raise UserError(f"strictness {strictness} must be at least 0 and agreement {agreement} at least 1")
 
     def merged(block: Tensor) -> Tensor:
         total = block.sum(dim=0)

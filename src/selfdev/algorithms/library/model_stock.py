@@ -37,6 +37,7 @@ def model_stock(
     mean = task_vectors.mean(dim=0)
     if experts == 1:
         return mean.mul_(scale)
+    filter_wise = filter_wise and mean.dim() > 0  # a number has no rows
     products = gram_by_row(task_vectors) if filter_wise else gram(task_vectors)
     norms = products.diagonal().movedim(-1, 0).sqrt()
     least = _SINGULAR if reading == MERGEKIT else torch.finfo(torch.float64).tiny

@@ -23,7 +23,7 @@ def nuslerp(
 
     Args:
         task_vectors: shape (2, *parameter), float32.
-        t: how far to go from the first expert (0) to the second (1), in [0, 1].
+        t: how far to go from the first expert (0) to the second (1); any number, beyond them too, as in mergekit.
         scale: factor on the merged task vector; any number.
         flatten: whether a task vector is one direction; else it is many, along its last dimension: mergekit's
             `nuslerp_flatten`.
@@ -36,7 +36,7 @@ def nuslerp(
     """
     check_two(task_vectors)
     orthogonal = reading == MERGEKIT
-    if flatten:
+    if flatten or task_vectors.dim() == 1:  # a number has no rows
         factors = slerp(gram(task_vectors), t, zero_is_orthogonal=orthogonal)
         return combination(scale * factors, task_vectors)
     directions = task_vectors.transpose(1, -1) if row_wise else task_vectors

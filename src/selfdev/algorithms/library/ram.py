@@ -5,6 +5,7 @@ from torch.nn.functional import hardshrink
 
 from selfdev.algorithms.library.blocks import entrywise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.errors import UserError
 
 
 def ram(task_vectors: Tensor, *, threshold: float = 1e-5, scale: float = 1.0) -> Tensor:
@@ -21,6 +22,8 @@ def ram(task_vectors: Tensor, *, threshold: float = 1e-5, scale: float = 1.0) ->
     Returns:
         The merged task vector, shape (*parameter).
     """
+    if not threshold >= 0.0:
+        raise UserError(f"threshold {threshold}: it is a magnitude; give a number of at least 0")
 
     def merged(block: Tensor) -> Tensor:
         changed = hardshrink(block, threshold)

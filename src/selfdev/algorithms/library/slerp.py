@@ -21,7 +21,7 @@ def slerp(task_vectors: Tensor, seed_tensor: Tensor, *, t: float = 0.5, reading:
     Args:
         task_vectors: shape (2, *parameter), float32.
         seed_tensor: the seed's tensor, shape (*parameter), float32.
-        t: how far to go from the first expert (0) to the second (1), in [0, 1].
+        t: how far to go from the first expert (0) to the second (1); any number, beyond them too, as in mergekit.
         reading: `paper` or `mergekit`.
 
     Returns:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 from selfdev.algorithms.library.spectrum import components
+from selfdev.errors import UserError
 
 # The share of the sum's response below which an expert has none of its own in a direction.
 _ABSENT = 1e-5
@@ -27,6 +28,8 @@ def svc(task_vectors: Tensor, *, floor: float = 1.0, scale: float = 1.0) -> Tens
     Returns:
         The merged task vector, shape (*parameter).
     """
+    if not floor > 0.0:
+        raise UserError(f"floor {floor}: it is the least that a coefficient counts; give a number above 0")
     if task_vectors.dim() != 3:
         return scale * task_vectors.mean(dim=0)
     left, values, right = components(task_vectors.sum(dim=0))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.blocks import in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
+from selfdev.errors import UserError
 
 # Entries that are merged at a time, in whole rows.
 _BLOCK = 1 << 18
@@ -27,6 +28,8 @@ def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> T
     Returns:
         The merged task vector, shape (*parameter).
     """
+    if not 0.0 <= cutoff < 1.0:
+        raise UserError(f"cutoff {cutoff}: it is a share of the largest eigenvalue; give a number in [0, 1)")
     total = task_vectors.sum(dim=0)
     if task_vectors.dim() != 3:
         return total.mul_(scale)
