@@ -37,6 +37,7 @@ from selfdev.merging import writer
 from selfdev.merging.checkpoint import merge_checkpoints
 from selfdev.merging.recipe import Recipe
 from selfdev.merging.task_vectors import merge_by_method, read_task_vectors
+from selfdev.models.adapter import adapter_base
 from selfdev.sandbox import Sandbox
 from selfdev.zoo import zoo_models
 from test_models import tiny_llama, write_gguf
@@ -554,6 +555,44 @@ def test_an_adapter_on_another_base_than_the_seed(tmp_path: Path) -> None:
         selfdev.merge("linear", seed, {"x": f"{base}+{base}"}, out=tmp_path / "other")
 
 
+def test_an_adapters_base_is_that_of_its_revision(tmp_path: Path) -> None:
+    lora(nano_seed(), tmp_path / "adapter", r=2, target_modules=["up_proj"])
+    config = tmp_path / "adapter" / "adapter_config.json"
+    for name, revision, base in (
+        ("org/base", "v1.0", "org/base@v1.0"),
+        ("org/base", "main", "org/base"),
+        ("org/base", None, "org/base"),
+        (str(tmp_path), "v1.0", str(tmp_path)),
+    ):
+        said = {"base_model_name_or_path": name, "revision": revision}
+        config.write_text(json.dumps(json.loads(config.read_text()) | said))
+        assert adapter_base(tmp_path / "adapter") == base
+
+
+def test_a_trusted_file_cannot_change_the_seed(tmp_path: Path) -> None:
+    seed = nano_seed()
+    (tmp_path / "mine.py").write_text(
+        "def merge_models(model_dict, device, context):\n    context.seed.mul_(0)\n    return context.seed\n"
+    )
+    expert = relative(seed, tmp_path / "one", 1)
+    out = merged(seed, tmp_path / "out", str(tmp_path / "mine.py"), x=expert, trust=True, targets="all")
+    for name, tensor in read(seed).items():
+        torch.testing.assert_close(out[name], tensor, rtol=0, atol=0)
+
+
+def test_the_code_of_a_tokenizer_comes_along(tmp_path: Path) -> None:
+    seed = Path(shutil.copytree(nano_seed(), tmp_path / "seed"))
+    (seed / "tokenization_mine.py").write_text("# a class\n")
+    expert = relative(seed, tmp_path / "one", 1)
+    merged(seed, tmp_path / "without", x=expert)
+    assert not (tmp_path / "without" / "tokenization_mine.py").exists()
+    config = seed / "tokenizer_config.json"
+    known = json.loads(config.read_text()) if config.is_file() else {}
+    config.write_text(json.dumps(known | {"auto_map": {"AutoTokenizer": ["tokenization_mine.Mine", None]}}))
+    merged(seed, tmp_path / "with", x=expert)
+    assert (tmp_path / "with" / "tokenization_mine.py").read_text() == "# a class\n"
+
+
 def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
     seed = nano_seed()
     adapter = tmp_path / "adapter"
@@ -567,6 +606,15 @@ def test_adapters_that_are_no_plain_lora_are_refused(tmp_path: Path) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
     with pytest.raises(UserError, match="init_lora_weights pissa_niter_4, for which peft changes the base"):
         merged(seed, tmp_path / "out", x=adapter)
+    for field, value in (
+        ("init_lora_weights", "lora_ga"),
+        ("alora_invocation_tokens", [1, 2]),
+        ("use_qalora", True),
+        ("arrow_config", {"top_k": 3}),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(UserError, match=field):
+            merged(seed, tmp_path / "out", x=adapter)
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     with pytest.raises(UserError, match="is of kind LOHA"):
         merged(seed, tmp_path / "out", x=adapter)

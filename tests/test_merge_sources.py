@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,6 +48,26 @@ def to_sharded_pickle(folder: Path) -> Path:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     return folder
+
+
+def test_of_an_index_every_tensor_is_there_and_taken_from_its_file(tmp_path: Path) -> None:
+    seed = nano_seed()
+    tensors = load_file(seed / "model.safetensors")
+    expert = Path(shutil.copytree(seed, tmp_path / "one"))
+    (expert / "model.safetensors").unlink()
+    name, *others = sorted(tensors)
+    right, wrong = tensors[name] + 1, torch.full_like(tensors[name], 7.0)
+    save_file({name: right, **{other: tensors[other] for other in others[::2]}}, expert / "a.safetensors")
+    save_file({name: wrong, **{other: tensors[other] for other in others[1::2]}}, expert / "b.safetensors")
+    index = expert / "model.safetensors.index.json"
+    weight_map = {name: "a.safetensors"}
+    weight_map |= {other: f"{'ab'[i % 2]}.safetensors" for i, other in enumerate(others)}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    out = merged(seed, tmp_path / "out", one=expert, targets="all", scale=1.0)
+    torch.testing.assert_close(out[name], right)
+    index.write_text(json.dumps({"weight_map": {**weight_map, "model.extra.weight": "b.safetensors"}}))
+    with pytest.raises(UserError, match=r"names 'model\.extra\.weight', which is in none of its files"):
+        merged(seed, tmp_path / "other", one=expert, targets="all")
 
 
 def test_pickled_shards_merge_as_safetensors_do(tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ CONFIGS = {
             parameters: {weight: 0.3}
         merge_method: linear
         """,
+    "slices beside a base model, which is no source of theirs": """
+        slices:
+          - sources:
+              - {model: ONE, layer_range: [0, 3]}
+              - {model: TWO, layer_range: [0, 3], parameters: {weight: 0.2}}
+        merge_method: linear
+        base_model: SEED
+        parameters: {weight: 1.0}
+        """,
     "nuslerp": """
         merge_method: nuslerp
         base_model: SEED

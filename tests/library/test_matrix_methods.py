@@ -73,6 +73,17 @@ def test_iso_cts_with_all_in_common_is_iso_c():
     check(method("iso_cts").merge(experts, common_share=1.0), method("iso_c").merge(experts))
 
 
+def test_iso_cts_takes_no_rounding_for_a_direction():
+    """Experts of rank 4, as LoRA makes them: outside of the sum's span nothing of theirs is left."""
+    generator = torch.Generator().manual_seed(3)
+    experts = 0.01 * torch.randn(3, 64, 4, generator=generator) @ torch.randn(3, 4, 64, generator=generator)
+    merged = method("iso_cts").merge(experts)
+    nudged = method("iso_cts").merge(experts * (1 + 1e-7 * torch.randn(3, 64, 64, generator=generator)))
+    assert (merged - nudged).norm() < 1e-4 * merged.norm()
+    span = torch.linalg.svd(torch.cat(list(experts), dim=1), full_matrices=False).U[:, :12]
+    assert (merged - span @ (span.T @ merged)).norm() < 1e-4 * merged.norm()
+
+
 def test_iso_cts_refuses_an_impossible_share():
     with pytest.raises(UserError, match="common_share"):
         method("iso_cts").merge(diagonals([1, 1]), common_share=1.5)

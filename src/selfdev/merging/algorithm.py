@@ -9,7 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -249,7 +249,8 @@ class TrustedFile:
         function = self._function()
         arguments: list[Any] = [inputs.model_dict, "cpu"]
         if takes_context(function):
-            arguments.append(inputs.context)
+            # Its own seed: what it did to ours, the model would get.
+            arguments.append(replace(inputs.context, seed=inputs.context.seed.clone()))
         shape = inputs.context.seed.shape
         where = f"'{self.path}' on tensor '{inputs.context.name}' of shape {tuple(shape)}"
         state = random.getstate()
@@ -268,7 +269,7 @@ class TrustedFile:
             raise SelfdevError(
                 f"{where} returns {returned}; the merged task vector has the parameter's shape"
             )
-        return value.detach().to("cpu", torch.float32)
+        return value.detach().to("cpu", torch.float32).contiguous()
 
     def _function(self) -> Callable[..., Any]:
         """The file's `merge_models`, imported once."""

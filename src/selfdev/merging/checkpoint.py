@@ -52,6 +52,7 @@ _BESIDE = (
     "NOTICE*",
     "USE_POLICY*",
 )
+_CODE = ("*.py",)
 _TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -235,12 +236,12 @@ def _told(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 
 def _beside(job: Job) -> dict[Path, Path]:
     """What is copied: the files beside the seed's weights, and the tokenizer's, by their place in the folder."""
-    patterns = (*_BESIDE, *(["*.py"] if "auto_map" in job.seed.config else []))
+    patterns = (*_BESIDE, *(_CODE if "auto_map" in job.seed.config else _code_of_tokenizer(job.seed.folder)))
     beside = _files(job.seed.folder, patterns)
     if job.tokenizer != job.seed.folder:
         theirs = _files(job.seed.folder, _TOKENIZER)
         beside = {name: path for name, path in beside.items() if name not in theirs}
-        beside |= _files(job.tokenizer, _TOKENIZER)
+        beside |= _files(job.tokenizer, (*_TOKENIZER, *_code_of_tokenizer(job.tokenizer)))
     return {
         name: path
         for name, path in sorted(beside.items())
@@ -281,6 +282,15 @@ def _write_beside(job: Job, folder: Path, beside: Mapping[Path, Path], card: str
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise SelfdevError(write_failure(error, folder)) from error
+
+
+def _code_of_tokenizer(folder: Path) -> tuple[str, ...]:
+    """What is copied too where a tokenizer is of a class of its own."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+    except (OSError, ValueError):
+        return ()
+    return _CODE if isinstance(config, dict) and "auto_map" in config else ()
 
 
 def _files(folder: Path, patterns: Iterable[str]) -> dict[Path, Path]:

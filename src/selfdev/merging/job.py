@@ -11,7 +11,7 @@ from selfdev.errors import UserError
 from selfdev.merging.compatibility import FLOATING, check_architecture, check_quantised, check_tensors
 from selfdev.merging.reader import AdaptedCheckpoint, Checkpoint
 from selfdev.merging.recipe import Recipe
-from selfdev.merging.targets import count_layers, select_targets
+from selfdev.merging.targets import select_targets
 from selfdev.merging.vocabulary import check_same_tokens, settle
 from selfdev.merging.writer import Planned
 from selfdev.models.sources import resolve, resolve_expert
@@ -55,7 +55,7 @@ class Job:
     @property
     def layers(self) -> int:
         """How many layers the model has."""
-        return int(self.seed.config.get("num_hidden_layers") or count_layers(self.order))
+        return self.seed.layers(self.order)
 
     @property
     def counts(self) -> tuple[int, int]:

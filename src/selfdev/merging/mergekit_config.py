@@ -260,8 +260,10 @@ def _roles(
             f"{config.file}: {method} merges {translation.others} model(s) beside the base model, and {len(others)} "
             "are named; choose the models anew"
         )
+    sliced = "slices" in config
     if translation.base == "input":
-        return base or models[0], [*models, *([base] if base and base not in models else [])]
+        # To the sources of slices mergekit adds no base model.
+        return base or models[0], [*models, *([base] if base and base not in models and not sliced else [])]
     if base is None:
         raise UserError(
             f"{config.file} names no base_model, and {method} is merged from one here; add base_model, the model that "

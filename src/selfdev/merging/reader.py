@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfdev.errors import UserError
 from selfdev.merging.compatibility import check_quantised
-from selfdev.merging.targets import of_vocabulary
+from selfdev.merging.targets import count_layers, of_vocabulary
 from selfdev.models.adapter import Adapter
 from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
@@ -52,12 +52,20 @@ class Checkpoint:
         self.types: dict[str, str] = {}
         self._files: dict[str, WeightFile] = {}
         self._stored_as: dict[str, str] = {}
-        for path in self._weight_files(pickled):
+        index: dict[str, str] = {}
+        for path in self._weight_files(pickled, index):
             file = self._opened(path)
             for name, entry in file.entries.items():
+                if index.get(name, path.name) != path.name:
+                    continue  # a copy that nobody reads
                 self.shapes[name] = entry.shape
                 self.types[name] = entry.dtype
                 self._files[name] = file
+        if missing := sorted(index.keys() - self.shapes.keys()):
+            raise UserError(
+                f"{self.owner}: the index in '{folder}' names '{missing[0]}', which is in none of its files "
+                f"({len(missing)} missing in all); fetch it anew"
+            )
 
     @property
     def files(self) -> list[Path]:
@@ -147,14 +155,20 @@ class Checkpoint:
         self._files[name] = self._files[stored_as]
         self._stored_as[name] = stored_as
 
-    def _weight_files(self, pickled: bool) -> list[Path]:
+    def layers(self, names: Iterable[str]) -> int:
+        """How many layers the model has, by its config, or by the names of its tensors."""
+        return int(self.config.get("num_hidden_layers") or count_layers(names))
+
+    def _weight_files(self, pickled: bool, index_: dict[str, str]) -> list[Path]:
+        """The files; where an index names them, `index_` gets the one of each tensor."""
         files = [self.folder / _KINDS[0][1]]
         for index, single in _KINDS[: 2 if pickled else 1]:
             if (self.folder / index).is_file():
                 weight_map = self._json(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
-                files = sorted({self.folder / Path(str(file)).name for file in weight_map.values()})
+                index_ |= {str(name): Path(str(file)).name for name, file in weight_map.items()}
+                files = sorted({self.folder / file for file in index_.values()})
                 break
             if (self.folder / single).is_file():
                 files = [self.folder / single]

@@ -13,7 +13,7 @@ from selfdev.algorithms.library import Method
 from selfdev.errors import UserError
 from selfdev.merging.compatibility import check_architecture, check_tensors
 from selfdev.merging.reader import Checkpoint
-from selfdev.merging.targets import count_layers, layer_of, select_targets
+from selfdev.merging.targets import layer_of, select_targets
 from selfdev.sandbox import Context
 
 __all__ = ["TaskVectors", "merge_by_method", "merge_tensor", "read_task_vectors", "select_targets"]
@@ -74,7 +74,7 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
     for name, relative in relatives.items():
         for parameter, tensor in relative.read(chosen).items():
             vectors[parameter][name] = tensor.sub_(base[parameter])
-    return TaskVectors(base, tuple(experts), vectors, count_layers(original.shapes))
+    return TaskVectors(base, tuple(experts), vectors, original.layers(original.shapes))
 
 
 def merge_by_method(method: Method, vectors: TaskVectors, parameters: Mapping[str, Any]) -> dict[str, Tensor]:

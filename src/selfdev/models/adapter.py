@@ -27,7 +27,18 @@ _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>
 _OTHER_KINDS = re.compile(
     r"\.lora_magnitude_vector|\.lora_[AB]\.bias$|\.lora_\w+|\.(ia3|vera|oft|boft|hada)_"
 )
-_CHANGING_THE_BASE = ("pissa", "olora", "loftq", "corda")
+_CHANGING_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+_OTHER_LORA = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+)
 _WAY_OUT = "merge it into its base with peft's merge_and_unload and give that model"
 
 
@@ -38,12 +49,15 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that an adapter was trained on, as its config names it; empty if it does not.
+    """The model that an adapter was trained on, as its config names it, with its revision; empty if it does not.
 
     Raises:
         UserError: the config is damaged, or of a kind of adapter that is not read.
     """
-    return str(_read_config(folder, f"adapter '{folder}'").get("base_model_name_or_path") or "")
+    config = _read_config(folder, f"adapter '{folder}'")
+    name, revision = (str(config.get(key) or "") for key in ("base_model_name_or_path", "revision"))
+    # Of a folder there is but what lies in it.
+    return f"{name}@{revision}" if revision not in ("", "main") and not Path(name).is_dir() else name
 
 
 @dataclass(frozen=True)
@@ -218,7 +232,7 @@ def _read_config(folder: Path, owner: str) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise UserError(f"{owner}: '{file}' is of kind {kind}, and LORA is what is read; {_WAY_OUT}")
-    for field in ("use_dora", "target_parameters", "layer_replication", "trainable_token_indices"):
+    for field in _OTHER_LORA:
         if config.get(field):
             raise UserError(f"{owner}: '{file}' says {field}, which is no plain LoRA; {_WAY_OUT}")
     start = str(config.get("init_lora_weights") or "").lower()

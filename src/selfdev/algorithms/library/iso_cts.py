@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components, orthogonal
+from selfdev.algorithms.library.spectrum import components, largest_value, orthogonal
 from selfdev.errors import UserError
 
 
@@ -13,7 +13,8 @@ def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1
 
     The strongest `common_share` of the directions of the sum are kept. What each expert has outside their
     left span gives its own strongest directions, the rest shared out evenly. All are put side by side, made
-    orthonormal, and get the mean of their singular values. Tensors that are no matrices are averaged.
+    orthonormal, and get the mean of their singular values; those that a matrix of low rank lacks count as zero.
+    Tensors that are no matrices are averaged.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
@@ -33,14 +34,14 @@ def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1
     left, values, right = components(task_vectors.sum(dim=0), common)
     lefts, all_values, rights = [left], [values], [right]
     for matrix in task_vectors:
+        # Of a matrix of low rank, as LoRA makes them, nothing but rounding may lie outside.
         own_left, own_values, own_right = components(
-            torch.addmm(matrix, left, left.T @ matrix, alpha=-1.0), special
+            torch.addmm(matrix, left, left.T @ matrix, alpha=-1.0), special, beside=largest_value(matrix)
         )
         lefts.append(own_left)
         all_values.append(own_values)
         rights.append(own_right)
-    spectrum = torch.cat(all_values)
-    level = spectrum.sum() / max(1, len(spectrum))
+    level = torch.cat(all_values).sum() / max(1, common + special * len(task_vectors))
     return scale * level * orthogonal(torch.cat(lefts, dim=1)) @ orthogonal(torch.cat(rights, dim=1)).T
 
 

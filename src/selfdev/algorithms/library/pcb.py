@@ -7,7 +7,7 @@ from selfdev.algorithms.library.blocks import blockwise, in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
 from selfdev.algorithms.library.trimming import thresholds
 
-# Entries that compete at a time.
+# Entries that compete at a time, for few experts: each has as many values as there are experts, for every expert.
 _BLOCK = 1 << 15
 
 
@@ -28,7 +28,10 @@ def pcb(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Te
         The merged task vector, shape (*parameter).
     """
     flat = task_vectors.reshape(len(task_vectors), -1)
-    blocks = [(entries, flat[:, entries]) for entries in in_blocks(flat.shape[1], _BLOCK)]
+    blocks = [
+        (entries, flat[:, entries])
+        for entries in in_blocks(flat.shape[1], max(1 << 10, 4 * _BLOCK // max(4, len(flat))))
+    ]
     # Added up block by block: a list of small tensors would keep what lies between them from being used again.
     peaks = flat.new_zeros(len(flat), len(flat))
     for _, block in blocks:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.blocks import Stack
@@ -232,6 +233,8 @@ class Method:
         """
         experts = len(task_vectors)
         self.check(experts, parameters)
+        if task_vectors[0].numel() == 0:
+            return torch.zeros_like(task_vectors[0])
         name, value = self.needs_seed_with or ("", None)
         if not (self.needs_seed or (name in parameters and parameters[name] == value)):
             return self.function(task_vectors, **parameters)

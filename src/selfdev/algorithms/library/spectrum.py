@@ -8,22 +8,31 @@ from torch import Tensor
 _NOTHING = 1e-5
 
 
-def components(matrix: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def components(
+    matrix: Tensor, rank: int | None = None, *, beside: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the strongest singular components of a matrix, at most `rank`, without empty ones.
 
     Args:
         matrix: shape (rows, columns).
         rank: how many to keep; all if None.
+        beside: singular value of what the matrix was computed from, beside which its own may be rounding.
 
     Returns:
         Left vectors (rows, k), singular values (k,) in falling order, right vectors (columns, k); k can be 0.
     """
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = int((values > _NOTHING * values[0]).sum()) if len(values) else 0
+    kept = int((values > _NOTHING * max(values[0].item(), beside)).sum()) if len(values) else 0
     kept = kept if rank is None else min(kept, rank)
     if kept < len(values):  # what is left out does not stay in memory behind a view
         left, right = left[:, :kept].clone(), right[:kept].clone()
     return left, values[:kept], right.T
+
+
+def largest_value(matrix: Tensor) -> float:
+    """The largest singular value of a matrix, from the smaller of its products with itself."""
+    gram = matrix.T @ matrix if len(matrix) > matrix.shape[1] else matrix @ matrix.T
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt()) if len(gram) else 0.0
 
 
 def of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
