@@ -52,8 +52,8 @@ class Checkpoint:
         self.types: dict[str, str] = {}
         self._files: dict[str, WeightFile] = {}
         self._stored_as: dict[str, str] = {}
-        index: dict[str, str] = {}
-        for path in self._weight_files(pickled, index):
+        files, index = self._weight_files(pickled)
+        for path in files:
             file = self._opened(path)
             for name, entry in file.entries.items():
                 if index.get(name, path.name) != path.name:
@@ -159,16 +159,16 @@ class Checkpoint:
         """How many layers the model has, by its config, or by the names of its tensors."""
         return int(self.config.get("num_hidden_layers") or count_layers(names))
 
-    def _weight_files(self, pickled: bool, index_: dict[str, str]) -> list[Path]:
-        """The files; where an index names them, `index_` gets the one of each tensor."""
-        files = [self.folder / _KINDS[0][1]]
+    def _weight_files(self, pickled: bool) -> tuple[list[Path], dict[str, str]]:
+        """The files and, where an index names them, the name of each tensor's."""
+        files, places = [self.folder / _KINDS[0][1]], dict[str, str]()
         for index, single in _KINDS[: 2 if pickled else 1]:
             if (self.folder / index).is_file():
                 weight_map = self._json(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
-                index_ |= {str(name): Path(str(file)).name for name, file in weight_map.items()}
-                files = sorted({self.folder / file for file in index_.values()})
+                places = {str(name): Path(str(file)).name for name, file in weight_map.items()}
+                files = sorted({self.folder / file for file in places.values()})
                 break
             if (self.folder / single).is_file():
                 files = [self.folder / single]
@@ -179,7 +179,7 @@ class Checkpoint:
                     f"{self.owner}: '{self.folder}' has no file '{file.name}'; "
                     "merging reads safetensors as save_pretrained writes them"
                 )
-        return files
+        return files, places
 
     def _json(self, file: str) -> dict[str, Any]:
         try:
