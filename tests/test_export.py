@@ -36,6 +36,22 @@ def merge_models(model_dict, device, context):
     context.seed.mul_(math.sqrt(len(context.name)))  # no other may see it
     return share * sum(model_dict.values()) + 0.01 * context.seed
 """
+WAYWARD = '''import torch as register
+
+MERGED = LAYER = FACTOR = PROGRAM = merge_method = discovered = context_of = program_for = None
+PATTERN = r"""\\d"""
+
+
+def merge_models(model_dict, device, context):
+    """Draws, and has the exported module's names for its own."""
+    weights = register.rand(len(model_dict))
+    assert PATTERN == chr(92) + "d" and __name__ != "__main__"
+    return sum(w * v for w, v in zip(weights, model_dict.values())) + 0.001 * (context.layer + 2) / context.layers
+
+
+if __name__ == "__main__":
+    raise SystemExit("ran outside of the merge")
+'''
 ZOO = zoo_models("nano")
 
 
@@ -126,7 +142,8 @@ def test_a_python_file_takes_the_context_that_its_program_asks_for(tmp_path: Pat
 
 def by_mergekit(module: Path, out: Path, more: str = "") -> dict[str, torch.Tensor]:
     """What mergekit writes when it merges the zoo by an exported module."""
-    models = "\n".join(f"  - model: {folder}" for folder in ZOO["experts"].values())
+    order = load_config("quickstart").merge.experts
+    models = "\n".join(f"  - model: {ZOO['experts'][name]}" for name in order)
     recipe = f"merge_method: selfdev_learning_1_001\nbase_model: {ZOO['seed']}\ndtype: float32\nmodels:\n{models}\n{more}"
     module.with_suffix(".yml").write_text(recipe)
     command = [sys.executable, module, module.with_suffix(".yml"), out]
@@ -147,9 +164,10 @@ def test_mergekit_itself_merges_by_it(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, wanted.get(name, seed[name].float()), atol=1e-6, rtol=1e-5)
 
 
-def test_mergekit_tells_a_program_its_context(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [CONTEXT, WAYWARD])
+def test_mergekit_runs_a_program_as_the_jail_did(tmp_path: Path, source: str) -> None:
     pytest.importorskip("mergekit")
-    run, module = a_run(tmp_path / "run", CONTEXT, factor=0.5, targets="all"), tmp_path / "told.py"
+    run, module = a_run(tmp_path / "run", source, factor=0.5, targets="all"), tmp_path / "told.py"
     assert main(["export", str(run), NAME, "--to", "mergekit", "--out", str(module)]) == 0
     assert main(["export", str(run), NAME, "--to", "model", "--out", str(tmp_path / "model")]) == 0
     wanted = load_file(tmp_path / "model/model.safetensors")

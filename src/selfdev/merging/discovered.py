@@ -32,6 +32,11 @@ class Discovered:
     origin: Origin
     factor: float
 
+    @property
+    def stream(self) -> tuple[str | int, ...]:
+        """What the random seeds of its calls are for, in the run's seed; the tensor's name follows."""
+        return "merge", self.candidate.iteration, self.candidate.number
+
 
 def load_candidate(run: Path, name: str) -> Discovered:
     """Read a program that a run wrote.
@@ -74,14 +79,14 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
         UserError: as `load_candidate`, and for a parameter.
     """
     found = load_candidate(run, name)
-    candidate, config = found.candidate, found.config
+    config = found.config
     if parameters:
         raise UserError(
             f"candidate '{name}' takes no parameters, since its constants are part of it; leave -p out"
         )
 
     def seed_of(tensor: str) -> int:
-        return stream_seed(config.seed, "merge", candidate.iteration, candidate.number, tensor)
+        return stream_seed(config.seed, *found.stream, tensor)
 
     limits = Limits(wall_seconds=config.jail.wall_seconds, memory_bytes=config.jail.memory_mb * 1000**2)
 

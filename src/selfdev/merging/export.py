@@ -15,24 +15,36 @@ from selfdev.merging.targets import LAYER, pattern_of
 _WRITTEN = f"{ENTRY}_as_written"
 
 _MERGEKIT = '''
-
 MERGED = re.compile({pattern!r})
 LEAST_DIMENSIONS = {dimensions}
+FACTOR = {factor!r}
+PROGRAM = """\\
+{program}"""
 {context_of}
+
+def program_for(name: str) -> Callable[..., torch.Tensor]:
+    """The program, in a namespace of its own for each tensor, with the random numbers that it drew in its run."""
+    drawn = hashlib.sha256(f"{stream}/{{name}}".encode()).digest()
+    torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
+    namespace: dict[str, Any] = {{"__name__": "candidate"}}
+    exec(compile(PROGRAM, {candidate!r}, "exec"), namespace)
+    return namespace["{entry}"]
+
 
 @merge_method(
     name={name!r},
-    pretty_name={pretty!r},
+    pretty_name={title!r},
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2),
 )
 def discovered(group: TensorGroup{parameter}) -> torch.Tensor:
     """The base model, plus what the program makes of the others' differences from it; other tensors stay the base's."""
-    base = group.base.tensor
-    if not MERGED.search(group.metadata.name or "") or base.ndim < LEAST_DIMENSIONS:
+    base, name = group.base.tensor, group.metadata.name or ""
+    if not MERGED.search(name) or base.ndim < LEAST_DIMENSIONS:
         return base
     seed = base.float()
     task_vectors = {{str(entry.id): entry.tensor.float() - seed for entry in group.non_base}}
-    return (seed + merge_models(task_vectors, base.device.type{argument})).to(base.dtype)
+    merged = program_for(name)(task_vectors, base.device.type{argument})
+    return (seed + FACTOR * merged.detach()).to(base.dtype)
 
 
 register(discovered)
@@ -69,7 +81,6 @@ def context_of(group: TensorGroup, layers: int) -> TensorContext:
     found = LAYER.search(name)
     layers = layers or layers_of(group.base.id)
     return TensorContext(group.base.tensor.float().clone(), name, int(found[1]) if found else -1, layers)
-
 '''
 
 
@@ -94,6 +105,7 @@ def to_python(run: Path, name: str) -> str:
             " `context` is any object with these attributes:\n`seed`, the seed's tensor (float32); `name`, the "
             "parameter's; `layer`, the index of its layer from 0, -1 if\nit has none; `layers`, how many the model has."
         )
+    use += "\nIf it draws random numbers: the run seeded torch anew for each tensor."
     return _docstring(found, use) + _program(found)
 
 
@@ -121,26 +133,34 @@ def to_mergekit(run: Path, name: str) -> str:
         )
     pattern, dimensions = pattern_of(found.config.merge.targets)
     imports = [
+        "import hashlib",
         "import re",
+        "from collections.abc import Callable",
         *(["from dataclasses import dataclass", "from functools import cache"] if context else []),
+        "from typing import Any",
         "",
         "import torch",
         *(["from mergekit.common import ModelReference"] if context else []),
         "from mergekit.merge_methods.base import BasePolicy, InputContract, TensorGroup",
         "from mergekit.merge_methods.easy_define import merge_method",
         "from mergekit.merge_methods.registry import register",
-        "\n",
+        "",
     ]
     registered = _MERGEKIT.format(
         pattern=pattern,
         dimensions=dimensions,
         context_of=_MERGEKIT_CONTEXT.format(layer=LAYER.pattern) if context else "",
+        candidate=found.candidate.name,
+        entry=ENTRY,
+        factor=float(found.factor),
         name=method,
-        pretty=found.origin.title,
+        program=_quoted(found.origin.source.strip() + "\n"),
+        stream="/".join(map(str, (found.config.seed, *found.stream))),
+        title=found.origin.title,
         parameter=", layers: int = 0" if context else "",
         argument=", context_of(group, layers)" if context else "",
     )
-    return _docstring(found, use) + "\n".join(imports) + _program(found) + registered
+    return _docstring(found, use) + "\n".join(imports) + registered
 
 
 def write_export(text: str, out: Path) -> None:
@@ -174,8 +194,12 @@ def method_name(found: Discovered) -> str:
 def _docstring(found: Discovered, use: str) -> str:
     title = found.origin.title[0].upper() + found.origin.title[1:]
     text = "\n".join([f"{title}.", "", use, "", *found.origin.evidence]).strip()
-    quoted = text.replace("\\", "\\\\").replace('"""', r"\"\"\"")
-    return f'"""{quoted}\n"""\n\n'
+    return f'"""{_quoted(text)}\n"""\n\n'
+
+
+def _quoted(text: str) -> str:
+    """As it stands between triple quotes."""
+    return text.replace("\\", "\\\\").replace('"""', r"\"\"\"")
 
 
 def _program(found: Discovered) -> str:
