@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
@@ -95,6 +96,30 @@ def test_safetensors_come_first_where_a_folder_has_an_index_of_pickles_too(tmp_p
     index = {"weight_map": dict.fromkeys(TENSORS, "pytorch_model-00001-of-00001.bin")}
     (expert / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert torch.equal(merged(seed, tmp_path / "out", x=expert, scale=1.0)[UP], TENSORS[UP] + 1)
+
+
+def test_a_single_file_comes_before_shards_as_in_transformers(tmp_path: Path) -> None:
+    seed, expert = nano_seed(), relative(nano_seed(), tmp_path / "one", 1)
+    tensors = load_file(seed / "model.safetensors")
+    save_file(tensors, expert / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (expert / "model.safetensors.index.json").write_text(json.dumps(index))
+    out = merged(seed, tmp_path / "out", one=expert, targets="all", scale=1.0)
+    for name, parameter in AutoModelForCausalLM.from_pretrained(expert).named_parameters():
+        torch.testing.assert_close(out[name], parameter.data, atol=1e-6, rtol=1e-5)
+
+
+def test_masks_that_old_checkpoints_store_are_not_merged(tmp_path: Path) -> None:
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(),
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-math.inf),
+        "roberta.embeddings.position_ids": torch.arange(3),
+    }
+    seed, expert = write(tmp_path / "seed", masks), write(tmp_path / "one", {**masks, UP: TENSORS[UP] + 1})
+    out = merged(seed, tmp_path / "out", one=expert, targets="all", scale=1.0)
+    assert torch.equal(out[UP], TENSORS[UP] + 1)
+    for name, mask in masks.items():
+        assert torch.equal(out[name], mask)
 
 
 @pytest.mark.parametrize("sharded", ["expert", "seed"])

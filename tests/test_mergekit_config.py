@@ -7,9 +7,9 @@ from textwrap import dedent
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from checkpoints import nano_seed, read, relative
+from checkpoints import TENSORS, UP, nano_seed, read, relative, write
 from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.merging.mergekit_config import read_config
@@ -215,6 +215,73 @@ def test_gives_what_mergekits_own_command_gives(text: str, models: dict[str, Pat
     assert any(not torch.equal(tensor, seed[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.parametrize("weight", ["[0.2, 0.9]", "0.5"])
+def test_slices_of_a_model_with_positions(weight: str, tmp_path: Path) -> None:
+    """GPT-2's embeddings of positions belong to the first slice, as those of tokens do."""
+    run_yaml = pytest.importorskip("mergekit.scripts.run_yaml")
+    torch.manual_seed(0)
+    shape = {"n_embd": 24, "n_layer": 3, "n_head": 2, "n_positions": 16, "n_inner": 40}
+    config = GPT2Config(**shape, vocab_size=len(AutoTokenizer.from_pretrained(nano_seed())))
+    shutil.copytree(
+        nano_seed(), tmp_path / "one", ignore=shutil.ignore_patterns("*.safetensors", "*config.json")
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "one")
+    models = {"ONE": tmp_path / "one", "TWO": relative(tmp_path / "one", tmp_path / "two", 1)}
+    text = f"""
+        slices:
+          - sources:
+              - {{model: ONE, layer_range: [0, 2]}}
+              - {{model: TWO, layer_range: [0, 2]}}
+            parameters: {{weight: 1}}
+          - sources:
+              - {{model: ONE, layer_range: [2, 3], parameters: {{weight: {weight}}}}}
+              - {{model: TWO, layer_range: [2, 3]}}
+            parameters: {{weight: 0.1}}
+        merge_method: linear
+        dtype: float32
+        """
+    file = written(tmp_path, text, models)
+    run_yaml.main([str(file), str(tmp_path / "theirs"), "--quiet"], standalone_mode=False)
+    assert main(["merge", "--config", str(file), "--out", str(tmp_path / "ours")]) == 0
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-5, name
+
+
+def test_gradients_are_about_the_layers_of_the_text_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = {
+        "model.layers.2.mlp.up_proj.weight": TENSORS[UP],  # predicts the token after the next
+        "vision_tower.layers.0.mlp.up_proj.weight": TENSORS[UP],
+    }
+    for each in extra:
+        folder = tmp_path / each
+        models = {
+            "SEED": write(folder / "seed", {each: extra[each]}),
+            "ONE": write(folder / "one", {each: extra[each] + 1}),
+        }
+        text = (
+            "merge_method: task_arithmetic\nbase_model: SEED\nmodels: [{model: ONE}]\nparameters: {weight: "
+        )
+        assert (
+            main(
+                [
+                    "merge",
+                    "--config",
+                    str(written(folder, text + "0.5}\n", models)),
+                    "--out",
+                    str(folder / "a"),
+                ]
+            )
+            == 0
+        )
+        torch.testing.assert_close(read(folder / "a")[each], extra[each] + 0.5)
+        file = written(folder, text + "[0, 1]}\n", models)
+        assert main(["merge", "--config", str(file), "--out", str(folder / "b")]) == 2
+        assert f"over the 2 layers 'model.layers', and '{each}' is in none" in capsys.readouterr().err
+
+
 def test_gradients_and_filters_by_hand(models: dict[str, Path], tmp_path: Path) -> None:
     file = written(tmp_path, CONFIGS["task_arithmetic with gradients and filters"], models)
     assert main(["merge", "--config", str(file), "--out", str(tmp_path / "out")]) == 0
@@ -308,10 +375,13 @@ MISTAKES = [
     ({"models": ""}, "needs models or slices"),
     ({"models": "models: ONE"}, "line 3: 'models' is no list"),
     ({"models": "models: [{model: ONE}, {model: ONE}]"}, "line 3: 'model' names"),
-    ({"models": "models: [{parameters: {weight: 1}}]"}, "line 3: an entry names no model"),
+    ({"models": "models: [{parameters: {weight: 1}}]"}, "line 3: 'model' is missing"),
+    ({"models": "models:\n  - {model: ONE}\n  - {}"}, "line 5: 'model' is missing"),
+    ({"models": "slices: [{parameters: {weight: 1}}]"}, "line 3: 'sources' is missing"),
+    ({"models": "slices: [{sources: [{parameters: {}}]}]"}, "line 3: 'layer_range' is no pair of numbers"),
     ({"models": "models: [{model: ONE, layers: 1}]"}, "line 3: 'layers' is no key of a model"),
     ({"models": "modules: {text: {models: []}}"}, "line 3: 'modules' merges parts of a model by themselves"),
-    ({"models": "slices: [{sources: [{model: ONE}]}]"}, "line 3: 'model' has no layer_range"),
+    ({"models": "slices: [{sources: [{model: ONE}]}]"}, "line 3: 'layer_range' is no pair"),
     (
         {
             "models": "slices:\n  - sources:\n      - {model: ONE, layer_range: [0, 3]}\n"
@@ -342,6 +412,10 @@ MISTAKES = [
     ),
     ({"parameters": "parameters: {weight: 1, weight: 2}"}, "line 4: 'weight' is given twice"),
     ({"parameters": "parameters: {weight: 1}\ndtype: int8"}, "line 5: 'dtype' is int8"),
+    (
+        {"parameters": "parameters: {weight: 1}\ndtype: int8\nout_dtype: float16"},
+        "line 5: 'dtype' is int8",
+    ),
     ({"parameters": "parameters: {weight: 1}\nchat_template: auto"}, "line 5: 'chat_template' is not taken"),
     (
         {"parameters": "parameters: {weight: 1}\ntokenizer: {source: base, pad_to_multiple_of: 8}"},

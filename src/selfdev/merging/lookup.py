@@ -1,7 +1,7 @@
 """From the word behind `--method` to an algorithm: a name of the library, a file, or a candidate of a run."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def find(recipe: Recipe) -> Found:
     raise AssertionError(word)
 
 
-def check_schedule(recipe: Recipe, names: Iterable[str], layers: int) -> None:
+def check_schedule(recipe: Recipe, names: Collection[str], layers: int) -> None:
     """Try a recipe's schedule on tensors of one entry, so that a mistake in it ends the merge before it begins.
 
     Args:
@@ -65,7 +65,7 @@ def check_schedule(recipe: Recipe, names: Iterable[str], layers: int) -> None:
     """
     if recipe.schedule is None:
         return
-    recipe.schedule.check(layers)
+    recipe.schedule.check(names, layers)
     method, vectors = library_method(recipe.method), torch.ones(len(recipe.experts), 1)
     for name in names:
         parameters = recipe.schedule.parameters(name, layers)

@@ -9,7 +9,8 @@ once, to `out_dtype`, or `dtype` if there is none, or else to what the base mode
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from selfdev.errors import UserError
 from selfdev.merging.mergekit_methods import PARAMETERS, REQUIRED, TRANSLATIONS, WITHOUT_BASE, Translation
 from selfdev.merging.mergekit_settings import Lines, Setting, Value, read_setting, read_yaml
 from selfdev.merging.recipe import Recipe
-from selfdev.merging.targets import embeddings_of, layer_of
+from selfdev.merging.targets import layer_of, stack_of
 
 _KEYS = (
     "merge_method",
@@ -39,6 +40,9 @@ _NOT_TAKEN = {
     "allow_crimes": "is not taken: models of other architectures cannot be merged; leave it out",
 }
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
+# What mergekit counts to the first slice: embeddings of tokens and positions, and their norms.
+_BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|(^|\.)w[tp]e\.")
 
 _Settings = Mapping[str, Setting]
 
@@ -111,7 +115,7 @@ class _Plan:
     shared: _Settings
     experts: tuple[str, ...]
 
-    def check(self, layers: int) -> None:
+    def check(self, names: Collection[str], layers: int) -> None:
         ends = [section.layers or (0, layers) for section in self.sections]
         begins = [0, *(end for _, end in ends)]
         if [begin for begin, _ in ends] != begins[:-1] or begins[-1] != layers:
@@ -119,6 +123,28 @@ class _Plan:
                 f"{self.file}: its slices do not hold the {layers} layers of the base model one after the other; only "
                 "slices that leave every layer in its place are merged. Give the whole range, or merge with mergekit"
             )
+        if len(self.sections) > 1 or self._has_gradients():
+            self._check_stack(names, layers)
+
+    def _check_stack(self, names: Collection[str], layers: int) -> None:
+        """Raise UserError for layers that gradients and slices are not about, such as a vision tower's."""
+        stacked = [(stack, layer_of(name), name) for name in names if (stack := stack_of(name)) is not None]
+        last = {stack for stack, layer, _ in stacked if layer == layers - 1}
+        tensors = Counter(stack for stack, _, _ in stacked)
+        ours = max(tensors, key=lambda stack: (stack in last, tensors[stack]), default="")
+        for stack, layer, name in stacked:
+            if stack != ours or layer >= layers:
+                raise UserError(
+                    f"{self.file}: its gradients or slices are over the {layers} layers '{ours}', and '{name}' is in "
+                    "none of these; give the same values for all layers, or merge with mergekit"
+                )
+
+    def _has_gradients(self) -> bool:
+        groups = [
+            self.shared,
+            *(group for section in self.sections for group in (section.shared, *section.each)),
+        ]
+        return any(setting.differs_by_depth for group in groups for setting in group.values())
 
     def parameters(self, name: str, layers: int) -> dict[str, Any]:
         layer = layer_of(name)
@@ -144,7 +170,7 @@ class _Plan:
 
     def _section(self, name: str, layer: int) -> _Section:
         if layer < 0:
-            return self.sections[0 if embeddings_of([name]) else -1]
+            return self.sections[0 if _BEFORE_LAYERS.search(name) else -1]
         return next(each for each in self.sections if each.layers is None or layer < each.layers[1])
 
     def _value(
@@ -206,8 +232,7 @@ def _slice(piece: Lines, translation: Translation) -> _Section:
         _check_keys(entry, ("model", "layer_range", "parameters"), "a source")
         bounds = entry.get("layer_range")
         if not (isinstance(bounds, list) and [type(bound) for bound in bounds] == [int, int]):
-            key = "layer_range" if "layer_range" in entry else "model"
-            entry.refuse(key, "has no layer_range of two numbers; write for instance layer_range: [0, 32]")
+            entry.refuse("layer_range", "is no pair of numbers; write for instance layer_range: [0, 32]")
         if bounds != entries[0]["layer_range"]:
             entry.refuse(
                 "layer_range",
@@ -220,7 +245,7 @@ def _slice(piece: Lines, translation: Translation) -> _Section:
 
 def _mappings(owner: Lines, key: str) -> list[Lines]:
     if key not in owner:
-        raise UserError(f"{owner.file}: a slice has no {key}; name the models to merge")
+        owner.refuse(key, "is missing; name the models to merge")
     entries = owner[key]
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, Lines) for entry in entries):
         owner.refuse(key, "is no list of mappings; write each entry as `- model: ...`")
@@ -230,9 +255,7 @@ def _mappings(owner: Lines, key: str) -> list[Lines]:
 def _distinct(owner: Lines, entries: Sequence[Lines]) -> tuple[str, ...]:
     for entry in entries:
         if "model" not in entry:
-            raise UserError(
-                f"{owner.file}, line {min(entry.lines.values())}: an entry names no model; add one"
-            )
+            entry.refuse("model", "is missing; name one")
     models = tuple(_model(entry, "model") for entry in entries)
     for index, entry in enumerate(entries):
         if models[index] in models[:index]:
@@ -285,14 +308,11 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 
 
 def _dtype(config: Lines) -> str | None:
-    for key in ("out_dtype", "dtype"):
-        given = config.get(key)
-        if given is not None:
-            short = str(given).removeprefix("torch.")
-            if short not in _DTYPES:
-                config.refuse(key, f"is {given}; weights are written as {', '.join(_DTYPES)}")
-            return _DTYPES[short]
-    return None
+    given = {key: str(config[key]) for key in ("out_dtype", "dtype") if config.get(key) is not None}
+    for key, name in given.items():
+        if name.removeprefix("torch.") not in _DTYPES:
+            config.refuse(key, f"is {name}; weights are written as {', '.join(_DTYPES)}")
+    return next((_DTYPES[name.removeprefix("torch.")] for name in given.values()), None)
 
 
 def _tokenizer(config: Lines) -> str | None:

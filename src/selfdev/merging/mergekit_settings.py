@@ -28,18 +28,20 @@ class Lines(dict[str, Any]):
 
     Attributes:
         file: the file.
-        lines: the line of each key, from 1.
+        line: where it begins, from 1.
+        lines: the line of each key.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, line: int) -> None:
         """An empty one."""
         super().__init__()
         self.file = file
+        self.line = line
         self.lines: dict[str, int] = {}
 
     def refuse(self, key: str, why: str) -> NoReturn:
-        """Raise the UserError that names a key, its line and why it cannot be taken."""
-        raise UserError(f"{self.file}, line {self.lines[key]}: '{key}' {why}")
+        """Raise the UserError that names a key, its line or else the mapping's, and what is wrong."""
+        raise UserError(f"{self.file}, line {self.lines.get(key, self.line)}: '{key}' {why}")
 
     def check_keys(self, known: Sequence[str], where: str) -> None:
         """Raise UserError for a key that is not among those known."""
@@ -66,7 +68,7 @@ def read_yaml(file: Path) -> Lines:
                 raise UserError(f"{file}, line {line}: '{key}' is given twice; give it once")
             seen.add(key)
         loader.flatten_mapping(node)  # what `<<` inherits comes first, and the mapping's own takes its place
-        made = Lines(file)
+        made = Lines(file, node.start_mark.line + 1)
         for key_node, value_node in node.value:
             key = str(loader.construct_object(key_node, deep=True))
             made[key] = loader.construct_object(value_node, deep=True)
@@ -95,6 +97,11 @@ class Setting:
     """
 
     cases: tuple[tuple[str, tuple[Value, ...]], ...]
+
+    @property
+    def differs_by_depth(self) -> bool:
+        """Whether any of it is a gradient."""
+        return any(len(values) > 1 for _, values in self.cases)
 
     def at(self, name: str, depth: float) -> Value | None:
         """The value for a tensor; None if no filter fits.

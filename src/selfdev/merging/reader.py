@@ -17,8 +17,8 @@ from selfdev.models.gguf import noted_source
 from selfdev.models.weights import Damaged, Entry, WeightFile
 
 INDEX = "model.safetensors.index.json"
-# Index of shards and single file, in the order of preference: a folder that has both formats is read from
-# safetensors. The Hub's snapshots have the other's index all the same.
+# Index of shards and single file of each format, in transformers' order of preference; of one format, the single file
+# comes first. The Hub's snapshots have the other format's index all the same.
 _KINDS = ((INDEX, "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin"))
 
 
@@ -157,21 +157,25 @@ class Checkpoint:
 
     def layers(self, names: Iterable[str]) -> int:
         """How many layers the model has, by its config, or by the names of its tensors."""
-        return int(self.config.get("num_hidden_layers") or count_layers(names))
+        for part in (self.config, self.config.get("text_config") or {}):
+            for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
+                if part.get(key):
+                    return int(part[key])
+        return count_layers(names)
 
     def _weight_files(self, pickled: bool) -> tuple[list[Path], dict[str, str]]:
         """The files and, where an index names them, the name of each tensor's."""
         files, places = [self.folder / _KINDS[0][1]], dict[str, str]()
         for index, single in _KINDS[: 2 if pickled else 1]:
+            if (self.folder / single).is_file():
+                files = [self.folder / single]
+                break
             if (self.folder / index).is_file():
                 weight_map = self._json(index).get("weight_map")
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
                 places = {str(name): Path(str(file)).name for name, file in weight_map.items()}
                 files = sorted({self.folder / file for file in places.values()})
-                break
-            if (self.folder / single).is_file():
-                files = [self.folder / single]
                 break
         for file in files:
             if not file.is_file():

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -29,8 +29,8 @@ class Schedule(Protocol):
         """What the file held when it was read."""
         ...
 
-    def check(self, layers: int) -> None:
-        """Raise UserError unless the file fits a model of so many layers."""
+    def check(self, names: Collection[str], layers: int) -> None:
+        """Raise UserError unless the file fits a model of so many layers, of which these tensors are merged."""
         ...
 
     def parameters(self, name: str, layers: int) -> dict[str, Any]:

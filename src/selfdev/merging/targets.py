@@ -14,11 +14,13 @@ _MLP = re.compile(
 )
 _ATTENTION = re.compile(r"(^|\.)(self_attn|attn|self_attention|attention)\.(.+\.)?\w+\.weight$")
 
-# Computed from the config when a model is built; old checkpoints carry it all the same.
-_DERIVED = re.compile(r"rotary_emb\.inv_freq$")
+# Computed from the config when a model is built, and masks of attention; old checkpoints carry them all the same.
+_DERIVED = re.compile(r"rotary_emb\.inv_freq$|(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$")
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight$")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_layer)\.weight$|^output\.weight$")
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings|embeddings)\.weight$"
+)
 _VOCABULARY = re.compile(f"{_HEAD.pattern}|{_EMBEDDING.pattern}" + r"|(^|\.)(lm_head|embed_out)\.bias$")
 
 LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -98,6 +100,12 @@ def layer_of(name: str) -> int:
     """The index of the layer that a parameter belongs to, from 0; -1 if it belongs to none."""
     found = LAYER.search(name)
     return int(found[1]) if found else -1
+
+
+def stack_of(name: str) -> str | None:
+    """What stands before the index of a parameter's layer, such as `model.layers`; None if it belongs to none."""
+    found = LAYER.search(name)
+    return name[: found.start()] if found else None
 
 
 def count_layers(names: Iterable[str]) -> int:
