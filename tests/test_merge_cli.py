@@ -1,6 +1,7 @@
 """`selfdev merge`: how its words are read, what it prints, and how it ends."""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -71,6 +72,51 @@ def test_a_file_runs_in_the_jail_or_trusted(models: dict[str, Path], tmp_path: P
     assert MEAN in card
 
 
+@pytest.mark.parametrize("more", [(), ("--trust",)])
+def test_a_file_may_begin_with_a_mark_of_byte_order(
+    models: dict[str, Path], tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    (tmp_path / "mean.py").write_text("\ufeff" + MEAN)
+    assert main(words(models, tmp_path / "out", *more, method=str(tmp_path / "mean.py"))) == 0
+    assert MEAN in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "message"),
+    [
+        (
+            "import sys\nsys.exit(0)\ndef merge_models(model_dict, device): ...\n",
+            2,
+            "cannot be imported: SystemExit",
+        ),
+        (
+            "def merge_models(model_dict, device):\n    raise SystemExit\n",
+            1,
+            f"on tensor '{UP}' of shape (3, 2) raises",
+        ),
+    ],
+)
+def test_a_trusted_file_cannot_end_the_merge_as_if_it_were_done(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    code: int,
+    message: str,
+) -> None:
+    (tmp_path / "leaves.py").write_text(text)
+    assert main(words(models, tmp_path / "out", "--trust", method=str(tmp_path / "leaves.py"))) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_have_any_bytes_for_a_name(models: dict[str, Path], tmp_path: Path) -> None:
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/one\xff"))
+    models["one"] = models["one"].rename(strange)
+    assert main(words(models, tmp_path / "out")) == 0
+    assert r"one\udcff" in (tmp_path / "out/README.md").read_text()
+
+
 def test_targets_choose_and_a_regular_expression_will_do(tmp_path: Path) -> None:
     seed, one = nano_seed(), relative(nano_seed(), tmp_path / "one", 1)
     for targets, count in (("mlp", 9), ("attention", 12), ("all", 30), (r"layers\.0\..*norm", 2)):
@@ -97,6 +143,7 @@ def test_targets_choose_and_a_regular_expression_will_do(tmp_path: Path) -> None
         (("--method", "tis"), "unknown method: 'tis'; the nearest known one is 'ties'"),
         (("--method", "ties", "-p", "densty=1"), "unknown parameter of method 'ties': 'densty'"),
         (("--method", "ties", "-p", "density=much"), "parameter 'density' of method 'ties'"),
+        (("--method", "ties", "-p", "density=" + 100_000 * "["), "parameter 'density' of method 'ties'"),
         (("--method", "ties", "-p", "density"), "parameter 'density' is not of the form KEY=VALUE"),
         (("--method", "ties", "-p", "density=1", "-p", "density=2"), "parameter 'density' is given twice"),
         (("--method", "ties", "--trust"), "--trust is for a file of your own, and 'ties' is none"),

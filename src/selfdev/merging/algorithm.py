@@ -237,7 +237,7 @@ class TrustedFile:
     @property
     def origin(self) -> Origin:
         """The file."""
-        return Origin(f"`{self.path.name}`, run as a trusted file", self.path.read_text())
+        return Origin(f"`{self.path.name}`, run as a trusted file", self.path.read_text("utf-8-sig"))
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
         return [self._merge(each) for each in batch]
@@ -260,7 +260,7 @@ class TrustedFile:
                 torch.default_generator.manual_seed(seed)
                 random.seed(seed)
                 value = function(*arguments)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise SelfdevError(f"{where} raises {type(error).__name__}: {error}") from error
         finally:
             random.setstate(state)
@@ -281,7 +281,7 @@ class TrustedFile:
             sys.modules[specification.name] = module  # where dataclasses look up what their annotations name
             try:
                 specification.loader.exec_module(module)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UserError(
                     f"'{self.path}' cannot be imported: {type(error).__name__}: {error}"
                 ) from error

@@ -275,7 +275,9 @@ def _write_beside(job: Job, folder: Path, beside: Mapping[Path, Path], card: str
         config.pop("torch_dtype", None)  # what older versions called it
         config["dtype"] = _CONFIGURED[job.dtype]
     try:
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(
+            card, errors="backslashreplace"
+        )  # folders may have any bytes for a name
         for name, path in beside.items():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)

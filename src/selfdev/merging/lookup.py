@@ -99,7 +99,7 @@ def _library(recipe: Recipe) -> Found:
 
 def _file(path: Path, parameters: Mapping[str, Any], *, trust: bool) -> Found:
     try:
-        source = path.read_text()
+        source = path.read_text("utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(
             f"method '{path}' cannot be read: {error}; give a Python file that is there"

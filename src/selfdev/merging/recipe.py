@@ -144,5 +144,5 @@ def _value(text: str) -> Any:
         return [_value(part.strip()) for part in text.split(",")]
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
