@@ -114,3 +114,7 @@ def test_multislerp_with_weights_as_they_are():
     check(merged, [1, 0])
     with pytest.raises(UserError, match="leave normalize=False out"):
         method("multislerp").merge(stacked([2, 0], [2, 0]), normalize=False)
+    with pytest.raises(UserError, match=r"\[-1, 2\]: shares of a mean are at least 0"):
+        method("multislerp").merge(stacked([2, 0], [2, 0]), weights=[-1, 2])
+    with pytest.raises(UserError, match=r"weights \[1, -1\] sum to 0"):
+        method("multislerp").merge(stacked([2, 0], [2, 0]), weights=[1, -1], reading="mergekit")

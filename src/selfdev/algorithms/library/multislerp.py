@@ -51,7 +51,8 @@ def multislerp(
         The merged task vector, shape (*parameter).
 
     Raises:
-        UserError: the directions of three or more experts cancel in mergekit's reading, as there.
+        UserError: a weight out of its range; or the directions of three or more experts cancel in mergekit's reading,
+            as there.
     """
     factors = (
         task_vectors.new_ones(len(task_vectors)) if weights is None else task_vectors.new_tensor(weights)
@@ -59,9 +60,13 @@ def multislerp(
     if reading != MERGEKIT:
         if normalize is False:
             raise UserError("shares of a mean sum to 1 in the paper's reading; leave normalize=False out")
+        if (factors < 0).any():
+            raise UserError(f"weights {weights}: shares of a mean are at least 0; or choose reading=mergekit")
         return spherical_mean(task_vectors, factors, steps=1).mul_(scale)
     if len(task_vectors) == 1:
         return scale * task_vectors[0]
+    if normalize is not False and factors.sum().abs() < _NO_SUM:
+        raise UserError(f"weights {weights} sum to 0, and cannot be brought to 1; choose others")
     products = gram(task_vectors)
     norms = products.diagonal().sqrt()
     shares = (factors if normalize is False else factors / factors.sum()).double()
