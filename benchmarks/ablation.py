@@ -19,7 +19,7 @@ from statistics import mean
 
 from quickstart import SCORES, SHARES, interval, iterations, number
 from selfdev.lock import held
-from selfdev.runs import Run, open_run
+from selfdev.results import Run, open_run
 
 MEASURES = {**{column: f"% that {what}" for column, what in SHARES.items()}, "mean_dev": SCORES["mean_dev"]}
 """What the variants are compared in."""

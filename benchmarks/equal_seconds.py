@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from quickstart import gains, interval, iterations, run_seed
-from selfdev.runs import Run, open_run
+from selfdev.results import Run, open_run
 
 SAMPLING = ("refinement.refit=never", "controls=[]", "rivals=[]")
 """Nothing is learned, so that the arm called `learning` is the frozen factory."""

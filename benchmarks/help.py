@@ -38,8 +38,8 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models import shared_prefix
 from selfdev.models.sources import resolve
-from selfdev.runs import jail_limits
 from selfdev.sandbox import Sandbox
+from selfdev.session import jail_limits
 from selfdev.watcher import Tick
 from selfdev.writing import Writing
 

@@ -26,8 +26,9 @@ from selfdev.evaluation.standing import NORMED
 from selfdev.evaluation.tasks import load_task
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.sources import resolve
-from selfdev.runs import Run, jail_limits, open_run
+from selfdev.results import Run, open_run
 from selfdev.sandbox import Sandbox
+from selfdev.session import jail_limits
 from selfdev.zoo import zoo_models
 
 HOME, AWAY = "the run's sealed test", "models that no run has seen"

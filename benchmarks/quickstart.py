@@ -24,7 +24,7 @@ from scipy.stats import t as student
 
 from selfdev.evaluation.diversity import RAREFIED_TO
 from selfdev.evaluation.standing import scores_on_first
-from selfdev.runs import Run, open_run
+from selfdev.results import Run, open_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from selfdev.runs import open_run
+from selfdev.results import open_run
 
 SMALL = [
     "programs=8",

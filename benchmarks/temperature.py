@@ -33,8 +33,9 @@ from selfdev.candidates import read_candidate, remember, screened
 from selfdev.evaluation.evaluator import Evaluator, Refused, score_again
 from selfdev.evaluation.standing import NORMED, repairs_of
 from selfdev.factory.factory import LocalFactory
-from selfdev.runs import Run, jail_limits, open_run
+from selfdev.results import Run, open_run
 from selfdev.sandbox import Sandbox
+from selfdev.session import jail_limits
 
 FIRST_SET = 100
 """Counted as an iteration, which names prompts and random streams: beyond those of any run."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from scripted import Killer, scripted_config
 from selfdev.config import Config
-from selfdev.runs import Run, resume, run
+from selfdev.results import Run
+from selfdev.runs import resume, run
 
 PATIENT = {"concurrency": 4, "timeout": 60.0, "backoff": 0.01, "patience": 2.0, "retries": 4}
 """Waits that a test can afford."""

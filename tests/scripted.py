@@ -19,7 +19,8 @@ import torch
 from selfdev.config import Config, parse_config
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
-from selfdev.runs import Run, open_run, resume, run
+from selfdev.results import Run, open_run
+from selfdev.runs import resume, run
 from selfdev.watcher import Silent, Tick
 
 PROGRAMS = [

@@ -24,7 +24,7 @@ from selfdev.cli import main
 from selfdev.config import load_config
 from selfdev.report.progress import Progress
 from selfdev.report.terminal import UNSAFE_MARK, Terminal, visible
-from selfdev.runs import open_run
+from selfdev.results import open_run
 from selfdev.zoo import zoo_path, zoos
 
 SOURCE = wrap_short(

@@ -18,7 +18,8 @@ from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.report.dataset import export_pairs
-from selfdev.runs import Run, resume, run
+from selfdev.results import Run
+from selfdev.runs import resume, run
 from selfdev.sandbox import Sandbox
 from selfdev.watcher import Silent
 from selfdev.zoo import zoo_models

@@ -14,7 +14,7 @@ from selfdev.config import load_config
 from selfdev.errors import SelfdevError
 from selfdev.factory.prompt import ask, showing
 from selfdev.report.dataset import export_pairs
-from selfdev.runs import open_run
+from selfdev.results import open_run
 from tiny import tiny_model, tiny_tokenizer
 
 SOURCE = wrap_short("def merge_odd(deltas):\n    return sum(deltas) ** 3\n")

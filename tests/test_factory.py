@@ -31,7 +31,8 @@ from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.refinement import Diverged
 from selfdev.factory.trl_processes import check_devices
 from selfdev.models.folder import load_model, weights_hash
-from selfdev.runs import Run, resume, run
+from selfdev.results import Run
+from selfdev.runs import resume, run
 from selfdev.sandbox import Sandbox
 from selfdev.watcher import Silent, Tick
 from selfdev.writing import Writing

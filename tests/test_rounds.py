@@ -13,7 +13,8 @@ from selfdev.cli import main
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
 from selfdev.preferences import asked
-from selfdev.runs import Run, run
+from selfdev.results import Run
+from selfdev.runs import run
 
 
 class Unlucky(ScriptedFactory):

@@ -18,7 +18,8 @@ from selfdev.evaluation.rivals import spent_on_candidates
 from selfdev.evaluation.standing import ranked_new
 from selfdev.evaluation.tasks import Split, load_task
 from selfdev.merging.discovered import load_candidate
-from selfdev.runs import Run, resume, run
+from selfdev.results import Run
+from selfdev.runs import resume, run
 from selfdev.transfers import Transfer, is_transfer, transfer
 from selfdev.watcher import Silent, Tick
 from selfdev.zoo import zoo_models

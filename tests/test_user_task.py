@@ -13,7 +13,7 @@ from byte_model import save_byte_model
 from selfdev.cli import main
 from selfdev.evaluation.tasks import Split, load_task, task_names
 from selfdev.evaluation.tasks.declaration import Declaration
-from selfdev.runs import open_run
+from selfdev.results import open_run
 from selfdev.zoo import zoo_path
 
 PAGE = (Path(__file__).parents[1] / "docs/tasks.md").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.evaluation.standing import ranked_new
 from selfdev.evaluation.tasks import Split, load_task
-from selfdev.runs import Run, run
+from selfdev.results import Run
+from selfdev.runs import run
 
 NEW = PROGRAMS[:4]
 

@@ -18,7 +18,8 @@ from selfdev.errors import Interrupted, UserError
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.sampling import Sample
 from selfdev.report.dataset import export_pairs
-from selfdev.runs import Run, resume, run
+from selfdev.results import Run
+from selfdev.runs import resume, run
 
 NEW, KNOWN = PROGRAMS[2], PROGRAMS[5]
 PAIR = "median(deltas):\n    return deltas.median(dim=0)\n"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selfdev.config import Config, load_config
     from selfdev.merging.checkpoint import merge
-    from selfdev.runs import Run, open_run, resume, run
+    from selfdev.results import Run, open_run
+    from selfdev.runs import resume, run
     from selfdev.transfers import Transfer, transfer
 
 __version__ = "0.1.0"
@@ -33,7 +34,8 @@ __all__ = [
 
 _HOMES = (
     dict.fromkeys(("Config", "load_config"), "selfdev.config")
-    | dict.fromkeys(("Run", "open_run", "resume", "run"), "selfdev.runs")
+    | dict.fromkeys(("Run", "open_run"), "selfdev.results")
+    | dict.fromkeys(("resume", "run"), "selfdev.runs")
     | dict.fromkeys(("Transfer", "transfer"), "selfdev.transfers")
     | {"merge": "selfdev.merging.checkpoint"}
 )

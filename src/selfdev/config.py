@@ -1,4 +1,4 @@
-"""What a run is, and how it is read from a preset or a file; its sections are in `settings.py`.
+"""What a run is, and how it is read from a preset or a file; its sections are in `settings`.
 
 A preset is a YAML file of these fields; a user's own file may begin with `preset: NAME` and change some of them.
 """

@@ -36,8 +36,9 @@ from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
 from selfdev.models.folder import weights_hash
 from selfdev.models.sources import resolve
-from selfdev.runs import ARCHIVE, TRANSFER, Run, alone, jail_limits, machine_facts, told
+from selfdev.results import Run
 from selfdev.sandbox import Sandbox
+from selfdev.session import ARCHIVE, TRANSFER, alone, jail_limits, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 FOLDER = "transfers"

@@ -16,7 +16,8 @@ from scripted import PROGRAMS, Stopper
 from selfdev.cli import main
 from selfdev.config import load_config, parse_config
 from selfdev.errors import Interrupted, UserError
-from selfdev.runs import open_run, resume, run
+from selfdev.results import open_run
+from selfdev.runs import resume, run
 from unruly_server import UnrulyServer
 
 KEY = "sk-very-secret-0123456789"

@@ -10,7 +10,7 @@ import selfdev
 
 if TYPE_CHECKING:
     from selfdev.report.terminal import Terminal
-    from selfdev.runs import Run
+    from selfdev.results import Run
 
 UNSAFE = "--unsafe-sandbox"
 

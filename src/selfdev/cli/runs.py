@@ -56,7 +56,7 @@ def resume(
     Of a run that is done the result is shown.
     """
     from selfdev.report.progress import Progress
-    from selfdev.runs import open_run
+    from selfdev.results import open_run
     from selfdev.runs import resume as go_on
 
     earlier = open_run(folder)
@@ -82,7 +82,7 @@ def show(
 ) -> None:
     """Show a run, or one of its programs."""
     from selfdev.report.candidate import describe, page
-    from selfdev.runs import open_run
+    from selfdev.results import open_run
 
     opened = open_run(folder)
     if candidate is None:
@@ -104,7 +104,7 @@ def pairs(
 ) -> None:
     """Export the preference pairs of a run as a Hugging Face dataset."""
     from selfdev.report.dataset import export_pairs
-    from selfdev.runs import open_run
+    from selfdev.results import open_run
 
     count = export_pairs(open_run(folder), out)
     terminal().say(f"{count} pairs in {out}")
@@ -133,7 +133,7 @@ def transfer(
     """
     from selfdev.merging.recipe import read_experts
     from selfdev.report.progress import Progress
-    from selfdev.runs import open_run
+    from selfdev.results import open_run
     from selfdev.transfers import transfer as carry_over
 
     experts = read_experts(expert)

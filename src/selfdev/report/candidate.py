@@ -13,7 +13,7 @@ from selfdev.factory.prompt import Prompt, base_of, correcting
 from selfdev.report.terminal import facts, percent, python, table, visible
 
 if TYPE_CHECKING:
-    from selfdev.runs import Run
+    from selfdev.results import Run
 
 
 def describe(run: "Run", name: str) -> dict[str, Any]:

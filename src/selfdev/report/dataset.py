@@ -16,7 +16,7 @@ from selfdev.evaluation.standing import LEARNING, is_written, ranked_new, scores
 from selfdev.preferences import asked
 
 if TYPE_CHECKING:
-    from selfdev.runs import Run
+    from selfdev.results import Run
 
 _SIDE = {
     "name": "string",

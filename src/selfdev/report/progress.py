@@ -24,7 +24,7 @@ from selfdev.report.terminal import Terminal, duration, percent, table, visible
 from selfdev.watcher import Tick
 
 if TYPE_CHECKING:
-    from selfdev.runs import Run
+    from selfdev.results import Run
 
 STATUSES = ("trivial", "known", "repeated", "new")
 """What a working program can be, in the order in which it is shown."""

@@ -14,7 +14,7 @@ from selfdev.evaluation.standing import LEARNING
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
 
 if TYPE_CHECKING:
-    from selfdev.runs import Run
+    from selfdev.results import Run
 
 YIELD = ("written", "working", "trivial", "known", "repeated", "new")
 """Counts of an iteration, in the order in which they are shown."""

@@ -1,0 +1,168 @@
+"""A run as its folder tells it, finished or not."""
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from selfdev.archive import Archive, Candidate
+from selfdev.config import Config, parse_config
+from selfdev.errors import UserError
+from selfdev.evaluation.diversity import diversity
+from selfdev.evaluation.evaluator import DISTANCE, ORDER
+from selfdev.evaluation.evidence import Evidence
+from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new, repairs_of, scores_on_first
+from selfdev.factory.prompt import base_of
+from selfdev.session import ARCHIVE, told
+
+
+def open_run(folder: Path | str) -> "Run":
+    """Read a run.
+
+    Raises:
+        UserError: the folder holds no run that can be read.
+    """
+    return Run(Path(folder))
+
+
+class Run:
+    """A view of a run's folder, finished or not.
+
+    Attributes:
+        folder: where it lies.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with told(folder):
+            self.archive = Archive.open(folder / ARCHIVE, read_only=True)
+
+    @cached_property
+    def config(self) -> Config:
+        """What it runs."""
+        return parse_config(self.archive.run.config, str(self.folder))
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """What the final test said; None before."""
+        reached = self.archive.verdict()
+        return None if reached is None else reached[1]
+
+    @property
+    def best(self) -> Candidate | None:
+        """The new program of the learning arm that is best on development so far; None if there is none."""
+        ranked = ranked_new(self.archive, LEARNING)
+        return ranked[0][0] if ranked else None
+
+    def candidates(self, arm: str | None = None) -> list[Candidate]:
+        """All programs that were written, in that order; with `arm="repaired"` those that nobody wrote."""
+        return [c for c in self.archive.candidates(arm) if arm is not None or is_written(c.arm)]
+
+    def candidate(self, name: str) -> Candidate:
+        """One program by its name, such as `learning/2/017`.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = self.archive.candidate(name)
+        if found is None:
+            raise UserError(f"{self.folder} has no candidate '{name}'; they are named like {LEARNING}/1/001")
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """All that `selfdev show --json` prints; scores in 0..1."""
+        verdict = self.verdict
+        best, scored = next(iter(ranked_new(self.archive, LEARNING)), (None, None))
+        return {
+            "run": self._record(),
+            "best": None
+            if best is None or scored is None
+            else {
+                "candidate": best.name,
+                "source": best.source,
+                "non_trivial": best.status == "new",
+                "nearest": best.nearest,
+                "distance": best.distance,
+                "distance_on_real_tensors": scored.parameters.get(DISTANCE),
+                "change_by_order": self._change_by_order(best.name),
+                "factor": scored.factor,
+            },
+            "headline": None if verdict is None else verdict["headline"],
+            "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "gains": None if verdict is None else verdict.get("gains"),
+            "table": [] if verdict is None else verdict["table"],
+            "pareto": pareto(self.archive, LEARNING),
+            "iterations": [
+                self._iteration(i.arm, i.iteration) for i in self.archive.iterations() if is_written(i.arm)
+            ],
+        }
+
+    def _change_by_order(self, name: str) -> float | None:
+        """How much a program's output changes if the experts change places; None where nobody tried."""
+        [written] = self.archive.evaluations("candidate", name, split="development")
+        changed: float | None = written.parameters.get(ORDER)
+        return changed
+
+    def _record(self) -> dict[str, Any]:
+        record, openings = self.archive.run, self.archive.openings()
+        return {
+            "name": record.name,
+            "preset": record.preset,
+            "seed": record.seed,
+            "status": record.status,
+            "seconds": record.seconds,
+            "created": record.created,
+            "folder": str(self.folder),
+            "warm_start": self.config.factory.warm_start.steps,
+            "unsafe_sandbox": bool(record.facts.get("unsafe_sandbox")),
+            "test_opened": [opening.opened for opening in openings],
+            "test_opened_again": [
+                {"opened": o.opened, "headline_before": (o.before or {}).get("headline")}
+                for o in openings
+                if o.again
+            ],
+        }
+
+    def _seconds(self, arm: str, t: int) -> dict[str, float]:
+        """What an iteration of an arm took; an arm that wrote what another one wrote has that one's time."""
+        names = {c.name for c in self.archive.candidates(arm, t)}
+        scored = [e for kind in ("candidate", "scaled") for e in self.archive.evaluations(kind)]
+        mended = {c.name for c in self.archive.candidates(repairs_of(arm), t)}
+        repairs = [i.seconds for i in self.archive.iterations(repairs_of(arm)) if i.iteration == t]
+        repairs += [e.seconds for e in scored if e.subject in mended]
+        return {
+            "writing": sum(i.seconds for i in self.archive.iterations(arm) if i.iteration == t),
+            "scoring": sum(e.seconds for e in scored if e.subject in names),
+            "learning": sum(repairs + [r.seconds for r in self.archive.refinements(arm) if r.iteration == t]),
+        }
+
+    def _iteration(self, arm: str, t: int) -> dict[str, Any]:
+        [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
+        written = self.archive.candidates(arm, t)
+        earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
+        rounds = self.archive.refinements(arm)
+        # What a program of a repair turn may have copied is what the usual prompt shows.
+        prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
+        first, evidence = scores_on_first(self.archive), Evidence(self.archive)
+        scores = [first[c.name] for c in written if c.name in first]
+        finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
+        count = {
+            status: sum(c.status == status for c in written)
+            for status in ("trivial", "known", "repeated", "new")
+        }
+        return {
+            "iteration": t + 1,
+            "arm": arm,
+            "temperature": iteration.temperature,
+            "written": len(written),
+            "working": sum(count.values()),
+            **count,
+            "better": sum(evidence.better(c.name) for c in written if c.status == "new"),
+            **asdict(diversity(written, earlier, prompts)),
+            "evaluated": len(scores),
+            "best_dev": finished[0] if finished else None,
+            "mean_dev": sum(scores) / len(scores) if scores else None,
+            "pairs": len(self.archive.pairs(arm, t)),
+            "nothing_learned": next((r.why_nothing for r in rounds if r.iteration == t), None),
+            "seconds": self._seconds(arm, t),
+        }

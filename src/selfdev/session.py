@@ -1,0 +1,85 @@
+"""What a process needs that works on a run's folder: the folder for itself, limits, and errors that say the way out."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import selfdev
+from selfdev.archive import ArchiveError
+from selfdev.config import Config
+from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
+from selfdev.lock import held
+from selfdev.sandbox import Limits, SandboxUnavailable
+
+ARCHIVE = "archive.db"
+TRANSFER = "transfer"
+"""Among the facts of an archive that is a transfer's and no run's; see `selfdev.transfers`."""
+
+
+def jail_limits(config: Config) -> Limits:
+    """What each jailed program of a run may use."""
+    return Limits(
+        wall_seconds=config.jail.wall_seconds,
+        cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
+        memory_bytes=config.jail.memory_mb * 1000**2,
+    )
+
+
+def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
+    """What a run stands on beside its models and its task."""
+    return {
+        "versions": {
+            "selfdev": selfdev.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "unsafe_sandbox": unsafe_sandbox,
+    }
+
+
+@contextmanager
+def told(folder: Path, flags: str = "", go_on: str = "") -> Iterator[None]:
+    """What archive, jail and keyboard raise, as errors that tell the user the way out.
+
+    Args:
+        folder: of the run.
+        flags: that `selfdev resume` must be given too.
+        go_on: how to go on, where it is not by `selfdev resume`.
+    """
+    go_on = go_on or f"selfdev resume {folder}{flags}"
+    try:
+        yield
+    except ArchiveError as error:
+        raise UserError(str(error)) from error
+    except SandboxUnavailable as error:
+        raise SelfdevError(
+            f"{error}\nModel-written code runs in the jail or not at all; `selfdev doctor` says what is missing. "
+            "--unsafe-sandbox leaves the jail out and goes on with resource limits alone."
+        ) from error
+    except Halted as error:
+        raise Interrupted(f"{error}\nWhat is written is kept. Go on with: {go_on}") from error
+    except KeyboardInterrupt:
+        if not (folder / ARCHIVE).exists():
+            raise Interrupted("stopped before the run began; there is nothing to resume") from None
+        raise Interrupted(f"stopped; nothing is lost. Go on with: {go_on}") from None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold the run's folder against a second process; the kernel lets go of it however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(folder))
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work on this run; wait for it, or stop it"
+            ) from None
+        yield
