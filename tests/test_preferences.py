@@ -2,9 +2,11 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from selfdev.algorithms.screening import PROBES, Behaviour
 from selfdev.archive import Candidate, Pair
 from selfdev.preferences import prefer, within_cap
 from selfdev.settings import Preferences
@@ -109,6 +111,23 @@ def test_a_copy_is_not_rejected_against_what_it_copies() -> None:
     assert prefer(written, {"0/0": 0.5}, 0, settings, seed=0) == []
     other = candidate(2, "trivial")
     assert [p.rejected for p in prefer([*written, other], {"0/0": 0.5}, 0, settings, seed=0)] == ["0/2"]
+
+
+def test_a_program_is_not_rejected_against_one_that_does_the_same() -> None:
+    """Whatever it is said to repeat: it may be of one program's form, and behave as another."""
+    entries = sum(probe.task_vectors[0].numel() for probe in PROBES)
+    numbers = torch.linspace(1.0, 2.0, entries)
+    behaviours = [numbers, numbers.flip(0), numbers.flip(0) + 1e-4 * numbers]
+    written = [candidate(0, "new"), candidate(1, "new"), candidate(2, "repeated", nearest="0/0")]
+    written = [
+        replace(c, behaviour=Behaviour(each.double()).to_bytes())
+        for c, each in zip(written, behaviours, strict=True)
+    ]
+    settings = Preferences(chosen_floor=2, copies_as_rejected=True, pairs=8)
+    pairs = prefer(written, {"0/0": 0.5, "0/1": 0.5}, 0, settings, seed=0)
+    assert pairs == []
+    apart = [*written[:2], replace(written[2], behaviour=Behaviour(numbers.sqrt().double()).to_bytes())]
+    assert prefer(apart, {"0/0": 0.5, "0/1": 0.5}, 0, settings, seed=0) == [Pair("0/1", "0/2", "copy")]
 
 
 def test_chosen_are_only_those_surely_better_than_the_seed() -> None:

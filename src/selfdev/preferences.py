@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
+import torch
+
+from selfdev.algorithms.screening import TOLERANCE, Behaviour
 from selfdev.archive import Candidate, Pair
 from selfdev.settings import Preferences
 
@@ -112,6 +115,7 @@ def _pair_up(
     text = {c.name: c.tokens for c in chosen}
     told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     family = _families(chosen, settings.alike)
+    alike = {c.name: _of_its_behaviour(c, chosen) for reason in decks for c in decks[reason]}
     uses = dict.fromkeys(family.values(), 0)
     for _, reason in turns:
         deck = decks[reason]
@@ -125,7 +129,8 @@ def _pair_up(
                 free = [
                     c for c in free if text[c] != rejected.tokens and (rejected.tokens, text[c]) not in told
                 ]
-            partner = min(_partners(free, rejected, pairs), key=lambda c: uses[family[c]], default=None)
+            free = [c for c in free if c not in alike[rejected.name] and (c, rejected.name) not in pairs]
+            partner = min(free, key=lambda c: uses[family[c]], default=None)
             if partner is not None:
                 pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
                 told.add((text[partner], rejected.tokens))
@@ -189,9 +194,15 @@ def _families(candidates: Sequence[Candidate], alike: float) -> dict[str, str]:
     return family
 
 
-def _partners(chosen: Sequence[str], rejected: Candidate, pairs: Mapping[tuple[str, str], Pair]) -> list[str]:
-    """Who may be preferred to the rejected program: not itself or what it copies, and nobody twice."""
-    copied = rejected.nearest if rejected.status == "repeated" else None
-    return [
-        name for name in chosen if name not in (rejected.name, copied) and (name, rejected.name) not in pairs
-    ]
+def _of_its_behaviour(rejected: Candidate, chosen: Sequence[Candidate]) -> set[str]:
+    """Who may not be preferred to a program, since it does the same: itself, what it repeats, and what is as near."""
+    alike = {
+        rejected.name,
+        *([rejected.nearest] if rejected.status == "repeated" and rejected.nearest else []),
+    }
+    behaviours = {c.name: Behaviour.from_bytes(c.behaviour) for c in chosen if c.behaviour is not None}
+    if rejected.behaviour is not None and behaviours:
+        others = torch.stack([each.entries for each in behaviours.values()])
+        distances = Behaviour.from_bytes(rejected.behaviour).distances(others).tolist()
+        alike |= {name for name, distance in zip(behaviours, distances, strict=True) if distance <= TOLERANCE}
+    return alike

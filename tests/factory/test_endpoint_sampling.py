@@ -176,6 +176,30 @@ def test_what_the_server_refuses_alone_counts_as_empty(
     assert spent(factory).tokens == 11 * TOKENS
 
 
+def test_a_refusal_before_any_answer_counts_as_empty_too(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, concurrency=1)
+    server.refused = {seeds_of(factory)[0]}
+    assert [number for number, sample in enumerate(write(factory)) if not sample.text] == [0]
+
+
+def test_a_server_that_refuses_everything_ends_the_session(server: UnrulyServer, tmp_path: Path) -> None:
+    factory = factory_of(server, tmp_path, concurrency=64)
+    server.misdeeds = ["400"] * 99
+    with pytest.raises(Halted, match="answers 400"):
+        write(factory)
+    assert spent(factory).tokens == 0
+
+
+@pytest.mark.parametrize(("status", "billed"), [("502", True), ("524", True), ("500", False), ("503", False)])
+def test_what_a_gateway_gave_up_stays_in_the_account(
+    status: str, billed: bool, server: UnrulyServer, tmp_path: Path
+) -> None:
+    factory = factory_of(server, tmp_path, concurrency=1)
+    server.misdeeds = [status]
+    assert len(write(factory)) == 12
+    assert (spent(factory).tokens > 12 * TOKENS) == billed
+
+
 def test_a_refusal_that_passes_is_made_up_for(server: UnrulyServer, tmp_path: Path) -> None:
     server.misdeeds = ["", "", "", "400"]
     assert all(sample.text for sample in write(factory_of(server, tmp_path, concurrency=2)))

@@ -301,7 +301,9 @@ class Screen:
         elif form in self.known.forms or known_distance <= TOLERANCE:
             novelty, nearest = Novelty.KNOWN, self.known.forms.get(form, known)
         elif form in history.forms or earlier_distance <= TOLERANCE:
-            novelty, nearest = Novelty.REPEATED, history.forms.get(form, earlier)
+            # Of one form it may be and still, by another constant, behave as something else did.
+            original = earlier if earlier_distance <= TOLERANCE else history.forms[form]
+            novelty, nearest = Novelty.REPEATED, original
         else:
             novelty = Novelty.NEW
         # The last digits of a least-squares fit vary from call to call; the archive must not.

@@ -215,7 +215,8 @@ class EndpointFactory:
 
         What the server refuses while it answers as many others (its prompt is too long, or not to its taste) is asked
         once more behind them, and then counts as answered by nothing: a resumed run would meet the same refusal for
-        ever. `known` is how many of the same call were answered before.
+        ever. Before as many others can have been answered, those in flight may be refused. `known` is how many of the
+        same call were answered before.
         """
         known = known or self.journal.has_answers
         answers: dict[str, Answer] = {}
@@ -256,7 +257,8 @@ class EndpointFactory:
                 try:
                     await patiently(self.settings, partial(send, question), again)
                 except SelfdevError as error:
-                    if isinstance(error, NoAnswer) and error.refuses and len(refused) < known + len(answers):
+                    patience = max(self.settings.concurrency, known + len(answers))
+                    if isinstance(error, NoAnswer) and error.refuses and len(refused) < patience:
                         told(f"refused: {error}")
                         refused.append((question, error))
                     else:
@@ -274,6 +276,8 @@ class EndpointFactory:
                     await asyncio.gather(*(work() for _ in range(self.settings.concurrency)))
             except SelfdevError as error:
                 failures.append(error)
+        if len(refused) > known + len(answers):
+            failures.append(refused[0][1])
         if not failures:
             for question, why in refused:
                 log.warning("a program counts as empty that the server refuses to write: %s", why)

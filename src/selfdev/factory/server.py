@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 _LARGEST = 16 * 1024**2
 """Bytes of a response; the longest programs with their log-probabilities take a hundredth of it."""
+_BY_GATEWAYS = (502, 504, 520, 524)
+"""What gateways answer, Cloudflare's too, that do not tell what the server behind them has done."""
 _REASON = 300
 """Characters of a server's own words in an error."""
 _SECRET = 8
@@ -196,8 +198,7 @@ class Server:
                 if key
                 else ("; name the environment variable that holds the key under factory.endpoint.key_env")
             )
-        # A gateway that lost patience does not tell what the server behind it has done.
-        return NoAnswer(message, again=again, billed=status == httpx2.codes.GATEWAY_TIMEOUT, status=status)
+        return NoAnswer(message, again=again, billed=status in _BY_GATEWAYS, status=status)
 
     def _garbled(self, path: str) -> NoAnswer:
         message = f"{self.settings.url}/{path} answers what is no answer of OpenAI's protocol"
