@@ -198,6 +198,9 @@ def test_the_warm_start_is_cached_and_changes_what_is_written(
     assert cold.facts["warm_start"] is None
     asked = twenty(cold)
     assert warm.write(asked, 0, 0.8, [], lambda *_: None) != cold.write(asked, 0, 0.8, [], lambda *_: None)
+    monkeypatch.setattr("selfdev.factory.prompt.SHORT_HEAD", "# Merge experts.\n\n")
+    warming(tiny_writer).prepare(lambda done, total, note: ticks.append(done))
+    assert ticks == [1, 2, 1, 2]
 
 
 def test_a_warm_start_that_diverges_ends_with_an_error_and_is_not_cached(

@@ -161,10 +161,18 @@ def test_a_factory_that_always_writes_the_same_text_ends_with_the_one_program_it
     assert statuses(found, 1) == ["repeated"] * 6
     [round_] = found.archive.refinements("learning")
     assert round_.adapter is None  # a program is not preferred to its own copies
-    assert "no program is good enough" in str(round_.why_nothing)
+    assert "nothing to reject beside repetitions" in str(round_.why_nothing)
     assert found.archive.run.status == "done"
     assert found.best is not None
     assert found.best.name == found.verdict["best"] == "learning/1/001"
+
+
+def test_a_round_with_nothing_but_failures_to_reject_says_so(tmp_path: Path) -> None:
+    failing = [f"a(deltas):\n    return deltas.nope{number}()\n" for number in range(5)]
+    factory = ScriptedFactory([PROGRAMS[0], *failing])
+    found = ended(tmp_path / "run", factory, preferences={"failures_as_rejected": True})
+    [round_] = found.archive.refinements("learning")
+    assert "beyond preferences.failing_cap, failures" in str(round_.why_nothing)
 
 
 class Endless(ScriptedFactory):

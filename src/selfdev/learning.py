@@ -74,7 +74,12 @@ class Learning:
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
         good = [c for c in good + repaired if c.iteration in rounds]
         if not named and not (good and self.config.refinement.imitation.passes):
-            why = "no program is good enough to be preferred or imitated"
+            why = (
+                "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions "
+                "of it and, beyond preferences.failing_cap, failures"
+                if good
+                else "no program is good enough to be preferred or imitated"
+            )
             with self.watch.phase("refine", self.arm, t) as tick:
                 tick(1, 1, f"nothing learned: {why}")
             self.archive.add_refinement(Refinement(self.arm, t, None, {"skipped": why}, 0.0))

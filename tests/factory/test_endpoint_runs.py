@@ -85,13 +85,13 @@ def test_a_used_up_budget_ends_resumable_and_a_raised_one_goes_on(
     with UnrulyServer(QUICK) as server:
         config = searching_config(server.url, tokens_budget=800, programs=24)
         with pytest.raises(
-            Interrupted, match=rf"800 tokens is used up(.|\n)*selfdev resume {folder}"
+            Interrupted, match=rf"800 tokens does not pay(.|\n)*selfdev resume {folder}"
         ) as ended:
             run(config, folder)
         assert ended.value.exit_code == 3
         assert 0 < len(server.answered) < 24
         assert main(["resume", str(folder)]) == 3
-        assert "is used up" in capsys.readouterr().err
+        assert "does not pay for one more program" in capsys.readouterr().err
         assert main(["resume", str(folder), "--set", "factory.endpoint.tokens_budget=9000"]) == 0
         assert len(server.answered) == 24
     assert open_run(folder).config.factory.endpoint.tokens_budget == 9000

@@ -324,7 +324,8 @@ def test_a_token_budget_is_never_exceeded_and_all_it_pays_for_is_written(
     at_most = len(factory.prompts(0)[0].text.encode()) + 60
     assert 500 < at_most < 1000
     with pytest.raises(
-        Halted, match=r"budget of 4,000 tokens is used up: .*--set factory.endpoint.tokens_budget"
+        Halted,
+        match=r"budget of 4,000 tokens does not pay for one more program: .*--set factory.endpoint.tokens_budget",
     ):
         write(factory)
     assert spent(factory).tokens == len(server.answered) * TOKENS
@@ -358,7 +359,9 @@ def test_money_is_counted_by_the_prices(server: UnrulyServer, tmp_path: Path) ->
     factory = factory_of(
         server, tmp_path, money_budget=2000e-6, price_in=1.0, price_out=3.0, programs=100, concurrency=8
     )
-    with pytest.raises(Halted, match=r"budget of 0.002 is used up: .*factory.endpoint.money_budget"):
+    with pytest.raises(
+        Halted, match=r"budget of 0.002 does not pay for one more program: .*factory.endpoint.money_budget"
+    ):
         write(factory)
     tokens = spent(factory)
     money = (tokens.tokens_in * 1.0 + tokens.tokens_out * 3.0) / 1e6

@@ -11,9 +11,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from selfdev.algorithms.source import Form
 from selfdev.config import Config
 from selfdev.factory.adapter import with_new_adapter
 from selfdev.factory.packing import Model
+from selfdev.factory.prompt import ask
+from selfdev.factory.warm_start import END
 from selfdev.models.folder import load_model, weights_hash
 from selfdev.models.sources import cache_dir, resolve
 
@@ -96,7 +99,9 @@ class Assembly:
         settings = self._config.factory.warm_start
         if settings.steps == 0:
             return None
-        content = [self.hash, self._sources, settings.model_dump(), self._config.prompt.shown]
+        names = sorted(self._sources)[: self._config.prompt.shown]
+        asked = ask(names, self._sources, Form.SHORT).text  # and with it whatever stands around the examples
+        content = [self.hash, self._sources, settings.model_dump(), len(names), asked, END]
         if self._config.factory.dtype != "float32":
             content.append(self._config.factory.dtype)
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -92,12 +92,12 @@ class Budget:
         spent = self.journal.spent()
         if tokens is not None and spent.tokens + most.tokens > tokens:
             return (
-                f"the budget of {tokens:,} tokens is used up: {spent.tokens:,} are spent and one more program may take "
-                f"{most.tokens:,}; raise it with --set factory.endpoint.tokens_budget=TOKENS"
+                f"the budget of {tokens:,} tokens does not pay for one more program: {spent.tokens:,} are spent, and "
+                f"it may take {most.tokens:,}; raise it with --set factory.endpoint.tokens_budget=TOKENS"
             )
         if money is not None and self.price(spent + most) > money:
             return (
-                f"the budget of {money:.4g} is used up: {self.price(spent):.4g} is spent and one more program may cost "
-                f"{self.price(most):.4g}; raise it with --set factory.endpoint.money_budget=MONEY"
+                f"the budget of {money:.4g} does not pay for one more program: {self.price(spent):.4g} is spent, and "
+                f"it may cost {self.price(most):.4g}; raise it with --set factory.endpoint.money_budget=MONEY"
             )
         return None
