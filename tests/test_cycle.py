@@ -433,6 +433,7 @@ def test_the_combined_control_learns_from_its_own_programs_and_is_shown_its_best
         learned = row["arm"] not in ("frozen", "feedback") and row["iteration"] == 1
         assert (row["seconds"]["learning"] > 0) == learned
         assert (row["seconds"]["scoring"] > 0) == (row["evaluated"] > 0)
+        assert row["seconds"]["screening"] > 0
 
 
 def test_the_pairs_are_a_hugging_face_dataset(finished: Run, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def unscreened(candidate: Candidate) -> Candidate:
         behaviour=None,
         nearest=None,
         distance=None,
+        screening=None,
     )
 
 

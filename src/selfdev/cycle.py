@@ -3,6 +3,7 @@
 Every step asks the archive first whether it is done, so the same code begins a run and resumes it.
 """
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,8 +126,10 @@ class Cycle:
     def _judged(
         self, candidate: Candidate, history: History, course: Course
     ) -> tuple[Candidate, Evaluation | None]:
+        began = time.monotonic()
         found = self.screen(candidate.source or "", history)
-        candidate, evaluation = screened(candidate, found), None
+        candidate = replace(screened(candidate, found), screening=time.monotonic() - began)
+        evaluation = None
         if found.novelty is Novelty.NEW:
             candidate, evaluation = self._scored(candidate, course.start)
         self.archive.set_screened(candidate, evaluation)

@@ -125,13 +125,15 @@ class Run:
 
     def _seconds(self, arm: str, t: int) -> dict[str, float]:
         """What an iteration of an arm took; an arm that wrote what another one wrote has that one's time."""
-        names = {c.name for c in self.archive.candidates(arm, t)}
+        written = self.archive.candidates(arm, t)
+        names = {c.name for c in written}
         scored = [e for kind in ("candidate", "scaled") for e in self.archive.evaluations(kind)]
         mended = {c.name for c in self.archive.candidates(repairs_of(arm), t)}
         repairs = [i.seconds for i in self.archive.iterations(repairs_of(arm)) if i.iteration == t]
         repairs += [e.seconds for e in scored if e.subject in mended]
         return {
             "writing": sum(i.seconds for i in self.archive.iterations(arm) if i.iteration == t),
+            "screening": sum(c.screening or 0.0 for c in written),
             "scoring": sum(e.seconds for e in scored if e.subject in names),
             "learning": sum(repairs + [r.seconds for r in self.archive.refinements(arm) if r.iteration == t]),
         }

@@ -15,7 +15,7 @@ from selfdev.archive.file import ArchiveError, connect, create, transaction
 from selfdev.archive.outcomes import pack, pack_positions, unpack, unpack_positions
 from selfdev.archive.records import Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
 
-CLOCKS = {"seconds", "created", "opened"}
+CLOCKS = {"seconds", "screening", "created", "opened"}
 """Columns that tell the time, which no two runs share."""
 
 
@@ -180,13 +180,13 @@ class Archive:
         for c in candidates:
             self._db.execute(
                 "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
-                "source, status, failure, error, canonical, behaviour, nearest, distance, seconds) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "source, status, failure, error, canonical, behaviour, nearest, distance, seconds, screening) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
                     np.asarray(c.tokens, dtype=np.int32).tobytes(),
                     *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
-                    *(c.canonical, c.behaviour, c.nearest, c.distance, c.seconds),
+                    *(c.canonical, c.behaviour, c.nearest, c.distance, c.seconds, c.screening),
                 ),
             )
 
@@ -221,10 +221,11 @@ class Archive:
         with self.transaction():
             self._db.execute(
                 "UPDATE candidate SET status = ?, failure = ?, error = ?, canonical = ?, behaviour = ?, nearest = ?, "
-                "distance = ? WHERE name = ?",
+                "distance = ?, screening = ? WHERE name = ?",
                 (
                     *(candidate.status, candidate.failure, candidate.error, candidate.canonical),
-                    *(candidate.behaviour, candidate.nearest, candidate.distance, candidate.name),
+                    *(candidate.behaviour, candidate.nearest, candidate.distance),
+                    *(candidate.screening, candidate.name),
                 ),
             )
             if evaluation is not None:

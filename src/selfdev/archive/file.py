@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 APPLICATION_ID = 0x5E1FDE0
-VERSION = 4
+VERSION = 5
 ADDED = {
     2: (
         "ALTER TABLE evaluation ADD COLUMN graded INTEGER NOT NULL DEFAULT 0",
@@ -22,6 +22,7 @@ ADDED = {
         "ALTER TABLE test_opening ADD COLUMN before TEXT",
     ),
     4: ("ALTER TABLE candidate ADD COLUMN seconds REAL",),
+    5: ("ALTER TABLE candidate ADD COLUMN screening REAL",),
 }
 """What each version added to the one before it."""
 SPACE_NEEDED = 200 * 1024**2

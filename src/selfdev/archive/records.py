@@ -51,7 +51,7 @@ class Candidate:
 
     `status` is None until it is screened, then `failed` (with `failure` and `error`), `trivial`, `known`,
     `repeated` or `new`. `source` is None where no function could be read. `seconds` is what its writing took, beside
-    others; None where nobody looked.
+    others, `screening` what its screening took; None where nobody looked.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Candidate:
     nearest: str | None = None
     distance: float | None = None
     seconds: float | None = field(default=None, compare=False)
+    screening: float | None = field(default=None, compare=False)
 
     @property
     def works(self) -> bool:

@@ -49,6 +49,7 @@ CREATE TABLE candidate (
     nearest TEXT,
     distance REAL,                    -- to the nearest trivial or known program
     seconds REAL,                     -- from its first token to its last, those beside it included; NULL: unknown
+    screening REAL,                   -- seconds that the screening took; NULL: unknown
     UNIQUE (arm, iteration, number)
 ) STRICT;
 
