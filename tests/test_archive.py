@@ -107,7 +107,9 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
         assert old.openings() == [Opening("2026-01-01")]
         assert [c.seconds for c in old.candidates()] == [None]
     with Archive.open(archive.path) as new:
-        new.keep_programs([replace(WRITTEN[0], name="learning/9/001", iteration=8, seconds=1.5, screening=0.1)])
+        new.keep_programs(
+            [replace(WRITTEN[0], name="learning/9/001", iteration=8, seconds=1.5, screening=0.1)]
+        )
         kept = new.candidate("learning/9/001")
         assert kept is not None
         assert (kept.seconds, kept.screening) == (1.5, 0.1)

@@ -1008,6 +1008,41 @@ for name, method in methods().items():
         shutil.rmtree(out)
 """
 
+WORKED_IN = """
+import json, sys
+import torch
+from selfdev.algorithms.library import method
+
+def status(field):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) / 1024
+
+small = torch.randn(2, 400, 500)
+for name in sys.argv[1:]:
+    for experts, *shape in ((2, 768, 2064), (3, 2064, 768)):
+        method(name).merge(small, small[0])  # what libraries keep for themselves
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.empty(experts, *shape).normal_(generator=generator)
+        before = status("VmRSS") - vectors.nbytes / 2**20
+        open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+        method(name).merge(vectors, vectors[0])
+        print(json.dumps([name, shape, experts, status("VmHWM") - before]), flush=True)
+        del vectors
+"""
+
+
+def test_methods_that_take_a_matrix_apart_stay_near_the_promise() -> None:
+    """In the shapes that MLPs have. What is above four tensors for each expert is to fit into the promise's 500 MB."""
+    names = ["doge_ta", "iso_c", "iso_cts", "knots", "svc", "tsv_m", "wudi"]
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "500000"}
+    command = [sys.executable, "-c", WORKED_IN, *names]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(names) * 2
+    tensor = 768 * 2064 * 4 / 2**20
+    for name, shape, experts, grown in found:
+        assert grown < (4 * experts + 3) * tensor + 10, (name, shape, experts)
+
+
 NARROW = (1 << 17, 64)  # 32 MB in float32, of which singular values are found in a moment
 
 

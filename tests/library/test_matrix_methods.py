@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import method
+from selfdev.algorithms.library.spectrum import components
 from selfdev.errors import UserError
 
 
@@ -97,6 +98,35 @@ def test_wudi_counts_what_experts_share_once():
     # Losses (m - 2)^2 and (m - 1)^2 along the first input: 1.5. The second input belongs to one expert alone.
     experts = torch.tensor([[[2.0, 0.0]], [[1.0, 0.0]], [[0.0, 7.0]]])
     check(method("wudi").merge(experts), torch.tensor([[1.5, 7.0]]))
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (12, 20), (20, 20), (30, 8)])
+def test_wudi_is_that_of_its_formula_in_float64(shape):
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(3, *shape, generator=generator).double()
+    vectors[2] = 0
+    grams = vectors.mT @ vectors / vectors.square().sum(dim=(1, 2), keepdim=True).clamp(min=1e-9)
+    inverse = torch.linalg.pinv(grams.sum(dim=0), rtol=0.01, hermitian=True)
+    total = vectors.sum(dim=0)
+    expected = total + ((vectors - total) @ grams @ inverse).sum(dim=0)
+    merged = method("wudi").merge(vectors.float(), cutoff=0.01)
+    torch.testing.assert_close(merged.double(), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(7, 40), (40, 7), (15, 15)])
+def test_components_are_those_of_a_decomposition_in_float64(shape):
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, 5, generator=generator).double())[0] for n in shape)
+    values = torch.tensor([3.0, 1.0, 0.1, 1e-2, 1e-3]).double()
+    found = components((left * values @ right.T).float())
+    torch.testing.assert_close(found[1].double(), values, rtol=1e-4, atol=1e-6)
+    for mine, known in ((found[0], left), (found[2], right)):
+        torch.testing.assert_close(
+            (mine.double() * known).sum(dim=0).abs(), torch.ones(5).double(), rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(mine.T @ mine, torch.eye(5), rtol=0, atol=1e-3)
+    assert [len(each.T) for each in components(torch.zeros(shape))[::2]] == [0, 0]
+    assert components((left * values @ right.T).float(), 2)[1].tolist() == pytest.approx([3.0, 1.0])
 
 
 def test_wudi_leaves_weak_directions_to_the_sum():

@@ -31,18 +31,17 @@ def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1
     full = min(task_vectors.shape[1:])
     common = max(1, round(common_share * full))
     special = (full - common) // len(task_vectors)
-    left, values, right = components(task_vectors.sum(dim=0), common)
-    lefts, all_values, rights = [left], [values], [right]
+    shared, *others = components(task_vectors.sum(dim=0), common)
+    lefts, values, rights = [shared], others[:1], others[1:]
     for matrix in task_vectors:
         # Of a matrix of low rank, as LoRA makes them, nothing but rounding may lie outside.
-        own_left, own_values, own_right = components(
-            torch.addmm(matrix, left, left.T @ matrix, alpha=-1.0), special, beside=largest_value(matrix)
-        )
-        lefts.append(own_left)
-        all_values.append(own_values)
-        rights.append(own_right)
-    level = torch.cat(all_values).sum() / max(1, common + special * len(task_vectors))
-    return scale * level * orthogonal(torch.cat(lefts, dim=1)) @ orthogonal(torch.cat(rights, dim=1)).T
+        apart = torch.addmm(matrix, shared, shared.T @ matrix, alpha=-1.0)
+        own = components(apart, special, beside=largest_value(matrix))
+        for kept, found in zip((lefts, values, rights), own, strict=True):
+            kept.append(found)
+    del shared, others, apart, own, found
+    level = torch.cat(values).sum() / max(1, common + special * len(task_vectors))
+    return orthogonal(lefts).mul_(scale * level) @ orthogonal(rights).T
 
 
 METHOD = Method(

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import of_gram
+from selfdev.algorithms.library.spectrum import gram, of_gram
 from selfdev.algorithms.library.ties import ties
 
-# Rows or columns of an expert that are multiplied at a time.
-_BLOCK = 1 << 10
+# Rows of the experts that are multiplied at a time.
+_BLOCK = 1 << 8
 
 
 def knots(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
@@ -30,12 +30,14 @@ def knots(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> 
     experts, rows, columns = task_vectors.shape
     # The vectors of the shorter side will do: U S is the joint matrix times V, and S V^T is U^T times it.
     tall = rows > experts * columns
-    vectors, values = of_gram(_tall_gram(task_vectors) if tall else _wide_gram(task_vectors))
+    vectors, values = of_gram(_joint_gram(task_vectors) if tall else gram(list(task_vectors)))
+    vectors, values = vectors.float(), values.float()
     if len(values) == 0:
         return torch.zeros_like(task_vectors[0])
     if not tall:
-        parts = (vectors / values).T @ task_vectors
-        return (vectors * values) @ ties(parts, density=density, scale=scale)
+        vectors /= values
+        merged = ties(vectors.T @ task_vectors, density=density, scale=scale)
+        return vectors.mul_(values.square()) @ merged
     right = vectors.view(experts, columns, -1)
     merged = ties(right.mT, density=density, scale=scale)
     result = torch.zeros_like(task_vectors[0])
@@ -44,25 +46,14 @@ def knots(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> 
     return result
 
 
-def _tall_gram(task_vectors: Tensor) -> Tensor:
+def _joint_gram(task_vectors: Tensor) -> Tensor:
     """J^T J of the joint matrix J, in float64."""
     experts, _, columns = task_vectors.shape
-    gram = task_vectors.new_zeros(experts * columns, experts * columns, dtype=torch.float64)
+    product = task_vectors.new_zeros(experts * columns, experts * columns, dtype=torch.float64)
     for block in task_vectors.split(_BLOCK, dim=1):
         rows = block.double().permute(1, 0, 2).flatten(1)
-        gram.addmm_(rows.T, rows)
-    return gram
-
-
-def _wide_gram(task_vectors: Tensor) -> Tensor:
-    """J J^T of the joint matrix J, in float64."""
-    rows = task_vectors.shape[1]
-    gram = task_vectors.new_zeros(rows, rows, dtype=torch.float64)
-    for vector in task_vectors:
-        for block in vector.split(_BLOCK, dim=1):
-            columns = block.double()
-            gram.addmm_(columns, columns.T)
-    return gram
+        product.addmm_(rows.T, rows)
+    return product
 
 
 METHOD = Method(

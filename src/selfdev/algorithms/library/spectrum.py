@@ -1,11 +1,23 @@
-"""Singular value decompositions without directions that carry nothing."""
+"""Singular value decompositions in little memory, without directions that carry nothing.
 
+They are taken from a matrix's product with its own transpose, on its shorter side, in float64. That needs a few
+matrices of the shorter side alone, where LAPACK's own decomposition works in several copies of the whole, and loses
+nothing: the product's eigenvalues are squares, those of directions that count at least 1e-10 of the largest, its
+rounding is 1e-16.
+"""
+
+from collections.abc import Sequence
+
+import scipy.linalg
 import torch
 from torch import Tensor
 
 # Singular values below this share of the largest are rounding: their vectors are arbitrary in float32, and a
 # method that gives them weight would return noise that depends on the linear algebra library.
 _NOTHING = 1e-5
+
+# Rows or columns that are multiplied in float64 at a time.
+_BLOCK = 1 << 8
 
 
 def components(
@@ -21,44 +33,85 @@ def components(
     Returns:
         Left vectors (rows, k), singular values (k,) in falling order, right vectors (columns, k); k can be 0.
     """
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    kept = int((values > _NOTHING * max(values[0].item(), beside)).sum()) if len(values) else 0
-    kept = kept if rank is None else min(kept, rank)
-    if kept < len(values):  # what is left out does not stay in memory behind a view
-        left, right = left[:, :kept].clone(), right[:kept].clone()
-    return left, values[:kept], right.T
+    tall = len(matrix) > matrix.shape[1]
+    wide = matrix.mT if tall else matrix
+    vectors, values = of_gram(gram([wide]), rank, beside=beside)
+    long = matrix.new_empty(wide.shape[1], len(values))
+    for block, out in zip(wide.split(_BLOCK, dim=1), long.split(_BLOCK), strict=True):
+        out.copy_(block.double().mT @ vectors / values)
+    short = vectors.float()
+    return (long, values.float(), short) if tall else (short, values.float(), long)
 
 
 def largest_value(matrix: Tensor) -> float:
-    """The largest singular value of a matrix, from the smaller of its products with itself."""
-    gram = matrix.T @ matrix if len(matrix) > matrix.shape[1] else matrix @ matrix.T
-    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0.0).sqrt()) if len(gram) else 0.0
+    """The largest singular value of a matrix; 0 of an empty one."""
+    wide = matrix.mT if len(matrix) > matrix.shape[1] else matrix
+    return float(of_gram(gram([wide]), 1)[1].sum())
 
 
-def of_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
+def gram(beside: Sequence[Tensor]) -> Tensor:
+    """Return J J^T in float64, where J are the matrices, shape (rows, columns), side by side."""
+    product = beside[0].new_zeros(len(beside[0]), len(beside[0]), dtype=torch.float64)
+    for matrix in beside:
+        for block in matrix.split(_BLOCK, dim=1):
+            columns = block.double()
+            product.addmm_(columns, columns.mT)
+    return product
+
+
+def of_gram(product: Tensor, rank: int | None = None, *, beside: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return what a float32 matrix's product with its own transpose tells of it, without empty directions.
 
-    The product needs no copy of the matrix, as a singular value decomposition does, and in float64 it loses nothing:
-    its eigenvalues are squares, those of directions that count at least 1e-10 of the largest, its rounding is 1e-16.
-
     Args:
-        gram: X^T X or X X^T, float64.
+        product: X^T X or X X^T, float64; its memory may be overwritten.
+        rank: how many directions to keep; all if None.
+        beside: as in `components`.
 
     Returns:
         The right vectors of X in the first case, the left ones in the second, as columns (n, k), and singular values
-        (k,), both float32, in falling order; k can be 0.
+        (k,), both float64, in falling order; k can be 0.
     """
-    squares, vectors = torch.linalg.eigh(gram)
-    values = squares.clamp_(min=0.0).sqrt_().flip(0)
-    kept = int((values > _NOTHING * values[0]).sum()) if len(values) else 0
-    return vectors[:, len(values) - kept :].float().flip(1), values[:kept].float()
+    squares, vectors = eigen(product.neg_(), rank)  # the largest first
+    values = squares.neg_().clamp_(min=0.0).sqrt_()
+    kept = int((values > _NOTHING * max([beside, *values[:1].tolist()])).sum())
+    return vectors[:, :kept], values[:kept]
 
 
-def orthogonal(columns: Tensor) -> Tensor:
-    """Return the matrix with orthonormal columns nearest to `columns` (its polar factor, same shape).
+def eigen(matrix: Tensor, least: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a symmetric matrix in rising order, and their vectors as columns.
+
+    Args:
+        matrix: shape (n, n). On a CPU it is overwritten: LAPACK's copies would be what takes most memory.
+        least: how many to find; all if None.
+    """
+    count = len(matrix) if least is None else min(least, len(matrix))
+    if count == 0:
+        return matrix.new_zeros(0), matrix.new_zeros(len(matrix), 0)
+    if matrix.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(matrix)
+        return values[:count], vectors[:, :count]
+    # In float32 the vectors of the driver that takes least memory are not orthogonal enough.
+    whole = matrix.dtype == torch.float32
+    found = scipy.linalg.eigh(
+        matrix.numpy().T,  # in LAPACK's order, and the same
+        overwrite_a=True,
+        driver="evd" if whole else "evr",
+        subset_by_index=None if whole else (0, count - 1),
+    )
+    values, vectors = map(torch.from_numpy, found)
+    return values[:count], vectors[:, :count]
+
+
+def orthogonal(columns: list[Tensor]) -> Tensor:
+    """Return the matrix with orthonormal columns nearest to some columns (their polar factor, same shape).
 
     Where the columns are linearly dependent no such matrix exists; the polar factor on their span is
     returned.
+
+    Args:
+        columns: side by side, each of shape (rows, columns). The list is emptied: they are not kept in memory twice.
     """
-    left, _, right = components(columns)
+    beside = torch.cat(columns, dim=1)
+    columns.clear()
+    left, _, right = components(beside)
     return left @ right.T

@@ -33,15 +33,16 @@ def svc(task_vectors: Tensor, *, floor: float = 1.0, scale: float = 1.0) -> Tens
     if task_vectors.dim() != 3:
         return scale * task_vectors.mean(dim=0)
     left, values, right = components(task_vectors.sum(dim=0))
-    # Rows are directions: (experts, k, columns) against the sum's (k, columns).
-    responses = left.T @ task_vectors
-    merged = values[:, None] * right.T
-    powers = responses.square().sum(dim=2)
-    coefficients = (responses * merged).sum(dim=2) / torch.where(powers > 0, powers, 1.0)
-    # A response that is nothing but rounding would count as a sum that is millions of times too large.
-    absent = powers <= (_ABSENT * values).square()
-    counted = coefficients.clamp(min=floor).masked_fill(absent, floor)
-    factors = len(task_vectors) / counted.sum(dim=0)
+    counted = torch.zeros_like(values)
+    for vector in task_vectors:
+        # Rows are directions: (k, columns).
+        response = left.T @ vector
+        power = response.square().sum(dim=1)
+        coefficient = values * response.mul_(right.T).sum(dim=1) / torch.where(power > 0, power, 1.0)
+        # A response that is nothing but rounding would count as a sum that is millions of times too large.
+        absent = power <= (_ABSENT * values).square()
+        counted += coefficient.clamp(min=floor).masked_fill(absent, floor)
+    factors = len(task_vectors) / counted
     return scale * (left * (factors * values)) @ right.T
 
 

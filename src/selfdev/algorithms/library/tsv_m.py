@@ -24,10 +24,10 @@ def tsv_m(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     if task_vectors.dim() != 3:
         return scale * task_vectors.mean(dim=0)
     rank = max(1, min(task_vectors.shape[1:]) // len(task_vectors))
-    lefts, values, rights = zip(*(components(matrix, rank) for matrix in task_vectors), strict=True)
-    left = orthogonal(torch.cat(lefts, dim=1))
-    right = orthogonal(torch.cat(rights, dim=1))
-    return scale * (left * torch.cat(values)) @ right.T
+    found = (components(matrix, rank) for matrix in task_vectors)
+    lefts, values, rights = map(list, zip(*found, strict=True))
+    left = orthogonal(lefts).mul_(scale * torch.cat(values))
+    return left @ orthogonal(rights).T
 
 
 METHOD = Method(
