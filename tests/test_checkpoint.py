@@ -413,6 +413,7 @@ def test_a_file_has_the_users_rights_only_if_trusted(tmp_path: Path) -> None:
         ("return 1", "returns int"),
         ("return model_dict['x'][0]", r"returns \(2,\)"),
         ("raise KeyError('gone')", "raises KeyError: 'gone'"),
+        ("return model_dict['x'].to('meta')", "raises NotImplementedError"),
         ("return model_dict['x'] / 0", f"makes '{UP}' not finite"),
     ],
 )
@@ -486,6 +487,9 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: py
         ):
             merged(seed, tmp_path / "out", x=expert)
     assert not (tmp_path / "attacked").exists()
+    torch.save({UP: TENSORS[UP].to_sparse()}, expert / "pytorch_model.bin")
+    with pytest.raises(UserError, match="without the plain numbers of weights"):
+        merged(seed, tmp_path / "out", x=expert)
     torch.save({UP: 3}, expert / "pytorch_model.bin")
     with pytest.raises(UserError, match="something else than named tensors"):
         merged(seed, tmp_path / "out", x=expert)
@@ -719,7 +723,9 @@ def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> Non
     assert f"expert 'x': its '{UP}' holds values that are not finite" in refusal(seed, out, x=broken)
     torn = write(tmp_path / "torn")
     whole = (torn / "model.safetensors").read_bytes()
-    for damaged in (b"", b"torn", whole[:200], whole[:-1], b"\xff" * 20):
+    headers = [b"[" * 5000, b'{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 0]}}']
+    ill = [len(header).to_bytes(8, "little") + header for header in headers]
+    for damaged in (b"", b"torn", whole[:200], whole[:-1], b"\xff" * 20, *ill):
         (torn / "model.safetensors").write_bytes(damaged)
         assert "model.safetensors' is damaged" in refusal(seed, out, x=torn)
 
@@ -769,6 +775,50 @@ def test_cropped_tensors_must_fit_but_for_their_rows(tmp_path: Path) -> None:
     )
     packed = write(tmp_path / "packed", {TABLE: LONGER.to(torch.int8), HEAD: LONGER})
     assert f"its '{TABLE}' is stored as I8" in refusal(seed, tmp_path / "out", x=packed, **crop)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"lora_alpha": None},
+        {"lora_alpha": "x"},
+        {"alpha_pattern": {"(": 3}},
+        {"alpha_pattern": [1]},
+    ],
+)
+def test_an_adapter_without_a_scale_is_refused(tmp_path: Path, broken: dict[str, Any]) -> None:
+    seed, adapter = write(tmp_path / "seed"), of_ones(tmp_path / "adapter", {})
+    config = json.loads((adapter / "adapter_config.json").read_text()) | broken
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    message = refusal(seed, tmp_path / "out", x=adapter)
+    assert "lora_alpha or alpha_pattern in" in message
+    assert "makes no scale" in message
+
+
+def test_vocabularies_without_a_tokenizer_json(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seed = write(tmp_path / "seed")
+    expert = write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1})
+    (seed / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "c": 2}))
+    merged(seed, tmp_path / "none", x=expert, targets="all")
+    assert "which token each row of its embeddings is for is not known" in caplog.text
+    (expert / "vocab.json").write_text(json.dumps({"a": 0, "c": 1, "b": 2}))
+    message = refusal(seed, tmp_path / "out", x=expert, targets="all")
+    assert "another token in 2 rows of the embeddings (row 1: 'c', the seed's 'b')" in message
+
+
+def test_added_tokens_with_other_names_are_merged_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seed = write(tmp_path / "seed")
+    expert = write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1})
+    for folder, last in ((seed, "<reserved>"), (expert, "<|im_start|>")):
+        added = [{"id": 3, "content": last}]
+        tokenizer = {"model": {"vocab": {"a": 0, "b": 1, "c": 2}}, "added_tokens": added}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    out = merged(seed, tmp_path / "out", x=expert, targets="all", scale=1.0)
+    assert torch.equal(out[TABLE], TENSORS[TABLE] + 1)
+    assert "expert 'x': 1 added tokens have other names" in caplog.text
+    assert "(row 3: '<|im_start|>', the seed's '<reserved>')" in caplog.text
 
 
 def test_vocabularies_of_one_size_with_other_tokens(tmp_path: Path) -> None:

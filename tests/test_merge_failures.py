@@ -238,6 +238,16 @@ def test_what_cannot_be_locked_is_named_and_stays(
     assert "remove it if no merge runs" in message
 
 
+def test_the_folders_above_are_not_left_either(tmp_path: Path) -> None:
+    out = tmp_path / "fresh/deep/out"
+    with pytest.raises(RuntimeError, match="fails"), written_aside(out):
+        raise RuntimeError("fails")
+    assert left(tmp_path) == []
+    with written_aside(out):
+        pass
+    assert out.is_dir()
+
+
 def test_nothing_is_left_where_nothing_is(tmp_path: Path) -> None:
     remove_left(tmp_path / "none" / "out")
     assert left(tmp_path) == []

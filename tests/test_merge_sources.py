@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdev
 from checkpoints import DOWN, NORM, TENSORS, UP, nano_seed, read, relative, write
+from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.merging.checkpoint import merge_checkpoints
 from selfdev.merging.recipe import Recipe
@@ -84,7 +86,8 @@ def test_pickled_shards_merge_as_safetensors_do(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     files = sorted(pickled.glob("*.bin"))
     assert [row for row in inputs(tmp_path / "out") if row[0] == "one"] == [
-        ("one", file.name, sha256(file)) for file in (pickled / "config.json", *files)
+        ("one", file.name, sha256(file))
+        for file in (pickled / "config.json", pickled / "pytorch_model.bin.index.json", *files)
     ]
     files[1].unlink()
     with pytest.raises(UserError, match=r"expert 'one': .* has no file 'pytorch_model-00002-of-00002\.bin'"):
@@ -107,6 +110,40 @@ def test_a_single_file_comes_before_shards_as_in_transformers(tmp_path: Path) ->
     out = merged(seed, tmp_path / "out", one=expert, targets="all", scale=1.0)
     for name, parameter in AutoModelForCausalLM.from_pretrained(expert).named_parameters():
         torch.testing.assert_close(out[name], parameter.data, atol=1e-6, rtol=1e-5)
+
+
+def test_a_pipe_beside_the_weights_is_nobodys_file(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    os.mkfifo(seed / "a.safetensors")
+    assert (
+        main(
+            [
+                "merge",
+                "--method",
+                "linear",
+                "--seed",
+                str(seed),
+                "--expert",
+                f"x={seed}",
+                "--out",
+                f"{tmp_path}/o",
+            ]
+        )
+        == 0
+    )
+
+
+def test_what_a_seed_has_that_is_not_finite_is_copied_in_another_type_too(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", {NORM: torch.tensor([math.nan, 1.0])})
+    out = merged(seed, tmp_path / "out", x=seed, dtype="bf16")
+    assert out[NORM].isnan().tolist() == [True, False]
+
+
+def test_files_of_any_name_stay_in_their_cell_of_the_card(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed")
+    (seed / "tokenizer|\n.json").write_text("{}")
+    merged(seed, tmp_path / "out", x=seed)
+    assert r"| tokenizer\| .json |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_masks_that_old_checkpoints_store_are_not_merged(tmp_path: Path) -> None:

@@ -422,6 +422,7 @@ MISTAKES = [
         "line 5: 'pad_to_multiple_of' changes rows of the embeddings",
     ),
     ({"parameters": "parameters: {"}, "is no YAML"),
+    ({"parameters": "parameters: " + 5000 * "["}, "is no YAML"),
 ]
 
 

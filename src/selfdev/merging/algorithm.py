@@ -132,7 +132,7 @@ class LibraryMethod:
         """The method's function and its paper."""
         return Origin(
             f"`{self.method.name}`: {self.method.summary} ({self.method.paper})",
-            inspect.getsource(self.method.function),
+            inspect.getsource(sys.modules[self.method.function.__module__]),
         )
 
     def merge(self, batch: Sequence[Inputs]) -> list[Tensor]:
@@ -260,16 +260,19 @@ class TrustedFile:
                 torch.default_generator.manual_seed(seed)
                 random.seed(seed)
                 value = function(*arguments)
+                if not isinstance(value, Tensor) or value.shape != shape or value.is_complex():
+                    returned = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                    raise TypeError(
+                        f"it returns {returned}, and the merged task vector has the parameter's shape"
+                    )
+                if value.layout is not torch.strided:
+                    value = value.to_dense()
+                merged: Tensor = value.detach().to("cpu", torch.float32).contiguous()
         except (Exception, SystemExit) as error:
             raise SelfdevError(f"{where} raises {type(error).__name__}: {error}") from error
         finally:
             random.setstate(state)
-        if not isinstance(value, Tensor) or value.shape != shape or value.is_complex():
-            returned = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise SelfdevError(
-                f"{where} returns {returned}; the merged task vector has the parameter's shape"
-            )
-        return value.detach().to("cpu", torch.float32).contiguous()
+        return merged
 
     def _function(self) -> Callable[..., Any]:
         """The file's `merge_models`, imported once."""
@@ -296,10 +299,12 @@ class TrustedFile:
 
 def takes_context(function: Callable[..., Any]) -> bool:
     """Whether the third parameter is the context: it is named so, or has no default of its own."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of a function of C that does not tell
+        return False
     positional = [
-        each
-        for each in inspect.signature(function).parameters.values()
-        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
     ]
     return len(positional) >= 3 and (
         positional[2].name == "context" or positional[2].default is inspect.Parameter.empty

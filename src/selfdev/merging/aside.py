@@ -79,6 +79,7 @@ def written_aside(out: Path) -> Iterator[Path]:
         SelfdevError: it cannot be brought to the disk, or to its place.
     """
     aside = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+    made = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside.mkdir()
@@ -93,6 +94,9 @@ def written_aside(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):  # where something lies in them, `out` for one
+            for parent in made:
+                parent.rmdir()
 
 
 def _put_in_place(aside: Path, out: Path) -> None:

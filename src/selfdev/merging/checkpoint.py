@@ -171,7 +171,7 @@ def merge_checkpoints(
     found = find(recipe)
     out = Path(os.path.expanduser(out)).absolute()
     check_out(out)
-    job = prepare(recipe, recipe.targets or found.targets)
+    job = prepare(recipe, found.targets if recipe.targets is None else recipe.targets)
     check_schedule(recipe, sorted(job.chosen), job.layers)
     remove_left(out)
     job.check_room(out)

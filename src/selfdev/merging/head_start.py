@@ -28,7 +28,9 @@ class HeadStart:
         """
         folders = [Path(os.path.expanduser(source)) for source in sources if source]
         # One shard each: a merge that has more takes so long that nothing is gained.
-        firsts = [next(iter(sorted(folder.glob("*.safetensors"))), None) for folder in folders]
+        firsts = [
+            next(filter(Path.is_file, sorted(folder.glob("*.safetensors"))), None) for folder in folders
+        ]
         self._digests = {path: FileDigest(path) for path in firsts if path is not None}
         self._stopped = Event()
         self._thread = Thread(target=self._hash, name="head-start", daemon=True)

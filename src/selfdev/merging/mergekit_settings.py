@@ -80,7 +80,11 @@ def read_yaml(file: Path) -> Lines:
         content = yaml.load(file.read_text(), Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' cannot be read: {error}; give a file that is there") from None
-    except (yaml.YAMLError, ValueError) as error:  # the latter of a date that is none
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # of a date that is none, of brackets without end
         raise UserError(f"'{file}' is no YAML: {error}") from None
     if not isinstance(content, Lines):
         raise UserError(f"'{file}' holds no mapping; a merge needs merge_method and models")

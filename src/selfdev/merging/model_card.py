@@ -63,7 +63,7 @@ def model_card(
                 "| model | source | file | sha256 |",
                 "| --- | --- | --- | --- |",
                 *(
-                    f"| {each.name} | `{each.source}` | {file} | `{digest}` |"
+                    f"| {each.name} | `{_cell(each.source)}` | {_cell(file)} | `{digest}` |"
                     for each in inputs
                     for file, digest in each.files.items()
                 ),
@@ -75,6 +75,11 @@ def model_card(
     if origin.evidence:
         parts += ["## Evidence", "\n".join(origin.evidence)]
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """As it can stand in a table: the names of files are anybody's."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def _block(text: str, language: str) -> str:

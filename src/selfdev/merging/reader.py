@@ -52,7 +52,7 @@ class Checkpoint:
         self.types: dict[str, str] = {}
         self._files: dict[str, WeightFile] = {}
         self._stored_as: dict[str, str] = {}
-        files, index = self._weight_files(pickled)
+        files, index, self._index = self._weight_files(pickled)
         for path in files:
             file = self._opened(path)
             for name, entry in file.entries.items():
@@ -69,8 +69,9 @@ class Checkpoint:
 
     @property
     def files(self) -> list[Path]:
-        """Its config, and its files of weights in the order of their names."""
-        return [self.folder / "config.json", *sorted({file.path for file in self._files.values()})]
+        """Its config, the index of its shards if it has one, and its files of weights in the order of their names."""
+        weights = sorted({file.path for file in self._files.values()})
+        return [self.folder / "config.json", *([self._index] if self._index else []), *weights]
 
     def made_of(self) -> dict[str, str]:
         """What its files of weights were made of, if that is known: a sha256 by a name of it."""
@@ -157,15 +158,16 @@ class Checkpoint:
 
     def layers(self, names: Iterable[str]) -> int:
         """How many layers the model has, by its config, or by the names of its tensors."""
-        for part in (self.config, self.config.get("text_config") or {}):
+        inner = self.config.get("text_config")
+        for part in (self.config, inner if isinstance(inner, dict) else {}):
             for key in ("num_hidden_layers", "n_layer", "num_layers", "n_layers"):
-                if part.get(key):
+                if isinstance(part.get(key), int) and part[key] > 0:
                     return int(part[key])
         return count_layers(names)
 
-    def _weight_files(self, pickled: bool) -> tuple[list[Path], dict[str, str]]:
-        """The files and, where an index names them, the name of each tensor's."""
-        files, places = [self.folder / _KINDS[0][1]], dict[str, str]()
+    def _weight_files(self, pickled: bool) -> tuple[list[Path], dict[str, str], Path | None]:
+        """The files and, where an index names them, the name of each tensor's, and the index."""
+        files, places, used = [self.folder / _KINDS[0][1]], dict[str, str](), None
         for index, single in _KINDS[: 2 if pickled else 1]:
             if (self.folder / single).is_file():
                 files = [self.folder / single]
@@ -175,7 +177,7 @@ class Checkpoint:
                 if not isinstance(weight_map, dict) or not weight_map:
                     raise UserError(f"{self.owner}: '{self.folder / index}' maps no weights; fetch it anew")
                 places = {str(name): Path(str(file)).name for name, file in weight_map.items()}
-                files = sorted({self.folder / file for file in places.values()})
+                files, used = sorted({self.folder / file for file in places.values()}), self.folder / index
                 break
         for file in files:
             if not file.is_file():
@@ -183,14 +185,14 @@ class Checkpoint:
                     f"{self.owner}: '{self.folder}' has no file '{file.name}'; "
                     "merging reads safetensors as save_pretrained writes them"
                 )
-        return files, places
+        return files, places, used
 
     def _json(self, file: str) -> dict[str, Any]:
         try:
             content = json.loads((self.folder / file).read_text())
         except FileNotFoundError:
             raise UserError(f"{self.owner}: '{self.folder}' has no {file}; give a model's folder") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{self.owner}: '{self.folder / file}' is damaged: {error}; fetch it anew"
             ) from None

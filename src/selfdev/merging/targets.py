@@ -41,6 +41,8 @@ def select_targets(names_and_shapes: Mapping[str, tuple[int, ...]], targets: str
     Raises:
         UserError: nothing is selected, or the expression is none.
     """
+    if not targets:
+        raise UserError("targets are empty; use mlp, attention, all or a regular expression")
     named = [name for name in names_and_shapes if not _DERIVED.search(name)]
     if targets == "mlp":
         chosen = [name for name in named if _MLP.search(name)]

@@ -5,6 +5,7 @@ and need not have as many tokens.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,11 @@ import torch
 from selfdev.errors import UserError
 from selfdev.merging.reader import Checkpoint
 from selfdev.merging.targets import embeddings_of, head_of, of_vocabulary
+
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model")
+_NOT_READ = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
+
+_log = logging.getLogger(__name__)
 
 Embeddings = Literal["seed", "crop"]
 """What to do where vocabularies differ: keep the seed's rows, or merge the rows that all models have."""
@@ -138,15 +144,21 @@ def _common_rows(
 
 
 def _check_tokens(expert: Checkpoint, seed: Checkpoint, rows: int) -> None:
-    """Raise UserError if one of the first rows is another token's in the expert.
+    """Raise UserError if one of the first rows is another token's in the expert; say so where nobody can know.
 
-    Tokens that were added to the tokenizer's own are not compared: fine-tuning renames reserved ones.
+    Tokens that were added to the tokenizer's own are merged and told of: fine-tuning renames reserved ones.
     """
-    texts = [_text(model.folder / "tokenizer.json") for model in (seed, expert)]
-    if texts[0] == texts[1]:
+    if all(_text(seed.folder / file) == _text(expert.folder / file) for file in _TOKENIZERS):
         return
-    ours, theirs = map(_tokens, texts)
-    differ = [i for i in sorted(ours.keys() & theirs.keys()) if i < rows and ours[i] != theirs[i]]
+    ours, theirs = _tokens(seed.folder), _tokens(expert.folder)
+    if not ours or not theirs:
+        _log.warning(
+            "%s: which token each row of its embeddings is for is not known (%s): they are merged row by row",
+            expert.owner,
+            "its tokenizer and the seed's differ, and are not in tokenizer.json or vocab.json",
+        )
+        return
+    differ = _apart(ours, theirs, rows)
     if differ:
         first = differ[0]
         raise UserError(
@@ -154,6 +166,20 @@ def _check_tokens(expert: Checkpoint, seed: Checkpoint, rows: int) -> None:
             f"{theirs[first]!r}, the seed's {ours[first]!r}); --embeddings seed keeps the seed's embeddings and "
             "merges all else"
         )
+    ours, theirs = _added(seed.folder), _added(expert.folder)
+    differ = _apart(ours, theirs, rows)
+    if differ:
+        first = differ[0]
+        _log.warning(
+            "%s: %d added tokens have other names than the seed's (row %d: %r, the seed's %r); they are merged row by "
+            "row. --embeddings seed keeps the seed's embeddings",
+            *(expert.owner, len(differ), first, theirs[first], ours[first]),
+        )
+
+
+def _apart(ours: Mapping[int, str], theirs: Mapping[int, str], rows: int) -> list[int]:
+    """The first rows that both have, for different tokens."""
+    return [i for i in sorted(ours.keys() & theirs.keys()) if i < rows and ours[i] != theirs[i]]
 
 
 def check_same_tokens(owner: str, folder: Path, seed: Checkpoint) -> None:
@@ -164,23 +190,15 @@ def check_same_tokens(owner: str, folder: Path, seed: Checkpoint) -> None:
         folder: of the model.
         seed: the seed.
     """
-    texts = [_text(each / "tokenizer.json") for each in (seed.folder, folder)]
-    if texts[0] == texts[1]:
+    if _text(seed.folder / "tokenizer.json") == _text(folder / "tokenizer.json") != b"":
         return
-    ours, theirs = ({**_tokens(text), **_added(text)} for text in texts)
+    ours, theirs = ({**_tokens(each), **_added(each)} for each in (seed.folder, folder))
     differ = sorted(row for row in ours.keys() | theirs.keys() if ours.get(row) != theirs.get(row))
     if differ or not ours:
         raise UserError(
             f"{owner}: it has another token than the seed in {len(differ) or 'unknown'} rows; tokenizers that differ "
             "are not united here. Keep the seed's (tokenizer_source: base), or merge with mergekit"
         )
-
-
-def _added(text: bytes) -> Mapping[int, str]:
-    try:
-        return {int(each["id"]): str(each["content"]) for each in json.loads(text)["added_tokens"]}
-    except (ValueError, KeyError, TypeError):
-        return {}
 
 
 def _text(file: Path) -> bytes:
@@ -190,12 +208,27 @@ def _text(file: Path) -> bytes:
         return b""
 
 
-def _tokens(text: bytes) -> Mapping[int, str]:
-    """The tokenizer's own vocabulary by row; empty where no `tokenizer.json` tells it."""
+def _added(folder: Path) -> Mapping[int, str]:
+    """The tokens that were added to the tokenizer's own, by row, as far as `tokenizer.json` tells them."""
     try:
-        vocabulary = json.loads(text)["model"]["vocab"]
-    except (ValueError, KeyError, TypeError):
+        added = json.loads(_text(folder / "tokenizer.json"))["added_tokens"]
+        return {int(each["id"]): str(each["content"]) for each in added}
+    except _NOT_READ:
         return {}
-    if isinstance(vocabulary, list):  # Unigram: pairs of token and score
-        return {row: str(pair[0]) for row, pair in enumerate(vocabulary)}
-    return {row: token for token, row in vocabulary.items()}
+
+
+def _tokens(folder: Path) -> Mapping[int, str]:
+    """The tokenizer's own vocabulary by row; empty where neither `tokenizer.json` nor `vocab.json` tells it."""
+    try:
+        vocabulary = json.loads(_text(folder / "tokenizer.json"))["model"]["vocab"]
+    except _NOT_READ:
+        try:
+            vocabulary = json.loads(_text(folder / "vocab.json"))
+        except _NOT_READ:
+            return {}
+    try:
+        if isinstance(vocabulary, list):  # Unigram: pairs of token and score
+            return {row: str(pair[0]) for row, pair in enumerate(vocabulary)}
+        return {int(row): str(token) for token, row in vocabulary.items()}
+    except _NOT_READ:
+        return {}

@@ -190,12 +190,18 @@ class Adapter:
         self._updates[name] = _Update(keys["A"], keys["B"], self._scale(module, a[0]), transposed)
 
     def _scale(self, module: str, rank: int) -> float:
-        alpha = float(self._config.get("lora_alpha", rank))
-        for pattern, value in (self._config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module.removeprefix(_PREFIX)):
-                alpha = float(value)
-                break
-        return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        try:
+            alpha = float(self._config.get("lora_alpha", rank))
+            for pattern, value in (self._config.get("alpha_pattern") or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", module.removeprefix(_PREFIX)):
+                    alpha = float(value)
+                    break
+            return alpha / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
+            raise UserError(
+                f"{self.owner}: the rank {rank} of its '{module}', or lora_alpha or alpha_pattern in "
+                f"'{self.config_file}', makes no scale: {error}; fetch it anew"
+            ) from None
 
     def _name_in_base(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """The base's name for a tensor."""

@@ -169,7 +169,10 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], Any]:
             header = json.loads(file.read(length))
             header.pop(_METADATA, None)
             entries = {name: _entry(described, start) for name, described in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(ValueError, KeyError, TypeError, AttributeError),
+            *(OverflowError, RecursionError),  # of an infinite extent, and of brackets without end
+        ) as error:
             raise Damaged(f"its header is none of safetensors: {type(error).__name__}: {error}") from None
         for name, entry in entries.items():
             if not start <= entry.begin <= entry.end <= size:
@@ -201,6 +204,9 @@ def _pickled(path: Path, mapped: bool) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):
         raise Damaged("it holds something else than named tensors")
+    for name, value in loaded.items():
+        if value.is_nested or value.layout is not torch.strided or value.device.type != "cpu":
+            raise Damaged(f"'{name}' is a tensor without the plain numbers of weights")
     unknown = {str(value.dtype) for value in loaded.values()} - {str(dtype) for dtype in _NAMES}
     if unknown:
         raise Damaged(f"it holds tensors of type {', '.join(sorted(unknown))}")

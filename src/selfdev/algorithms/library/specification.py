@@ -102,7 +102,7 @@ class Parameter:
                 else f"{owner} is {value!r}, which is no number; give one for all experts"
             )
         for each in values:
-            whole = isinstance(each, int) and not isinstance(each, bool) and abs(each) < 2**64
+            whole = isinstance(each, int) and not isinstance(each, bool) and abs(each) < 2**63
             if not (whole or (isinstance(each, float) and not self.integer)):
                 kind = "whole number" if self.integer else "number"
                 raise UserError(f"{owner} is {value!r}, which is no {kind}; give one")
