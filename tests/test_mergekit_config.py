@@ -84,6 +84,25 @@ CONFIGS = {
         models: [{model: ONE}, {model: TWO}]
         parameters: {weight: 0.6, density: [0.5, 0.9], gamma: 0.02}
         """,
+    "breadcrumbs": """
+        merge_method: breadcrumbs
+        base_model: SEED
+        models:
+          - {model: ONE, parameters: {weight: 0.3, density: 0.8}}
+          - {model: TWO, parameters: {weight: [0.2, 0.6], density: 0.5, gamma: 0.1}}
+        """,
+    "della at density 1": """
+        merge_method: della
+        base_model: SEED
+        models: [{model: ONE}, {model: TWO}]
+        parameters: {weight: [0.2, 0.6], density: 1.0, epsilon: 0.0}
+        """,
+    "della_linear at density 1": """
+        merge_method: della_linear
+        base_model: SEED
+        models: [{model: ONE}, {model: TWO}]
+        parameters: {weight: 0.6, density: 1.0, epsilon: 0.0, lambda: 1.2}
+        """,
     "slerp by slices": """
         slices:
           - sources:
