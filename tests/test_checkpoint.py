@@ -800,7 +800,7 @@ def test_vocabularies_without_a_tokenizer_json(tmp_path: Path, caplog: pytest.Lo
     expert = write(tmp_path / "expert", {TABLE: TENSORS[TABLE] + 1})
     (seed / "vocab.json").write_text(json.dumps({"a": 0, "b": 1, "c": 2}))
     merged(seed, tmp_path / "none", x=expert, targets="all")
-    assert "which token each row of its embeddings is for is not known" in caplog.text
+    assert "tells which token a row of the embeddings is for; they are merged row by row" in caplog.text
     (expert / "vocab.json").write_text(json.dumps({"a": 0, "c": 1, "b": 2}))
     message = refusal(seed, tmp_path / "out", x=expert, targets="all")
     assert "another token in 2 rows of the embeddings (row 1: 'c', the seed's 'b')" in message
