@@ -153,8 +153,8 @@ def _check_tokens(expert: Checkpoint, seed: Checkpoint, rows: int) -> None:
     ours, theirs = _tokens(seed.folder), _tokens(expert.folder)
     if not ours or not theirs:
         _log.warning(
-            "%s: no tokenizer.json or vocab.json of its own and the seed's tells which token a row of the embeddings is "
-            "for; they are merged row by row",
+            "%s: no tokenizer.json or vocab.json of its own and the seed's tells which token a row of the embeddings "
+            "is for; they are merged row by row",
             expert.owner,
         )
         return
