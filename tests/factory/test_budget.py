@@ -60,7 +60,7 @@ def test_a_request_waits_for_those_in_flight_before_it_gives_up(tmp_path: Path) 
         told.append("first settles")
         await budget.settle(first, Answer(text="", finished=True, tokens_in=30, tokens_out=10))
         await waiting
-        with pytest.raises(Exhausted, match="40 are spent and one more program may take 161"):
+        with pytest.raises(Exhausted, match="40 are spent, and it may take 161"):
             await budget.reserve("third", Usage(100, 61))
         return told
 
