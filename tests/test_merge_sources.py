@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdev
 from checkpoints import DOWN, NORM, TENSORS, UP, nano_seed, read, relative, write
-from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.merging.checkpoint import merge_checkpoints
+from selfdev.merging.head_start import HeadStart
 from selfdev.merging.recipe import Recipe
 from test_checkpoint import lora, merged
 from test_models import tiny_llama, use_index, write_gguf, write_wheel
@@ -115,22 +115,7 @@ def test_a_single_file_comes_before_shards_as_in_transformers(tmp_path: Path) ->
 def test_a_pipe_beside_the_weights_is_nobodys_file(tmp_path: Path) -> None:
     seed = write(tmp_path / "seed")
     os.mkfifo(seed / "a.safetensors")
-    assert (
-        main(
-            [
-                "merge",
-                "--method",
-                "linear",
-                "--seed",
-                str(seed),
-                "--expert",
-                f"x={seed}",
-                "--out",
-                f"{tmp_path}/o",
-            ]
-        )
-        == 0
-    )
+    assert HeadStart([str(seed)]).stop().keys() == {seed / "model.safetensors"}
 
 
 def test_what_a_seed_has_that_is_not_finite_is_copied_in_another_type_too(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _pair_up(
     text = {c.name: c.tokens for c in chosen}
     told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     family = _families(chosen, settings.alike)
-    alike = {c.name: _of_its_behaviour(c, chosen) for reason in decks for c in decks[reason]}
+    alike = _of_one_behaviour([c for deck in decks.values() for c in deck], chosen)
     uses = dict.fromkeys(family.values(), 0)
     for _, reason in turns:
         deck = decks[reason]
@@ -194,15 +194,16 @@ def _families(candidates: Sequence[Candidate], alike: float) -> dict[str, str]:
     return family
 
 
-def _of_its_behaviour(rejected: Candidate, chosen: Sequence[Candidate]) -> set[str]:
-    """Who may not be preferred to a program, since it does the same: itself, what it repeats, and what is as near."""
-    alike = {
-        rejected.name,
-        *([rejected.nearest] if rejected.status == "repeated" and rejected.nearest else []),
-    }
-    behaviours = {c.name: Behaviour.from_bytes(c.behaviour) for c in chosen if c.behaviour is not None}
-    if rejected.behaviour is not None and behaviours:
-        others = torch.stack([each.entries for each in behaviours.values()])
-        distances = Behaviour.from_bytes(rejected.behaviour).distances(others).tolist()
-        alike |= {name for name, distance in zip(behaviours, distances, strict=True) if distance <= TOLERANCE}
+def _of_one_behaviour(rejected: Sequence[Candidate], chosen: Sequence[Candidate]) -> dict[str, set[str]]:
+    """Who may not be preferred to each, since it does the same: itself, what it repeats, and what is as near."""
+    alike = {c.name: {c.name, (c.status == "repeated" and c.nearest) or c.name} for c in rejected}
+    known = {c.name: Behaviour.from_bytes(c.behaviour).entries for c in chosen if c.behaviour is not None}
+    if known:
+        others = torch.stack(list(known.values()))
+        for c in rejected:
+            if c.behaviour is not None:
+                distances = Behaviour.from_bytes(c.behaviour).distances(others).tolist()
+                alike[c.name] |= {
+                    name for name, far in zip(known, distances, strict=True) if far <= TOLERANCE
+                }
     return alike

@@ -84,7 +84,7 @@ def read_yaml(file: Path) -> Lines:
         yaml.YAMLError,
         ValueError,
         RecursionError,
-    ) as error:  # of a date that is none, of brackets without end
+    ) as error:  # also a date that is none, endless brackets
         raise UserError(f"'{file}' is no YAML: {error}") from None
     if not isinstance(content, Lines):
         raise UserError(f"'{file}' holds no mapping; a merge needs merge_method and models")

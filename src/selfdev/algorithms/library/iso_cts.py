@@ -39,7 +39,7 @@ def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1
         own = components(apart, special, beside=largest_value(matrix))
         for kept, found in zip((lefts, values, rights), own, strict=True):
             kept.append(found)
-    del shared, others, apart, own, found
+    del shared, others, apart, own, found  # what is in the lists would stay in memory when they are emptied
     level = torch.cat(values).sum() / max(1, common + special * len(task_vectors))
     return orthogonal(lefts).mul_(scale * level) @ orthogonal(rights).T
 
