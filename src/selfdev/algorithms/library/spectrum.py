@@ -8,7 +8,6 @@ rounding is 1e-16.
 
 from collections.abc import Sequence
 
-import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -81,25 +80,17 @@ def eigen(matrix: Tensor, least: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues of a symmetric matrix in rising order, and their vectors as columns.
 
     Args:
-        matrix: shape (n, n). On a CPU it is overwritten: LAPACK's copies would be what takes most memory.
-        least: how many to find; all if None.
+        matrix: shape (n, n). On a CPU it is overwritten: a copy would take as much as all that is found.
+        least: how many to return; all if None.
     """
-    count = len(matrix) if least is None else min(least, len(matrix))
-    if count == 0:
-        return matrix.new_zeros(0), matrix.new_zeros(len(matrix), 0)
     if matrix.device.type != "cpu":
         values, vectors = torch.linalg.eigh(matrix)
-        return values[:count], vectors[:, :count]
-    # In float32 the vectors of the driver that takes least memory are not orthogonal enough.
-    whole = matrix.dtype == torch.float32
-    found = scipy.linalg.eigh(
-        matrix.numpy().T,  # in LAPACK's order, and the same
-        overwrite_a=True,
-        driver="evd" if whole else "evr",
-        subset_by_index=None if whole else (0, count - 1),
-    )
-    values, vectors = map(torch.from_numpy, found)
-    return values[:count], vectors[:, :count]
+        return values[:least], vectors[:, :least]
+    # In place, since the matrix is its own transpose and LAPACK wants that order. SciPy has drivers that work in less
+    # memory, but hold the interpreter's lock, so that tensors merged side by side would wait for each other.
+    values = matrix.new_empty(len(matrix))
+    torch.linalg.eigh(matrix.mT, out=(values, matrix.mT))
+    return values[:least], matrix.mT[:, :least]
 
 
 def orthogonal(columns: list[Tensor]) -> Tensor:
