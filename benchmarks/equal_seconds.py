@@ -84,7 +84,7 @@ def main() -> None:
             run.archive.run.preset,
             seed,
             folder,
-            [*SAMPLING, f"programs={arguments.times * run.config.programs}"],
+            [*SAMPLING, f"programs={[arguments.times * number for number in run.config.budgets]}"],
         )
         sampling[seed] = open_run(folder)
         print(f"seed {seed} is done", file=sys.stderr)

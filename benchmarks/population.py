@@ -131,7 +131,7 @@ def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
                 if found is None:
                     failed[arm].add(what)
                 gained.append(0.0 if found is None else 100 * (found - base))
-            share = 100 * sum(gain >= LEAST for gain in gained) / run.config.programs
+            share = 100 * sum(gain >= LEAST for gain in gained) / run.config.budgets[-1]
             by_seed["share", arm][run.config.seed].append(share)
             if gained:
                 by_seed["mean", arm][run.config.seed].append(mean(gained))
@@ -170,7 +170,7 @@ def draw(runs: Sequence[tuple[Run, Scores]], path: Path) -> None:
             for run, scores in runs:
                 its = new_ones(run).get(arm)
                 if its is not None:
-                    written += run.config.programs
+                    written += run.config.budgets[-1]
                     base = scores[place]["seed"] or 0.0
                     gains += [100 * ((scores[place][c.name] or base) - base) for c, _ in its]
             gains = sorted((gain for gain in gains if gain > 0), reverse=True)

@@ -87,7 +87,7 @@ def measure(
     judge: Evaluator,
 ) -> Cell:
     """Write, screen and score one set."""
-    count, t = run.config.programs, FIRST_SET + number
+    count, t = run.config.budgets[-1], FIRST_SET + number
     prompts = factory.prompts(t)
     asked = [(n, prompts[n * len(prompts) // count]) for n in range(count)]
     adapters = adapters_before(run, arm) if arm == "learning" else []

@@ -395,6 +395,16 @@ def test_of_repairs_that_are_scored_only_the_good_ones_are_learned_from(tmp_path
     assert len(tuned) == written + 2 * len(repaired)
 
 
+def test_every_arm_writes_as_many_programs_as_the_iteration_has(tmp_path: Path) -> None:
+    config = scripted_config(iterations=3, programs=[8, 4], controls=["frozen", "feedback"], rivals=[])
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory())
+    written = {(row["arm"], row["iteration"]): row["written"] for row in ended.summary()["iterations"]}
+    arms = ("learning", "frozen", "feedback")
+    assert written == {(arm, t): count for arm in arms for t, count in ((1, 8), (2, 4), (3, 4))}
+    first = [[c.source for c in ended.archive.candidates(arm, 0)] for arm in arms]
+    assert first[0] == first[1] == first[2]
+
+
 def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> None:
     config = scripted_config(controls=["frozen", "feedback"], rivals=[])
     ended = run(config, tmp_path / "run", factory=ScriptedFactory())

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -39,7 +39,11 @@ class Config(Section):
     name: str = Field(description="Of the run's folder under runs/.")
     seed: int = Field(1, ge=0, description="Of all random streams of the run.")
     iterations: int = Field(3, ge=1, description="T; no refinement follows the last one.")
-    programs: int = Field(3000, ge=1, description="N, programs written by each arm in each iteration.")
+    programs: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        3000,
+        description="N, programs written by each arm in each iteration. A list has those of the first, second, ... "
+        "iteration, and its last number holds for all that follow. All arms share the first one's, which cost once.",
+    )
     factory: Factory
     prompt: PromptSettings = PromptSettings()
     merge: Merge
@@ -59,6 +63,21 @@ class Config(Section):
     scaling: Scaling = Scaling()
     verdict: Verdict = Verdict()
     jail: Jail = Jail()
+
+    @property
+    def budgets(self) -> list[int]:
+        """How many programs each arm writes, by iteration."""
+        numbers = (self.programs,) if isinstance(self.programs, int) else self.programs
+        return [numbers[min(t, len(numbers) - 1)] for t in range(self.iterations)]
+
+    @field_validator("programs", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        """One sentence for what is neither a number nor a list of them."""
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+            raise ValueError(f"programs: a number from 1, or a list of such: [168, 56]; not {value!r}")
+        return value
 
     @field_validator("race", mode="before")
     @classmethod
@@ -86,9 +105,9 @@ class Config(Section):
                 "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
                 "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
             )
-        if self.factory.repair_turn and self.programs < 2:
+        if self.factory.repair_turn and min(self.budgets) < 2:
             raise ValueError(
-                f"factory.repair_turn: half of the programs come before it, and programs is {self.programs}; set "
+                f"factory.repair_turn: half of the programs come before it, and programs is {min(self.budgets)}; set "
                 "programs: 2 or more, or factory.repair_turn: false"
             )
         if self.prompt.form is not Form.SHORT:
@@ -120,8 +139,10 @@ class Config(Section):
                 "one of them, or refinement.refit: never"
             )
         self._check_endpoint()
-        if self.prompt.examples == "drawn" and self.prompt.prompts > self.programs:
-            raise ValueError(f"prompt.prompts: {self.prompt.prompts} prompts for {self.programs} programs")
+        if self.prompt.examples == "drawn" and self.prompt.prompts > min(self.budgets):
+            raise ValueError(
+                f"prompt.prompts: {self.prompt.prompts} prompts for {min(self.budgets)} programs"
+            )
         for name in self.rivals:
             rival = method(name)
             if rival.experts is not None and rival.experts != len(self.merge.experts):

@@ -46,8 +46,13 @@ class Writing:
         """Of the sampling."""
         return self.config.factory.temperature_at(self.t)
 
+    @property
+    def count(self) -> int:
+        """How many programs are written."""
+        return self.config.budgets[self.t]
+
     def write(self, prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Candidate]]:
-        """Have `config.programs` programs written.
+        """Have the iteration's programs written.
 
         Args:
             prompts: the usual ones; each gets an equal share of the programs, neighbours in the order.
@@ -56,7 +61,7 @@ class Writing:
             The prompts, those of the repair turn after the usual ones, and the programs in the order of their numbers,
             each with the index of its prompt. What has failed has its status, everything else has none yet.
         """
-        count = self.config.programs
+        count = self.count
         usual = [(number, number * len(prompts) // count) for number in range(count)]
         if not self.config.factory.repair_turn:
             return list(prompts), self._written(prompts, usual)
@@ -73,7 +78,7 @@ class Writing:
 
     def _written(self, prompts: Sequence[Prompt], places: Sequence[tuple[int, int]]) -> list[Candidate]:
         """Programs of these numbers, each under the prompt of its index."""
-        begun, count = places[0][0], self.config.programs
+        begun, count = places[0][0], self.count
         samples = self.factory.write(
             [(number, prompts[index]) for number, index in places],
             self.t,

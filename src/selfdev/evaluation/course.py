@@ -36,7 +36,8 @@ class Course:
         self.archive, self.arm, self.iteration = archive, arm, iteration
         self.settings = config.race
         chosen = config.preferences
-        self.keep = max(chosen.elites, chosen.chosen_floor, math.ceil(chosen.chosen_share * config.programs))
+        share = math.ceil(chosen.chosen_share * config.budgets[iteration])
+        self.keep = max(chosen.elites, chosen.chosen_floor, share)
         self.objective = Objective.of(archive)
         if self.settings is not None:
             groups = archive.groups(DEVELOPMENT)

@@ -127,7 +127,7 @@ class LocalFactory:
         settings = self.config.factory
         prompts, turn = self._most_tokens(), self._of_a_turn()
         own = max(prompts) + turn if turn else 0
-        rows = min(settings.batch, self.config.programs)
+        rows = min(settings.batch, max(self.config.budgets))
         check_batch(model, prompts, rows, settings.max_new_tokens, self._free(self.device), own)
 
     def _warm_start(self, base: PreTrainedModel, folder: Path, tick: Tick) -> None:

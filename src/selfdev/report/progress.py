@@ -105,7 +105,7 @@ class Progress:
             phase.seconds = time.monotonic() - phase.began
             self._phase = None
         if name == "write" and arm is not None and iteration is not None:
-            self._written[arm, iteration] = self.config.programs
+            self._written[arm, iteration] = self.config.budgets[iteration]
         self._line(f"{phase.title}: {self._end(phase)}, {duration(phase.seconds)}")
 
     def screened(self, candidate: Candidate, evaluation: Evaluation | None) -> None:
@@ -182,8 +182,8 @@ class Progress:
             working = sum(found[status] for status in STATUSES)
             kinds = ", ".join(f"{found[status]} {status}" for status in STATUSES)
             return f"{working} of {self._written[phase.arm, phase.iteration]} work ({kinds})"
-        if phase.name == "write":
-            return f"{self.config.programs} programs"
+        if phase.name == "write" and phase.arm is not None and phase.iteration is not None:
+            return f"{self._written[phase.arm, phase.iteration]} programs"
         if phase.name == "warm start" and not phase.total:
             return "in the cache" if self.config.factory.warm_start.steps else "none"
         if phase.name == "rivals":
