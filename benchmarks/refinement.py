@@ -216,7 +216,7 @@ def draw(model_name: str, picture: Path) -> None:
     for shown in (1, 3, 6, 10):
         [step] = plan(preferences(tokenizer, shown, 2, 1), 2, seed=0)
         by_prompt[len(step.prompt)] = [step]
-    by_pairs = {BATCH * n: usual[:n] for n in (1, 2)}
+    by_pairs = {BATCH * n: usual[:n] for n in (1, 2, 4)}
     panels = {
         "programs in one step": by_rows,
         "tokens of the prompt, 4 programs a step": by_prompt,

@@ -35,7 +35,9 @@ def test_the_record_agrees_with_the_function(name):
     }
     assert entry.name == entry.function.__name__ == name
     assert {parameter.name: parameter.default for parameter in entry.parameters} == keywords
-    assert all(parameter.low < parameter.high for parameter in entry.parameters if parameter.searched)
+    searched = [parameter for parameter in entry.parameters if parameter.searched]
+    assert searched, "tuning has nothing to search"
+    assert all(parameter.low < parameter.high for parameter in searched)
     for parameter in entry.parameters:
         assert f"\n        {parameter.name}: " in (entry.function.__doc__ or ""), "not documented"
     assert str(entry.paper.year) in (entry.function.__doc__ or "")

@@ -51,7 +51,7 @@ def settings_to_try(name: str, budget: int, experts: int, seed: int) -> Iterator
 
     Args:
         name: of the method.
-        budget: how many evaluations it has; a method without searched parameters uses one.
+        budget: how many evaluations it has.
         experts: how many experts are merged.
         seed: the run's.
 
@@ -59,8 +59,6 @@ def settings_to_try(name: str, budget: int, experts: int, seed: int) -> Iterator
         The number of the setting and its parameters; the same number always gives the same setting.
     """
     rival = method(name)
-    if not any(parameter.searched for parameter in rival.parameters):
-        budget = min(budget, 1)
     for number in range(budget):
         draw = random.Random(stream_seed(seed, "rival", name, number))
         yield number, rival.sample(draw, experts) if number else rival.defaults(experts)

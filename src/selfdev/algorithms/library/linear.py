@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from selfdev.algorithms.library.specification import NORMALIZE, WEIGHTS, Method, Paper
+from selfdev.algorithms.library.specification import NORMALIZE, Method, Paper, Parameter
 from selfdev.algorithms.library.sphere import combination
 from selfdev.errors import UserError
 
@@ -18,10 +18,9 @@ def linear(
 ) -> Tensor:
     """Average the task vectors: a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
-    With weights w the sum of the w_i d_i, divided by that of the w_i.
-
-    Tuning has nothing to search here: a soup is the plain mean. What other factors give is task_arithmetic with one
-    for all, and weighted_task_arithmetic with one for each expert, which have search ranges.
+    With weights w the sum of the w_i d_i, divided by that of the w_i. The paper's uniform soup has equal weights; tuning
+    searches for others, as its learned soup does, and its length is that of a mean: task_arithmetic and
+    weighted_task_arithmetic search that too.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
@@ -56,7 +55,7 @@ def linear(
 METHOD = Method(
     name="linear",
     function=linear,
-    parameters=(WEIGHTS, NORMALIZE),
+    parameters=(Parameter("weights", default=None, low=0.0, high=1.0, per_expert=True), NORMALIZE),
     paper=Paper("Wortsman et al.", 2022, "2203.05482"),
     summary="the mean of the experts (model soup)",
     needs_seed_with=("normalize", False),
