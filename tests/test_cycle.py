@@ -17,6 +17,7 @@ from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
 from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.report.candidate import describe
 from selfdev.report.dataset import export_pairs
 from selfdev.results import Run
 from selfdev.runs import resume, run
@@ -344,6 +345,9 @@ def test_failing_programs_are_paired_with_their_working_neighbours(finished: Run
     for pair in pairs:
         assert pair.chosen.removeprefix("repaired") == pair.rejected.removeprefix("learning")
         assert status[pair.rejected] == "failed"
+        shown = describe(finished, pair.chosen)
+        assert (shown["repairs"], shown["temperature"]) == (pair.rejected, None)
+        assert shown["pairs"]["chosen"] > 0
     # Nobody wrote them: they are in no list of programs, and cannot win.
     assert not {c.name for c in repaired} & set(status)
     assert {row["arm"] for row in finished.summary()["iterations"]} == {"learning", "frozen"}

@@ -413,7 +413,7 @@ def test_a_bad_task_ends_a_run_before_it_begins(write, tmp_path):
     config = {"seed": "zoo:nano/seed", "experts": {"add": "zoo:nano/add", "max": "zoo:nano/max"}}
     run = {"name": "x", "factory": {"model": "absent"}, "merge": config}
     with pytest.raises(UserError, match=r"mine.jsonl:2: the field 'answer' is missing"):
-        parse_config(run | {"task": {"name": write(mine=[*sums(1), {"question": "7="}])}}, "x")
+        parse_config(run | {"task": {"name": write(mine=[*sums(1), {"question": "7="}])}}, "x").load_task()
 
 
 # --- built-in tasks beside nano

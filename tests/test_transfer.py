@@ -129,6 +129,8 @@ def test_the_test_split_opens_once_and_again_is_marked(
     assert "Before that, the verdict was: " + carried.verdict["headline"] in printed
     assert main(["show", str(folder), "--json"]) == 0
     [marked] = json.loads(capsys.readouterr().out)["run"]["test_opened_again"]
+    assert main(["show", str(folder), next(iter(carried.facts["programs"]))]) == 2
+    assert "is a transfer" in capsys.readouterr().err
     assert marked["headline_before"] == carried.verdict["headline"]
 
 
@@ -275,7 +277,7 @@ def test_a_run_that_found_nothing_new(refused, finished: Run, tmp_path: Path) ->
     with Archive.create(tmp_path / "barren" / "archive.db", finished.archive.run) as archive:
         archive.set_verdict({})
         archive.set_status("done")
-    refused("found no new program", run=tmp_path / "barren")
+    refused("has no winner", run=tmp_path / "barren")
 
 
 def test_a_transfer_is_no_run(refused, carried: Transfer, finished: Run, tmp_path: Path) -> None:

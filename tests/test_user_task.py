@@ -62,6 +62,11 @@ def test_the_commands_of_the_page_carry_a_run_to_its_verdict(
     [seed] = finished.archive.evaluations("seed", split="test")
     assert sum(seed.outcomes) / 90 == seed.score == table["seed"]["test"]["score"]
     assert len(finished.archive.openings()) == 1
+    # What a run came to is read without its task: elsewhere, and when its questions are gone.
+    (project / "sums.jsonl").unlink()
+    best = finished.candidates("learning")[0].name
+    for command in (["show", "runs/mine"], ["show", "runs/mine", best]):
+        assert main(command) == 0, capsys.readouterr().err
 
 
 def test_evaluate_shows_every_question(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,21 @@ def test_weights_and_floors_with_a_race(tmp_path: Path, capsys: pytest.CaptureFi
             assert (each.subject in named) == (lost <= 0.05 + 1e-9)
 
 
+def test_new_programs_that_all_lose_too_much_are_not_said_to_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    floors = dict.fromkeys(load_task("nano").groups, 0.0)  # every merge forgets something
+    task = {"name": "nano", "development": 120, "test": 60, "floors": floors}
+    config = scripted_config(task=task, iterations=1, programs=3, rivals=["ties"], scaling={})
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory())
+    assert [c.status for c in ended.candidates("learning")] == ["new"] * 3
+    assert ended.verdict["headline"] == "no new program keeps the run's floors: nothing to compare"
+    assert main(["show", str(ended.folder)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "There is no winner: no new program keeps the floors" in printed
+    assert "The control 'frozen' has no new program that keeps the floors." in printed
+
+
 def seed_on(found: Run, evaluation: Any) -> list[float]:
     [seed] = found.archive.evaluations("seed", split="development")
     asked = range(seed.questions) if evaluation.asked is None else evaluation.asked

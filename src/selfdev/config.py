@@ -16,7 +16,7 @@ from selfdev.algorithms.examples import examples
 from selfdev.algorithms.library import method
 from selfdev.algorithms.source import Form
 from selfdev.errors import UserError
-from selfdev.evaluation.tasks import Split, load_task
+from selfdev.evaluation.tasks import Split, Task, load_task
 from selfdev.settings import (
     Endpoint,
     Factory,
@@ -149,16 +149,24 @@ class Config(Section):
                 raise ValueError(
                     f"rivals: {name} takes {rival.experts} experts and merge.experts has {len(self.merge.experts)}"
                 )
+        return self
+
+    def load_task(self) -> Task:
+        """The task that it names, which has what is asked of it.
+
+        Raises:
+            UserError: there is no such task, or it has too few questions or lacks a group.
+        """
         task = load_task(self.task.name)
         task.check_count(Split.DEVELOPMENT, self.task.development)
         task.check_count(Split.TEST, self.task.test)
         for field, named in (("weights", self.task.weights), ("floors", self.task.floors)):
             for group in named:
                 if group not in task.groups:
-                    raise ValueError(
+                    raise UserError(
                         f"task.{field}: the task has no group '{group}'; {_nearest(group, task.groups)}"
                     )
-        return self
+        return task
 
     def _check_endpoint(self) -> None:
         """What a server that samples asks of the other sections."""
@@ -216,7 +224,12 @@ def load_config(preset: str, changes: Sequence[str] = ()) -> Config:
     data = _read(preset)
     for change in changes:
         _put(data, *_split(change))
-    return parse_config(data, preset)
+    config = parse_config(data, preset)
+    try:
+        config.load_task()
+    except UserError as error:
+        raise UserError(f"{preset}: {error}") from None
+    return config
 
 
 def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
@@ -244,7 +257,7 @@ def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], where: str) -> Config:
-    """Check a run's fields; `where` they come from begins every error.
+    """Check a run's fields; `where` they come from begins every error. Its task is not looked at, see `Config.load_task`.
 
     Raises:
         UserError: see `load_config`.

@@ -71,7 +71,7 @@ class Cycle:
 
     def _write(self, arm: str, t: int) -> None:
         """The arm's factory writes its programs of iteration t, at this iteration's temperature."""
-        if any(done.iteration == t for done in self.archive.iterations(arm)):
+        if self.archive.iteration(arm, t) is not None:
             return
         learning = self.learning(arm)
         adapters = learning.adapters()

@@ -59,7 +59,7 @@ class Learning:
 
     def learn(self, t: int) -> None:
         """Make the pairs of iteration t and refine the arm's factory with them."""
-        if any(done.iteration == t for done in self.archive.refinements(self.arm)):
+        if self.archive.refinement(self.arm, t) is not None:
             return
         candidates = [c for c in self.archive.candidates(self.arm) if c.iteration <= t]
         repaired = self.archive.candidates(repairs_of(self.arm))
@@ -74,10 +74,11 @@ class Learning:
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
         good = [c for c in good + repaired if c.iteration in rounds]
         if not named and not (good and self.config.refinement.imitation.passes):
+            worthy = any(c.status == "new" and evidence.better(c.name) for c in candidates)
             why = (
                 "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions "
-                "of it and, beyond preferences.failing_cap, failures"
-                if good
+                "of it, what is not surely worse and, beyond preferences.failing_cap, failures"
+                if worthy
                 else "no program is good enough to be preferred or imitated"
             )
             with self.watch.phase("refine", self.arm, t) as tick:
@@ -120,7 +121,7 @@ class Learning:
     def repair(self, t: int) -> None:
         """Archive the working neighbours of the arm's failing programs of iteration t."""
         tries = self.config.preferences.repairs
-        if tries == 0 or any(done.iteration == t for done in self.archive.iterations(repairs_of(self.arm))):
+        if tries == 0 or self.archive.iteration(repairs_of(self.arm), t) is not None:
             return
         [written] = [each for each in self.archive.iterations(self.arm) if each.iteration == t]
         failing = [c for c in self.archive.candidates(self.arm, t) if c.status == "failed" and c.source]

@@ -142,7 +142,7 @@ class Run:
         [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
         written = self.archive.candidates(arm, t)
         earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
-        rounds = self.archive.refinements(arm)
+        learned = self.archive.refinement(arm, t)
         # What a program of a repair turn may have copied is what the usual prompt shows.
         prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
         first, evidence = scores_on_first(self.archive), Evidence(self.archive)
@@ -165,6 +165,6 @@ class Run:
             "best_dev": finished[0] if finished else None,
             "mean_dev": sum(scores) / len(scores) if scores else None,
             "pairs": len(self.archive.pairs(arm, t)),
-            "nothing_learned": next((r.why_nothing for r in rounds if r.iteration == t), None),
+            "nothing_learned": None if learned is None else learned.why_nothing,
             "seconds": self._seconds(arm, t),
         }

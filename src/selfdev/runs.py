@@ -18,7 +18,6 @@ from selfdev.cycle import Cycle
 from selfdev.errors import UserError
 from selfdev.evaluation.evaluator import Evaluator
 from selfdev.evaluation.objective import Objective
-from selfdev.evaluation.tasks import load_task
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.training import check_backend
@@ -124,6 +123,7 @@ def _carry_out(
     again: bool = False,
 ) -> Run:
     began = time.monotonic()
+    task = config.load_task()
     place = Place.of(config.task.device, config.task.dtype, "task.device")
     devices = {"task.device": str(place)}
     if factory is None and config.factory.weights_here:
@@ -142,7 +142,6 @@ def _carry_out(
             weights, hashes = weights_hash(seed), {name: weights_hash(path) for name, path in experts.items()}
             check_distinct(weights, hashes)
             vectors = read_task_vectors(seed, experts, config.merge.targets)
-            task = load_task(config.task.name)
             scorer = Evaluator(
                 seed,
                 vectors,

@@ -197,6 +197,10 @@ class Archive:
         )
         return [Iteration(**dict(row) | {"prompts": tuple(json.loads(row["prompts"]))}) for row in rows]
 
+    def iteration(self, arm: str, number: int) -> Iteration | None:
+        """One iteration of an arm, from 0, or None before it is written."""
+        return next((each for each in self.iterations(arm) if each.iteration == number), None)
+
     def candidates(self, arm: str | None = None, iteration: int | None = None) -> list[Candidate]:
         """Candidates in the order in which they were written; of one arm or iteration if given."""
         rows = self._db.execute(
@@ -309,6 +313,10 @@ class Archive:
         """The rounds of training of one arm, in order."""
         rows = self._db.execute("SELECT * FROM refinement WHERE arm = ? ORDER BY iteration", (arm,))
         return [Refinement(**dict(row) | {"facts": json.loads(row["facts"])}) for row in rows]
+
+    def refinement(self, arm: str, iteration: int) -> Refinement | None:
+        """The round of training after an iteration, or None where there was none yet."""
+        return next((each for each in self.refinements(arm) if each.iteration == iteration), None)
 
     # --- the sealed test split and the verdict
 

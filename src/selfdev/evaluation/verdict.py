@@ -53,7 +53,7 @@ class Row:
         test: score on test, the number of questions and the interval of the score; None where it could not be measured.
         against_best_rival: paired difference on test from the rival that was best on development; None for that
             rival itself and where nothing was measured.
-        parameters: of a rival.
+        parameters: of a rival; of a program its scale, and what `selfdev.evaluation.evaluator` notes of it.
         tasks: score of each group on development and on test.
         retention: difference from the seed on test for each group, with its interval; empty for the seed.
         below_floor: groups on which it loses more on test than the run allows, and how much it loses.
@@ -202,7 +202,9 @@ def _compare(
         "best": next((row.name for row in rows if row.kind == "discovered"), None),
         "best_rival": None if rival is None else rival.subject,
         "best_on_test": max(discovered, key=lambda r: r.test["score"]).name if discovered else None,  # type: ignore[index]
-        "headline": _headline(rows, None if rival is None else rival.subject),
+        "headline": _headline(
+            rows, None if rival is None else rival.subject, invented=bool(pareto(archive, LEARNING))
+        ),
         "gains": _gains(comparison, entrants, tests, seed_on_test),
         "table": [asdict(row) for row in rows],
     }
@@ -244,17 +246,21 @@ def _gains(
     }
 
 
-def _headline(rows: list[Row], rival: str | None) -> str:
+def _headline(rows: list[Row], rival: str | None, *, invented: bool) -> str:
+    """The sentence; `invented` says whether there are new programs, whatever they lose."""
     best = next((row for row in rows if row.kind == "discovered"), None)
     if best is None:
-        return "no new program was found: nothing to compare"
+        found = "no new program keeps the run's floors" if invented else "no new program was found"
+        return f"{found}: nothing to compare"
     if rival is None:
         return f"{best.name}: there is no rival to compare with"
+    if best.test is None:
+        return f"{best.name} could not be measured on test"
     difference = best.against_best_rival
     if difference is None:
-        return f"{best.name} could not be measured on test"
+        return f"{best.name} has nothing to compare with: {rival}, the best rival on development, could not be measured"
     # A log-likelihood is below 0, a share is not; both are told in hundredths.
-    unit = "points" if best.test is None or best.test["score"] >= 0 else "hundredths of a nat a token"
+    unit = "points" if best.test["score"] >= 0 else "hundredths of a nat a token"
     points = (
         f"{100 * difference['difference']:+.1f} {unit} on test, {100 * difference['level']:.0f} % interval "
     )

@@ -8,7 +8,10 @@ from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Candidate, Evaluation
+from selfdev.candidates import candidate_name
+from selfdev.errors import UserError
 from selfdev.evaluation.objective import mean_by_group
+from selfdev.evaluation.standing import LEARNING, repairs_of
 from selfdev.factory.prompt import Prompt, base_of, correcting
 from selfdev.report.terminal import facts, percent, python, table, visible
 
@@ -20,12 +23,18 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
     """What `selfdev show RUN CANDIDATE --json` prints; scores in 0..1, iterations from 1.
 
     Raises:
-        UserError: the run has no such candidate.
+        UserError: the run has no such candidate, or it is a transfer, in which nobody wrote anything.
     """
     candidate = run.candidate(name)
-    [iteration] = [i for i in run.archive.iterations(candidate.arm) if i.iteration == candidate.iteration]
-    rounds = range(run.config.iterations)
-    pairs = [pair for t in rounds for pair in run.archive.pairs(candidate.arm, t)]
+    iteration = run.archive.iteration(candidate.arm, candidate.iteration)
+    if iteration is None:
+        raise UserError(
+            f"{run.folder} is a transfer and has of '{name}' what it merges; `selfdev show RUN {name}` with the run that "
+            "wrote it shows the rest"
+        )
+    arms, rounds = (LEARNING, *run.config.controls), range(run.config.iterations)
+    pairs = [pair for arm in arms for t in rounds for pair in run.archive.pairs(arm, t)]
+    mended = next((arm for arm in arms if repairs_of(arm) == candidate.arm), None)
     scored = [
         e
         for split in ("development", "test")
@@ -36,7 +45,8 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "name": candidate.name,
         "arm": candidate.arm,
         "iteration": candidate.iteration + 1,
-        "temperature": iteration.temperature,
+        "temperature": None if mended else iteration.temperature,
+        "repairs": mended and candidate_name(mended, candidate.iteration, candidate.number),
         "status": candidate.status,
         "failure": candidate.failure,
         "error": candidate.error,
@@ -90,7 +100,9 @@ def page(known: dict[str, Any]) -> RenderableType:
     """The same for people."""
     rows: dict[str, RenderableType] = {
         "candidate": Text(visible(known["name"]), style="bold"),
-        "written_by": f"{known['arm']}, iteration {known['iteration']}, at T={known['temperature']:.2f}",
+        "written_by": f"nobody: a small edit of {known['repairs']}, which fails"
+        if known["repairs"]
+        else f"{known['arm']}, iteration {known['iteration']}, at T={known['temperature']:.2f}",
         "status": Text(visible(_status(known))),
     }
     if known["distance"] is not None:

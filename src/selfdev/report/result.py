@@ -105,8 +105,9 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
     count = {kind: sum(i[kind] for i in mine) for kind in YIELD}
     failures = Counter(c.failure for c in run.candidates(LEARNING) if c.failure)
     common = ", ".join(f"{visible(name)} {times}" for name, times in failures.most_common(_SHOWN))
+    why = "no new program keeps the floors (task.floors)" if summary["pareto"] else "no new program was found"
     return (
-        "There is no winner: no new program was found. "
+        f"There is no winner: {why}. "
         f"The learning factory wrote {count['written']} programs. {count['working']} of them work: "
         f"{count['trivial']} trivial, {count['known']} known, {count['repeated']} repeated, "
         f"{count['new']} new." + (f" Most of the others failed by {common}." if common else "")
@@ -162,7 +163,8 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
         yield f"From dev to test, {finalists[0]['name']}'s gain on the seed changed by {points(-lost)} points."
     for arm in run.config.controls:
         if not any(row["name"].startswith(f"{arm}/") for row in summary["table"]):
-            yield f"The control '{arm}' has no new program."
+            new = any(i["new"] for i in summary.get("iterations", []) if i["arm"] == arm)
+            yield f"The control '{arm}' has no new program{' that keeps the floors' if new else ''}."
 
 
 def tasks_tables(summary: dict[str, Any], run: "Run") -> Iterator[RenderableType]:
