@@ -1,6 +1,9 @@
+import os
+import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -182,6 +185,29 @@ def test_facts_are_written_once_and_insisted_on(archive: Archive) -> None:
     archive.check_facts({"weights": "abc", "more": 1})
     with pytest.raises(ArchiveError, match="weights has changed"):
         archive.check_facts({"weights": "abd"})
+
+
+def test_one_is_read_from_a_folder_in_which_nobody_may_write(archive: Archive) -> None:
+    """Such as another user's, with none of the files that SQLite keeps beside it while it is written."""
+    archive.set_questions("development", [("q1", "add")])
+    archive.close()
+    with TemporaryDirectory() as folder:
+        kept = Path(folder) / "archive.db"
+        shutil.copy(archive.path, kept)
+        kept.chmod(0o444)
+        Path(folder).chmod(0o555)
+        as_root = os.getuid() == 0  # who may write everywhere
+        if as_root:
+            os.setresuid(65534, 65534, 0)
+        try:
+            with Archive.open(kept, read_only=True) as read:
+                assert read.questions("development") == ["q1"]
+            with pytest.raises(ArchiveError, match="cannot be opened"):
+                Archive.open(kept)
+        finally:
+            if as_root:
+                os.setresuid(0, 0, 0)
+            Path(folder).chmod(0o755)
 
 
 def test_bad_files_are_named_with_the_way_out(archive: Archive, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
 
 
 def parse_config(data: Mapping[str, Any], where: str) -> Config:
-    """Check a run's fields; `where` they come from begins every error. Its task is not looked at, see `Config.load_task`.
+    """Check a run's fields, but not its task (`Config.load_task`); `where` they come from begins every error.
 
     Raises:
         UserError: see `load_config`.

@@ -154,7 +154,7 @@ class Cycle:
         if not self.config.preferences.score_repairs:
             return
         arm = repairs_of(arm)
-        with self.watch.phase("judge", arm, t) as tick:
+        with self.watch.phase("score", arm, t) as tick:
             repaired = [c for c in self.archive.candidates(arm, t) if c.status == "new"]
             known = {e.subject for e in self.archive.evaluations("candidate")}
             for done, candidate in enumerate(repaired):

@@ -196,9 +196,7 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
         )
     discovered = _entrants(archive, "discovered", LEARNING, origin.config.verdict.finalists)
     if not discovered:
-        raise UserError(
-            f"{origin.folder} has no winner, so there is nothing to transfer; choose another run"
-        )
+        raise UserError(f"{origin.folder} has no winner, so there is nothing to transfer; choose another run")
     controls = [e for control in origin.config.controls for e in _entrants(archive, "control", control, 1)]
 
     folders = {name: resolve(source) for name, source in experts.items()}

@@ -182,6 +182,18 @@ def test_a_refusal_before_any_answer_counts_as_empty_too(server: UnrulyServer, t
     assert [number for number, sample in enumerate(write(factory)) if not sample.text] == [0]
 
 
+def test_what_was_answered_before_a_repair_turn_counts_for_the_server(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    """An iteration is then asked for in two calls, and the prompts of the second may all be too long."""
+    for _ in range(2):  # the second time it is a resumed run's
+        factory = factory_of(server, tmp_path, concurrency=1)
+        server.refused = set(seeds_of(factory)[9:])
+        asked = list(enumerate(factory.prompts(0) * 12))
+        halves = [factory.write(half, 0, 0.8, [], lambda *_: None) for half in (asked[:8], asked[8:])]
+        assert [bool(sample.text) for half in halves for sample in half] == [True] * 9 + [False] * 3
+
+
 def test_a_server_that_refuses_everything_ends_the_session(server: UnrulyServer, tmp_path: Path) -> None:
     factory = factory_of(server, tmp_path, concurrency=64)
     server.misdeeds = ["400"] * 99

@@ -1,5 +1,6 @@
 """The archive's file: SQLite in WAL mode, one writer, any number of readers; its formats, old and new."""
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """Open a run's file; one in an older format is brought up to date, unless it is only read.
 
     Raises:
-        ArchiveError: there is none, it is corrupt, or a newer version wrote it.
+        ArchiveError: there is none, it cannot be opened, it is corrupt, or a newer version wrote it.
     """
     if not path.is_file():
         raise ArchiveError(f"{path.parent} holds no run: there is no {path.name}; `selfdev run` starts one")
@@ -88,6 +89,11 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
             )
         if db.execute("PRAGMA quick_check").fetchone()[0] != "ok":
             raise sqlite3.DatabaseError("quick_check failed")
+    except sqlite3.OperationalError as error:
+        raise ArchiveError(
+            f"{path} cannot be opened ({error}); wait for who is at work on it, or copy the folder to where it may be "
+            "read and written"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise ArchiveError(
             f"{path} is corrupt ({error}); restore it from a copy, or start a new run with another --out"
@@ -118,10 +124,10 @@ def _bring_up(db: sqlite3.Connection, version: int) -> None:
 
 
 def _connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    mode = "ro" if read_only else "rwc"
-    db = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode={mode}", uri=True, isolation_level=None, timeout=30
-    )
+    mode = "mode=ro" if read_only else "mode=rwc"
+    if read_only and not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists():
+        mode = "immutable=1"  # else SQLite wants to make files beside it even to read one that was written with a log
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True, isolation_level=None, timeout=30)
     if not read_only:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")

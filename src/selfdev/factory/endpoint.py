@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class EndpointFactory:
         if new and self.settings.adapters == "vllm":
             _in_a_loop(self._check_learning())
         self.journal = Journal(folder / JOURNAL)
+        self._answered = Counter[tuple[str, int]]()
         self.adapters = ServedAdapters(self.settings, folder, self.journal.tag)
 
     @property
@@ -144,9 +146,13 @@ class EndpointFactory:
         missing = [question for question in questions if question.key not in answers]
         if missing:
             known = len(questions) - len(missing)
+            before = known + self._answered[model, iteration]  # a repair turn asks twice in an iteration
             answers |= _in_a_loop(
-                self._ask(missing, known, layers, lambda done, note: tick(known + done, len(questions), note))
+                self._ask(
+                    missing, before, layers, lambda done, note: tick(known + done, len(questions), note)
+                )
             )
+        self._answered[model, iteration] += len(questions)
         tokenizer = None if self.learner is None else self.learner.tokenizer
         stop = None if self.chat else STOP[self.config.prompt.form]
         limit = self.config.factory.max_new_tokens
@@ -216,9 +222,9 @@ class EndpointFactory:
         What the server refuses while it answers as many others (its prompt is too long, or not to its taste) is asked
         once more behind them, and then counts as answered by nothing: a resumed run would meet the same refusal for
         ever. Before as many others can have been answered, those in flight may be refused. `known` is how many of the
-        same call were answered before.
+        same iteration were answered before, by the same model.
         """
-        known = known or self.journal.has_answers
+        known = known or int(self.journal.has_answers)
         answers: dict[str, Answer] = {}
         failures: list[SelfdevError] = []
         refused: list[tuple[_Question, NoAnswer]] = []

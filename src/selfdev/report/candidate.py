@@ -29,8 +29,8 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
     iteration = run.archive.iteration(candidate.arm, candidate.iteration)
     if iteration is None:
         raise UserError(
-            f"{run.folder} is a transfer and has of '{name}' what it merges; `selfdev show RUN {name}` with the run that "
-            "wrote it shows the rest"
+            f"{run.folder} is a transfer, and of '{name}' it has what it merges; `selfdev show RUN {name}` with the "
+            "run that wrote it shows the rest"
         )
     arms, rounds = (LEARNING, *run.config.controls), range(run.config.iterations)
     pairs = [pair for arm in arms for t in rounds for pair in run.archive.pairs(arm, t)]

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from selfdev.archive import Candidate, Evaluation
 from selfdev.config import Config
+from selfdev.evaluation.rivals import best_rival
 from selfdev.evaluation.standing import LEARNING, ranked_new
 from selfdev.report.terminal import Terminal, duration, percent, table, visible
 from selfdev.watcher import Tick
@@ -87,11 +88,7 @@ class Progress:
         for arm in (LEARNING, *self.config.controls):
             for _, evaluation in ranked_new(run.archive, arm)[:1]:
                 self.scored(evaluation)
-        self._rival = max(
-            (e for e in run.archive.evaluations("rival") if e.score is not None),
-            key=lambda e: e.score or 0.0,
-            default=None,
-        )
+        self._rival = best_rival(run.archive)
 
     @contextmanager
     def phase(self, name: str, arm: str | None = None, iteration: int | None = None) -> Iterator[Tick]:
@@ -161,8 +158,8 @@ class Progress:
 
     def _lead(self) -> str:
         best, rival = self._best.get(LEARNING), self._rival
-        found = "nothing new" if best is None else f"{best.subject} {percent(best.score)} %"
-        against = "none tuned yet" if rival is None else f"{rival.subject} {percent(rival.score)} %"
+        found = "nothing new" if best is None else _scored(best)
+        against = "none tuned yet" if rival is None else _scored(rival)
         return f"best on development so far: {found}; best rival: {against}"
 
     def _title(self, name: str, arm: str | None, iteration: int | None) -> str:
@@ -192,6 +189,12 @@ class Progress:
 
     def _line(self, line: str) -> None:
         self.terminal.say(Text(f"[{duration(time.monotonic() - self._began)}] {visible(line)}"))
+
+
+def _scored(evaluation: Evaluation) -> str:
+    """Who it is, and the score on development: a share of right answers, or a log-likelihood."""
+    unit = "%" if (evaluation.score or 0.0) >= 0 else "hundredths of a nat a token"
+    return f"{evaluation.subject} {percent(evaluation.score)} {unit}"
 
 
 class _Phase(Tick):

@@ -18,9 +18,9 @@ def linear(
 ) -> Tensor:
     """Average the task vectors: a model soup (Wortsman et al. 2022, arXiv 2203.05482).
 
-    With weights w the sum of the w_i d_i, divided by that of the w_i. The paper's uniform soup has equal weights; tuning
-    searches for others, as its learned soup does, and its length is that of a mean: task_arithmetic and
-    weighted_task_arithmetic search that too.
+    With weights w the sum of the w_i d_i, divided by that of the w_i. The paper's uniform soup has equal weights, its
+    learned soup others, which tuning searches here. Another length than a mean's is what task_arithmetic and
+    weighted_task_arithmetic search.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
