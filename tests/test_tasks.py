@@ -343,6 +343,16 @@ TWO_FILES = 'name: mine\ndevelopment_data: dev.jsonl\ntest_data: test.jsonl\npro
             FILES,
             r"mine.yaml:5: unknown field 'promt'; the nearest known one is 'prompt'",
         ),
+        (
+            TASK + "checker: {name: exact, ignorecase: true}\n",
+            FILES,
+            r"mine.yaml:5: unknown field 'checker.ignorecase'; the nearest known one is 'ignore_case'",
+        ),
+        (
+            TASK + "extract: {last: {pattern: x, pik: last}}\n",
+            FILES,
+            r"unknown field 'extract.last.pik'; the nearest known one is 'pick'",
+        ),
         ("name: mine\nprompt: x\n", FILES, r"mine.yaml:1: it names no questions"),
         (TASK + "stop: [", FILES, r"mine.yaml:5: no YAML"),
         (TASK + "max_new_tokens: 0\n", FILES, r"mine.yaml:5: max_new_tokens: .* not 0"),

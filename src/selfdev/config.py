@@ -3,11 +3,10 @@
 A preset is a YAML file of these fields; a user's own file may begin with `preset: NAME` and change some of them.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -17,6 +16,7 @@ from selfdev.algorithms.library import method
 from selfdev.algorithms.source import Form
 from selfdev.errors import UserError
 from selfdev.evaluation.tasks import Split, Task, load_task
+from selfdev.names import fields_at, nearest
 from selfdev.settings import (
     Endpoint,
     Factory,
@@ -93,7 +93,7 @@ class Config(Section):
         known = examples()
         for name in self.prompt.names:
             if name not in known:
-                raise ValueError(f"prompt.names: no worked example '{name}'; {_nearest(name, known)}")
+                raise ValueError(f"prompt.names: no worked example '{name}'; {nearest(name, known)}")
         if self.prompt.examples == "drawn" and self.prompt.shown > len(known):
             raise ValueError(f"prompt.shown: {self.prompt.shown} examples of {len(known)}")
         if self.factory.warm_start.steps and self.prompt.form is not Form.SHORT:
@@ -164,7 +164,7 @@ class Config(Section):
             for group in named:
                 if group not in task.groups:
                     raise UserError(
-                        f"task.{field}: the task has no group '{group}'; {_nearest(group, task.groups)}"
+                        f"task.{field}: the task has no group '{group}'; {nearest(group, task.groups)}"
                     )
         return task
 
@@ -290,7 +290,7 @@ def _read(preset: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 def _read_file(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"no preset '{name}'; {_nearest(name, presets())}; a file of your own ends in .yaml")
+        raise UserError(f"no preset '{name}'; {nearest(name, presets())}; a file of your own ends in .yaml")
     try:
         data = _yaml(path.read_text(encoding="utf-8"), name)
     except OSError as error:
@@ -345,20 +345,7 @@ def _yaml(text: str, where: str) -> Any:
 def _explain(problem: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{'.'.join(path)}'; {_nearest(path[-1], _fields(path[:-1]))}"
+        return f"unknown key '{'.'.join(path)}'; {nearest(path[-1], fields_at(Config, path[:-1]))}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     return f"{'.'.join(path)}: {problem['msg']}, not {problem['input']!r}"
-
-
-def _fields(path: Sequence[str]) -> Sequence[str]:
-    section: Any = Config
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        section = next(each for each in (*get_args(annotation), annotation) if each is not type(None))
-    return list(section.model_fields)
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"the nearest known one is '{close[0]}'" if close else "there are none"

@@ -14,7 +14,6 @@ What is dequantised lies in `cache_dir()` and needs no network again. What comes
 Hub's own cache, where other programs find it too. Steps that take long are logged at level INFO.
 """
 
-import difflib
 import errno
 import logging
 import os
@@ -27,6 +26,7 @@ from selfdev.models.adapter import CONFIG as ADAPTER_CONFIG
 from selfdev.models.adapter import adapter_base, is_adapter
 from selfdev.models.gguf import gguf_model
 from selfdev.models.wheel import wheel_model
+from selfdev.names import nearest
 from selfdev.zoo import zoo_models
 
 _log = logging.getLogger(__name__)
@@ -161,10 +161,8 @@ def _zoo_model(zoo: str, model: str) -> Path:
     found = zoo_models(zoo)
     folders = {"seed": found["seed"], **found["experts"]}
     if model not in folders:
-        nearest = difflib.get_close_matches(model, folders, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"zoo '{zoo}' has no model '{model}'; the nearest known one is 'zoo:{zoo}/{nearest}' "
-            f"(known: {', '.join(folders)})"
+            f"zoo '{zoo}' has no model '{model}'; {nearest(model, folders)} (known: {', '.join(folders)})"
         )
     return folders[model]
 

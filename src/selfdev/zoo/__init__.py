@@ -4,12 +4,12 @@ A zoo is a folder with one folder for the seed, called `seed`, one for each expe
 folder is of transformers' format, tokenizer included.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
 from selfdev.errors import UserError
+from selfdev.names import nearest
 
 _SHIPPED = {name: Path(__file__).parent / f"{name}_models" for name in ("nano", "nano2")}
 
@@ -33,8 +33,7 @@ def zoo_path(name: str) -> Path:
         UserError: no zoo has that name.
     """
     if name not in _SHIPPED:
-        nearest = difflib.get_close_matches(name, _SHIPPED, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown zoo '{name}'; the nearest known one is '{nearest}'")
+        raise UserError(f"unknown zoo '{name}'; {nearest(name, _SHIPPED)}")
     return _SHIPPED[name]
 
 

@@ -1,6 +1,5 @@
 """What a human-designed method is: its function, its parameters with their search ranges, its paper."""
 
-import difflib
 import itertools
 import random
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.blocks import Stack
 from selfdev.errors import UserError
+from selfdev.names import nearest
 
 # How many values of each parameter a grid takes, by the number of parameters that vary: 10 or 9 settings. Ten
 # points put the densities, searched from 0.1 to 1, on the round values that people and models write.
@@ -276,7 +276,5 @@ SEED = Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screene
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """Return the message for an unknown name, which gives the nearest known one."""
-    if not known:
-        return f"unknown {kind}: '{name}'; there are none"
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"unknown {kind}: '{name}'; the nearest known one is '{nearest}' (known: {', '.join(known)})"
+    listed = f" (known: {', '.join(known)})" if known else ""
+    return f"unknown {kind}: '{name}'; {nearest(name, known)}{listed}"

@@ -8,7 +8,6 @@ their rewordings go with them: so a second use of a task gets a test split that 
 guaranteed: Python hides nothing from code that wants to reach around it.
 """
 
-import difflib
 import hashlib
 import random
 from abc import ABC, abstractmethod
@@ -20,6 +19,7 @@ from typing import Protocol
 
 from selfdev.errors import UserError
 from selfdev.evaluation.tasks.grading import Grading
+from selfdev.names import nearest
 
 
 class Split(StrEnum):
@@ -241,10 +241,8 @@ def load_task(name: str) -> Task:
     base, colon, folder = name.partition(":")
     if base in _declared():
         return _load_declared(_declared()[base], Path(folder).expanduser() if colon else None)
-    nearest = difflib.get_close_matches(base, task_names(), n=1, cutoff=0.0)[0]
     raise UserError(
-        f"unknown task '{name}'; the nearest known one is '{nearest}'; a task of your own is a file that "
-        "ends in .yaml"
+        f"unknown task '{name}'; {nearest(base, task_names())}; a task of your own is a file that ends in .yaml"
     )
 
 

@@ -3,7 +3,6 @@
 Every field is described in `docs/tasks.md`.
 """
 
-import difflib
 import functools
 import re
 from pathlib import Path
@@ -13,11 +12,13 @@ import jinja2
 import jinja2.meta
 import jinja2.sandbox
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from selfdev.errors import UserError
 from selfdev.evaluation.tasks.checkers import CHECKERS, Checker, Exact
 from selfdev.evaluation.tasks.grading import Extraction, Grading, Way
+from selfdev.names import fields_at, nearest
+from selfdev.settings import Section
 
 ROLES = ("few_shot_data", "development_data", "test_data")
 """The fields that name data files, in the order in which a shared file is dealt out."""
@@ -30,11 +31,7 @@ _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
 )
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ExtractionSettings(_Section):
+class ExtractionSettings(Section):
     """Where in a text the answer stands."""
 
     pattern: str = Field(description="A regular expression; its first group that is not empty counts.")
@@ -46,7 +43,7 @@ class ExtractionSettings(_Section):
         return _regular(pattern)
 
 
-class CheckerSettings(_Section):
+class CheckerSettings(Section):
     """Which checker, and what it overlooks."""
 
     name: str = Field(description="exact, numeric or math-verify.")
@@ -66,7 +63,7 @@ class CheckerSettings(_Section):
         return self
 
 
-class Hub(_Section):
+class Hub(Section):
     """A data set on the Hugging Face Hub, used where no folder is given."""
 
     dataset: str
@@ -75,7 +72,7 @@ class Hub(_Section):
     test_data: str
 
 
-class Declaration(_Section):
+class Declaration(Section):
     """What a task file says."""
 
     name: str = Field(pattern=r"^[\w.-]+$", description="Of the task.")
@@ -246,8 +243,8 @@ class TaskFile:
             case "missing":
                 return f"{where}: the field '{'.'.join(path)}' is missing"
             case "extra_forbidden":
-                nearest = difflib.get_close_matches(path[-1], Declaration.model_fields, n=1, cutoff=0.0)[0]
-                return f"{where}: unknown field '{'.'.join(path)}'; the nearest known one is '{nearest}'"
+                known = fields_at(Declaration, path[:-1])
+                return f"{where}: unknown field '{'.'.join(path)}'; {nearest(path[-1], known)}"
             case "value_error":
                 reason = str(problem["ctx"]["error"])
                 # What concerns several fields begins with the one to look at.
