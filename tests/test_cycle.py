@@ -45,6 +45,19 @@ def test_every_program_ends_in_one_status(finished: Run) -> None:
 
 def test_the_control_has_the_same_first_iteration_and_a_history_of_its_own(finished: Run) -> None:
     assert statuses(finished, "frozen", 0) == statuses(finished, "learning", 0)
+    scores = [
+        [(e.kind, e.number, e.subject.partition("/")[2], e.score, e.outcomes) for e in its]
+        for its in (
+            [
+                e
+                for kind in ("candidate", "scaled")
+                for e in finished.archive.evaluations(kind)
+                if e.subject.startswith(f"{arm}/1/") and e.number <= NORMED
+            ]
+            for arm in ("frozen", "learning")
+        )
+    ]
+    assert scores[0] == scores[1] != []
     repeated = [c for c in finished.candidates("frozen") if c.status == "repeated"]
     assert repeated
     assert all(c.nearest and c.nearest.startswith("frozen/") for c in repeated)

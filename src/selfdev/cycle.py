@@ -79,9 +79,7 @@ class Cycle:
             prompts = learning.prompts(t)
             twin = self._same_factory(arm, t, adapters, [prompt.text for prompt in prompts])
             if twin is not None:
-                iteration, written = twin
-                written = [replace(c, name=candidate_name(arm, t, c.number), arm=arm) for c in written]
-                self.archive.add_written(replace(iteration, arm=arm), written)
+                self._take_over(twin, arm)
                 return
             writing = Writing(self.config, self.factory, self.screen, arm, t, adapters, tick)
             asked, written = writing.write(prompts)
@@ -90,7 +88,7 @@ class Cycle:
 
     def _same_factory(
         self, arm: str, t: int, adapters: Sequence[Path], prompts: Sequence[str]
-    ) -> tuple[Iteration, list[Candidate]] | None:
+    ) -> Iteration | None:
         """What another arm's equal factory wrote in this iteration: the same streams make it the same text."""
         for other in self.archive.iterations():
             if (
@@ -101,9 +99,33 @@ class Cycle:
                 and not adapters
                 and not self.learning(other.arm).adapters(t)
             ):
-                candidates = self.archive.candidates(other.arm, t)
-                return other, [unscreened(c) for c in candidates]
+                return other
         return None
+
+    def _take_over(self, twin: Iteration, arm: str) -> None:
+        """Archive another arm's iteration as this one's too.
+
+        In the first one no arm has a past, so what the programs are and score is the same as well; later they may
+        repeat what the other arm did not write.
+        """
+        t = twin.iteration
+        written = self.archive.candidates(twin.arm, t)
+        name = {c.name: candidate_name(arm, t, c.number) for c in written}
+        known = [
+            e for kind in ("candidate", "scaled") for e in self.archive.evaluations(kind) if e.subject in name
+        ]
+        scored = [replace(e, subject=name[e.subject]) for e in known if t == 0]
+        written = [
+            replace(c, name=name[c.name], arm=arm, nearest=name.get(c.nearest or "", c.nearest))
+            for c in (written if t == 0 else map(unscreened, written))
+        ]
+        self.archive.add_written(replace(twin, arm=arm), written, scored)
+        for candidate in written:
+            if candidate.status is not None:
+                self.watch.screened(candidate, None)
+        for evaluation in scored:
+            if evaluation.kind == "scaled":
+                self.watch.scored(evaluation)
 
     def _judge(self, arm: str, t: int) -> None:
         """Screen every program, and score on development those that are new."""

@@ -156,7 +156,9 @@ class Archive:
 
     # --- what the factory wrote
 
-    def add_written(self, iteration: Iteration, candidates: Sequence[Candidate]) -> None:
+    def add_written(
+        self, iteration: Iteration, candidates: Sequence[Candidate], scored: Sequence[Evaluation] = ()
+    ) -> None:
         """Archive all programs of one iteration of one arm, with what is known of them so far."""
         with self.transaction():
             self._db.execute(
@@ -170,6 +172,8 @@ class Archive:
                 ),
             )
             self._add_candidates(candidates)
+            for evaluation in scored:
+                self._add_evaluation(evaluation)
 
     def keep_programs(self, candidates: Sequence[Candidate]) -> None:
         """Archive programs that another run wrote; those that are there already stay as they are."""
