@@ -29,8 +29,10 @@ from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
 
 DISTANCE = "distance_on_real_tensors"
-ORDER = "change_by_order"
 """Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
+
+ORDER = "change_by_order"
+"""Kept with it too: how much its output changes if the experts change places, relative."""
 
 KEPT_BYTES = 512 * 1024**2
 """Merged task vectors that stay in memory for the next questions of a race. What does not fit is merged again, which
@@ -138,6 +140,7 @@ class Evaluator:
         self._splits: dict[str, _Split] = {}
         self._part: tuple[tuple[str, tuple[int, ...]], _Split] | None = None
         self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._notes: dict[str, dict[str, float]] = {}
         self._mean_norm = norm_of(torch.stack(list(v.values())).mean(0) for v in vectors.vectors.values())
         self._add("development", task.development(development, seed, without))
 
@@ -195,17 +198,13 @@ class Evaluator:
         """
         began = time.perf_counter()
         merged = self._merged(candidate)
-        distance = explained_by_combination(merged, self.vectors.vectors)
-        if distance <= REAL_TOLERANCE:
-            raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
-        facts = {DISTANCE: float(f"{distance:.4g}")}
+        facts = self._noted(candidate, merged)
         if number == 0:
-            facts[ORDER] = float(f"{self._change_by_order(candidate, merged):.4g}")
             return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
         if norm is not None:
             factor = norm * self._mean_norm / norm_of(merged.values())
         scaled = {name: factor * tensor for name, tensor in merged.items()}
-        facts[FACTOR] = factor
+        facts = {DISTANCE: facts[DISTANCE], FACTOR: factor}
         return self._evaluation("scaled", candidate.name, number, split, facts, scaled, began, asked)
 
     def merge(self, candidate: Candidate) -> dict[str, Tensor]:
@@ -251,6 +250,16 @@ class Evaluator:
         if turned.tensor is None:
             return 1.0
         return norm_of([turned.tensor - merged[name]]) / max(norm_of([merged[name]]), 1e-30)
+
+    def _noted(self, candidate: Candidate, merged: Mapping[str, Tensor]) -> dict[str, float]:
+        """What is noted of a program beside its scores: found out once, since a race asks for those many times."""
+        if candidate.name not in self._notes:
+            distance = explained_by_combination(merged, self.vectors.vectors)
+            if distance <= REAL_TOLERANCE:
+                raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
+            found = {DISTANCE: distance, ORDER: self._change_by_order(candidate, merged)}
+            self._notes[candidate.name] = {key: float(f"{value:.4g}") for key, value in found.items()}
+        return self._notes[candidate.name]
 
     def _merged(self, candidate: Candidate) -> dict[str, Tensor]:
         """What `merge` returns, kept as long as there is room."""
