@@ -34,7 +34,9 @@ def changes() -> dict[str, float]:
         scorer = Evaluator(zoo["seed"], vectors, load_task("nano"), 12, box, 1)
         for number, value in enumerate(values):
             source = PROGRAM.format(value)
-            written = Candidate(f"learning/1/{number}", "learning", 0, number, 0, source, (), None, True, source)
+            written = Candidate(
+                f"learning/1/{number}", "learning", 0, number, 0, source, (), None, True, source
+            )
             found[value] = scorer.candidate(written, "development").parameters["change_by_order"]
     return found
 

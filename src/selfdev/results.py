@@ -1,11 +1,12 @@
 """A run as its folder tells it, finished or not."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import Archive, Candidate
+from selfdev.archive import Archive, Candidate, Iteration
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.diversity import diversity
@@ -71,7 +72,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """All that `selfdev show --json` prints; scores in 0..1."""
-        verdict = self.verdict
+        verdict, first, evidence = self.verdict, scores_on_first(self.archive), Evidence(self.archive)
         best, scored = next(iter(ranked_new(self.archive, LEARNING)), (None, None))
         return {
             "run": self._record(),
@@ -93,7 +94,7 @@ class Run:
             "table": [] if verdict is None else verdict["table"],
             "pareto": pareto(self.archive, LEARNING),
             "iterations": [
-                self._iteration(i.arm, i.iteration) for i in self.archive.iterations() if is_written(i.arm)
+                self._iteration(i, first, evidence) for i in self.archive.iterations() if is_written(i.arm)
             ],
         }
 
@@ -138,14 +139,16 @@ class Run:
             "learning": sum(repairs + [r.seconds for r in self.archive.refinements(arm) if r.iteration == t]),
         }
 
-    def _iteration(self, arm: str, t: int) -> dict[str, Any]:
-        [iteration] = [i for i in self.archive.iterations(arm) if i.iteration == t]
+    def _iteration(
+        self, iteration: Iteration, first: Mapping[str, float], evidence: Evidence
+    ) -> dict[str, Any]:
+        """What an arm's iteration came to; `first` is `scores_on_first` of the run."""
+        arm, t = iteration.arm, iteration.iteration
         written = self.archive.candidates(arm, t)
         earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
         learned = self.archive.refinement(arm, t)
         # What a program of a repair turn may have copied is what the usual prompt shows.
         prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
-        first, evidence = scores_on_first(self.archive), Evidence(self.archive)
         scores = [first[c.name] for c in written if c.name in first]
         finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
         count = {

@@ -56,15 +56,15 @@ def diversity(
     shares = [count / len(working) for count in counts.values()]
     own = {c.name: unwrap_short(c.source) for c in earlier if c.source}
     copies = sum(_is_copy(c, prompts[c.prompt], own) for c in working)
-    before = [Behaviour.from_bytes(c.behaviour) for c in earlier if c.works and c.behaviour is not None]
-    distances = []
-    for candidate in working:
-        if candidate.behaviour is None:
-            continue
-        behaviour = Behaviour.from_bytes(candidate.behaviour)
-        if candidate.status == "new" and before:
-            distances.append(float(behaviour.distances(torch.stack([b.entries for b in before])).min()))
-        before.append(behaviour)
+    behaving = [c for c in [*earlier, *written] if c.works and c.behaviour is not None]
+    behaviours = [Behaviour.from_bytes(c.behaviour or b"") for c in behaving]
+    entries = torch.stack([each.entries for each in behaviours]) if behaviours else torch.empty(0)
+    first = len(behaving) - sum(c.behaviour is not None for c in working)
+    distances = [
+        float(behaviours[place].distances(entries[:place]).min())
+        for place in range(max(first, 1), len(behaving))
+        if behaving[place].status == "new"
+    ]
     return Diversity(
         entropy=sum(share * math.log(1 / share) for share in shares),
         distinct=len(counts),
