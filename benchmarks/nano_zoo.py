@@ -15,13 +15,15 @@ import copy
 import dataclasses
 import random
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdev.algorithms.library import Method, methods
-from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
+from selfdev.evaluation.objective import mean_by_group
+from selfdev.evaluation.scoring import encode, score_exact
 from selfdev.evaluation.tasks import load_task
 from selfdev.zoo import zoo_models, zoos
 from selfdev.zoo.nano import RECIPES, nano_tokenizer, train
@@ -53,13 +55,14 @@ def main() -> None:
 
     models, task = zoo_models(options.zoo, options.folder), load_task(options.zoo)
     questions = task.development(options.questions, order_seed=0)
+    groups = [question.group for question in questions]
     encoded = encode(AutoTokenizer.from_pretrained(models["seed"]), questions)
     seed = AutoModelForCausalLM.from_pretrained(models["seed"])
     experts = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in models["experts"].items()}
 
     print(f"{'':26}" + "".join(f"{group:>7}" for group in task.groups) + "   mean")
     alone = {
-        name: mean_by_group(questions, score_exact(m, encoded))
+        name: mean_by_group(groups, score_exact(m, encoded).tolist())
         for name, m in {"seed": seed, **experts}.items()
     }
     for name, accuracy in alone.items():
@@ -81,11 +84,11 @@ def main() -> None:
         expert = copy.deepcopy(seed)
         recipe = dataclasses.replace(RECIPES[options.zoo].experts[options.transplant], mlp_only=False)
         train(expert, nano_tokenizer(), task, recipe, print)
-        show("expert, all weights", mean_by_group(questions, score_exact(expert, encoded)))
+        show("expert, all weights", mean_by_group(groups, score_exact(expert, encoded).tolist()))
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(expert.get_parameter(name))
-        show("its MLP in the seed", mean_by_group(questions, score_exact(seed, encoded)))
+        show("its MLP in the seed", mean_by_group(groups, score_exact(seed, encoded).tolist()))
         return
     for name in METHODS:
         method = methods()[name]
@@ -95,8 +98,8 @@ def main() -> None:
                 for tensor, parameter in parameters.items():
                     merged = method.merge(vectors[tensor], originals[tensor], **setting)
                     parameter.copy_(originals[tensor] + merged)
-            accuracy = mean_by_group(questions, score_exact(seed, encoded))
-            found[aggregate(accuracy)] = accuracy, str(setting)
+            accuracy = mean_by_group(groups, score_exact(seed, encoded).tolist())
+            found[fmean(accuracy.values())] = accuracy, str(setting)
         show(name, *found[max(found)])
 
 
@@ -112,7 +115,7 @@ def trials(method: Method, count: int, experts: int) -> list[dict[str, Any]]:
 
 def show(name: str, accuracy: dict[str, float], note: str = "") -> None:
     shares = "".join(f"{100 * share:7.1f}" for share in accuracy.values())
-    print(f"{name:26}{shares}{100 * aggregate(accuracy):7.1f}  {note}", flush=True)
+    print(f"{name:26}{shares}{100 * fmean(accuracy.values()):7.1f}  {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring import ScoringError, aggregate, encode, mean_by_group, score_exact
+from selfdev.evaluation.objective import Objective, mean_by_group
+from selfdev.evaluation.scoring import ScoringError, encode, score_exact
 from selfdev.evaluation.tasks import Question, load_task
 from selfdev.zoo import zoo_models
 
@@ -135,13 +136,12 @@ def test_what_cannot_be_encoded_is_refused(tokenizer):
         encode(endless, [Question("any", "1=", "1")])
 
 
-def test_mean_by_group_and_aggregate():
-    questions = [Question(group, f"{i}=", "1") for i, group in enumerate(["add", "rev", "add", "add", "add"])]
-    by_group = mean_by_group(questions, torch.tensor([True, True, False, False, False]))
-    assert by_group == {"add": 0.25, "rev": 1.0}
-    assert aggregate(by_group) == 0.625  # the mean over groups, and not 2 of 5 questions
+def test_a_score_is_the_mean_over_groups():
+    groups, right = ["add", "rev", "add", "add", "add"], [True, True, False, False, False]
+    assert mean_by_group(groups, right) == {"add": 0.25, "rev": 1.0}
+    assert Objective().score(groups, right) == 0.625  # and not 2 of 5 questions
 
 
 def test_mean_by_group_wants_one_verdict_for_each_question():
     with pytest.raises(ValueError, match="zip"):
-        mean_by_group([Question("add", "1=", "1")], torch.tensor([True, False]))
+        mean_by_group(["add"], [True, False])

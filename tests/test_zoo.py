@@ -1,12 +1,14 @@
 import random
 import re
+from statistics import fmean
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
+from selfdev.evaluation.objective import Objective, mean_by_group
+from selfdev.evaluation.scoring import encode, score_exact
 from selfdev.evaluation.tasks import load_task
 from selfdev.zoo import build, zoo_models, zoo_path, zoos
 from selfdev.zoo.nano import RECIPES, Recipe, Training, build_nano
@@ -33,7 +35,8 @@ def accuracy(zoo, loaded):
     """What each model gets right of all development questions, by group."""
     questions = load_task(zoo).development(3072, order_seed=0)
     encoded = encode(AutoTokenizer.from_pretrained(zoo_models(zoo)["seed"]), questions)
-    return {name: mean_by_group(questions, score_exact(model, encoded)) for name, model in loaded.items()}
+    groups = [question.group for question in questions]
+    return {name: mean_by_group(groups, score_exact(m, encoded).tolist()) for name, m in loaded.items()}
 
 
 def test_listing():
@@ -96,7 +99,7 @@ def test_the_card_tells_the_truth(zoo, accuracy):
     for name, by_group in accuracy.items():
         row = re.search(rf"^\| {name} \| (\d.*) \|$", card, re.MULTILINE)  # the first table has the accuracy
         claimed = [float(cell) for cell in row.group(1).split("|")]
-        measured = [100 * share for share in (*by_group.values(), aggregate(by_group))]
+        measured = [100 * share for share in (*by_group.values(), fmean(by_group.values()))]
         # Rounding, and a question or two that another processor's arithmetic tips over.
         assert claimed == pytest.approx(measured, abs=0.5)
 
@@ -115,9 +118,10 @@ def test_merging_is_a_real_problem(zoo, loaded, accuracy):
     with torch.no_grad():
         for key, parameter in merged.named_parameters():
             parameter += 0.4 * sum(loaded[name].get_parameter(key) - parameter for name in EXPERTS[zoo])
-    score = aggregate(mean_by_group(questions, score_exact(merged, encode(tokenizer, questions))))
-    best = aggregate({group: max(each[group] for each in accuracy.values()) for group in accuracy["seed"]})
-    alone = {name: aggregate(each) for name, each in accuracy.items()}
+    right = score_exact(merged, encode(tokenizer, questions)).tolist()
+    score = Objective().score([question.group for question in questions], right)
+    best = fmean(max(each[group] for each in accuracy.values()) for group in accuracy["seed"])
+    alone = {name: fmean(each.values()) for name, each in accuracy.items()}
     assert score > max(alone.values()) > alone["seed"] + 0.04
     assert score < best - 0.05
 

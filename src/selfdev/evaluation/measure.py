@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from selfdev.errors import UserError
+from selfdev.evaluation.objective import Objective, mean_by_group
 from selfdev.evaluation.score_cache import ScoreCache, score_key
-from selfdev.evaluation.scoring import Scored, aggregate, mean_by_group, prepare
-from selfdev.evaluation.statistics import wilson
+from selfdev.evaluation.scoring import Scored, prepare
+from selfdev.evaluation.statistics import score_interval
 from selfdev.evaluation.tasks import Question, Split, Task, load_task
 from selfdev.evaluation.tasks.grading import Way
 from selfdev.models.device import ON_CPU, Place
@@ -171,10 +172,11 @@ def _measurement(
     place: Place,
     note: str,
 ) -> Measurement:
-    groups = mean_by_group(questions, scored.outcomes)
+    its_group = [question.group for question in questions]
+    groups = mean_by_group(its_group, scored.outcomes.tolist())
     low = high = None
     if scored.outcomes.dtype == torch.bool:
-        low, high = wilson(int(scored.outcomes.sum()), len(questions))
+        low, high = score_interval(scored.outcomes, its_group)
     answers = [_answer(i, question, scored) for i, question in enumerate(questions)]
     names = list(task.grading.extractions) if task.grading.way is Way.GENERATE else []
     extractions = {
@@ -186,7 +188,7 @@ def _measurement(
         task=task.name,
         scoring=str(task.grading.way),
         split=split,
-        score=aggregate(groups),
+        score=Objective().aggregate(groups),
         low=low,
         high=high,
         groups=groups,

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import transformers
@@ -33,7 +34,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring import aggregate, encode, mean_by_group, score_exact
+from selfdev.evaluation.objective import mean_by_group
+from selfdev.evaluation.scoring import encode, score_exact
 from selfdev.evaluation.tasks import Task, load_task
 
 Progress = Callable[[str], None]
@@ -241,7 +243,8 @@ def _build_model(
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
         questions = task.development(recipe.development, order_seed=0)
-        return mean_by_group(questions, score_exact(model, encode(tokenizer, questions)))
+        right = score_exact(model, encode(tokenizer, questions))
+        return mean_by_group([question.group for question in questions], right.tolist())
     finally:
         torch.set_num_threads(threads)
 
@@ -252,7 +255,7 @@ def card(recipe: Recipe, accuracy: Mapping[str, Mapping[str, float]]) -> str:
     rows = [
         f"| {name} | "
         + " | ".join(f"{100 * each[group]:.1f}" for group in groups)
-        + f" | {100 * aggregate(each):.1f} |"
+        + f" | {100 * fmean(each.values()):.1f} |"
         for name, each in accuracy.items()
     ]
     trainings = [_training_row(name, each) for name, each in {"seed": recipe.seed, **recipe.experts}.items()]

@@ -17,7 +17,7 @@ from selfdev.evaluation.scoring.exact import BATCH_TOKENS, Batch, Encoded, encod
 from selfdev.evaluation.scoring.generate import Generation
 from selfdev.evaluation.scoring.loglikelihood import Likelihood
 from selfdev.evaluation.scoring.prompts import check_fits
-from selfdev.evaluation.scoring.scored import Reply, Scored, ScoringError, aggregate, mean_by_group
+from selfdev.evaluation.scoring.scored import Reply, Scored, ScoringError
 from selfdev.evaluation.tasks import Question
 from selfdev.evaluation.tasks.grading import Grading, Way
 from selfdev.models.limits import end_tokens
@@ -30,9 +30,7 @@ __all__ = [
     "Scored",
     "Scoring",
     "ScoringError",
-    "aggregate",
     "encode",
-    "mean_by_group",
     "prepare",
     "score_exact",
 ]

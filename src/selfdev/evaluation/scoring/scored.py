@@ -1,12 +1,11 @@
 """What scoring yields: an outcome for each question, and the score that they make."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from selfdev.errors import SelfdevError
-from selfdev.evaluation.tasks import Question
 from selfdev.evaluation.tasks.grading import Reading
 
 
@@ -39,19 +38,3 @@ class Scored:
 
     outcomes: Tensor
     replies: tuple[Reply, ...] = ()
-
-
-def mean_by_group(questions: Sequence[Question], outcomes: Tensor) -> dict[str, float]:
-    """The mean outcome of each group (of truth values: the share of right answers, in 0..1).
-
-    Groups come in the order of their first question.
-    """
-    by_group: dict[str, list[float]] = {}
-    for question, outcome in zip(questions, outcomes.tolist(), strict=True):
-        by_group.setdefault(question.group, []).append(outcome)
-    return {group: sum(each) / len(each) for group, each in by_group.items()}
-
-
-def aggregate(by_group: Mapping[str, float]) -> float:
-    """The score of a model: the unweighted mean over its groups."""
-    return sum(by_group.values()) / len(by_group)
