@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +180,19 @@ def test_a_dataset_that_cannot_be_written_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_in_a_race_the_rejected_one_has_the_score_on_the_first_questions(tmp_path: Path) -> None:
+def test_in_a_race_who_left_early_has_the_score_on_the_first_questions(tmp_path: Path) -> None:
     with archived(tmp_path / "run", []) as archive:
-        best, worst = program("learning", 0, 0, 0, "new"), program("learning", 0, 1, 0, "new")
-        archive.add_written(Iteration("learning", 0, 0.8, (FIRST[0].text,), 1.0), [best, worst])
+        best, worse, left = (program("learning", 0, number, 0, "new") for number in range(3))
+        archive.add_written(Iteration("learning", 0, 0.8, (FIRST[0].text,), 1.0), [best, worse, left])
         archive.add_evaluation(scored(best.name, 0.75, first_questions=2, first_score=1.0))
-        archive.add_evaluation(scored(worst.name, 0.25, first_questions=2, first_score=0.5))
-        archive.add_pairs("learning", 0, [Pair(best.name, worst.name, "score")])
+        archive.add_evaluation(scored(worse.name, 0.25, first_questions=2, first_score=0.5))
+        early = scored(left.name, 0.5, first_questions=2, first_score=0.5)
+        archive.add_evaluation(replace(early, outcomes=(True, False), questions=2, asked=(0, 1)))
+        archive.add_pairs("learning", 0, [Pair(best.name, each.name, "score") for each in (worse, left)])
     export_pairs(open_run(tmp_path / "run"), tmp_path / "out")
-    [row] = rows(tmp_path / "out")
-    assert (row["chosen_score"], row["rejected_score"]) == (0.75, 0.5)
-    assert row["adapter"] is None  # its round has not been trained yet
+    found = rows(tmp_path / "out")
+    assert [(row["chosen_score"], row["rejected_score"]) for row in found] == [(0.75, 0.25), (0.75, 0.5)]
+    assert found[0]["adapter"] is None  # its round has not been trained yet
 
 
 def test_a_column_that_is_null_in_the_first_round_has_a_type(run: Path, tmp_path: Path) -> None:

@@ -183,6 +183,16 @@ def test_variations_on_one_failing_text_wait_for_the_others() -> None:
     assert len(pairs) == 4
 
 
+def test_programs_that_answered_everything_are_compared_in_that() -> None:
+    """In a race: the elite leads on all questions, whatever the first few said, and who left early has these alone."""
+    written = [candidate(0, "new"), candidate(0, "new", 1), candidate(1, "new", 1), candidate(2, "new", 1)]
+    scores = {"0/0": 0.50, "1/0": 0.60, "1/1": 0.55}  # 1/2 left early
+    first = {"0/0": 0.40, "1/0": 0.70, "1/1": 0.30, "1/2": 0.45}
+    settings = Preferences(chosen_floor=1, rejected_floor=2, elites=1, pairs=8, pairs_each=8)
+    pairs = {(p.chosen, p.rejected) for p in prefer(written, scores, 1, settings, seed=0, first=first)}
+    assert pairs == {("1/0", "1/1"), ("1/0", "1/2"), ("0/0", "1/2")}
+
+
 def test_a_tie_is_no_preference() -> None:
     written = [candidate(i, "new") for i in range(4)]
     assert prefer(written, {c.name: 0.5 for c in written}, 0, Preferences(rejected_floor=3), seed=0) == []

@@ -1,5 +1,5 @@
--- One run, one file. A row is committed before it is reported; columns named `seconds`, `created` or `opened`
--- are clock readings and the only ones in which a resumed run may differ from an unbroken one.
+-- One run, one file. A row is committed before it is reported; columns named `seconds`, `screening`, `created` or
+-- `opened` are clock readings and the only ones in which a resumed run may differ from an unbroken one.
 
 CREATE TABLE run (
     id INTEGER PRIMARY KEY CHECK (id = 1),

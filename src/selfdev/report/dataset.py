@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,9 +73,9 @@ What a round imitates is in no pair, and not here.
 | `shown` | is a worked example that the prompt shows, and nobody wrote it (`refinement.shun_examples`) |
 
 `*_score` is the score from which the pair was made: on the development questions, at the better of the scales that had
-been tried then; higher is better, null where nothing was scored. In a race the rejected one's is that on the first
-questions, which all have answered. `*_log_prob` is that of the completion in nats at temperature 1, by the factory that
-wrote it at `*_temperature`; null for what nobody wrote. `*_tokens` are null for an example. `adapter` is the SHA-256 of
+been tried then; higher is better, null where nothing was scored. In a race one that was left out early has that on the
+first questions, which all have answered. `*_log_prob` is that of the completion in nats at temperature 1, by the
+factory that wrote it at `*_temperature`; null for what nobody wrote. `*_tokens` are null for an example. `adapter` is the SHA-256 of
 the weights that the round saved, null where it saved none: from them come the arm's next programs, and the first ones
 from `factory_weights`, with the run's warm start if it has one. With `refinement.refit: fresh` a round trains on the
 pairs of all rounds up to it. `*_failure` and `*_error` say how a program fails, `*_nearest` what it is, or is nearest
@@ -160,16 +160,16 @@ class _Arm:
         self.iterations = {i.iteration: i for i in self.archive.iterations(arm)}
         self.candidates = {c.name: c for c in self.archive.candidates()}
         self.refinements = {r.iteration: r for r in self.archive.refinements(arm)}
-        # As preferences are made: the best by all questions, the worst by those that all have answered.
-        self.first = scores_on_first(self.archive)
+        # As preferences are made: by all questions who answered them, by those that all have answered who did not.
         ranked = ranked_new(self.archive, arm, tuned=False)
-        self.scores = self.first | {c.name: e.score for c, e in ranked if e.score is not None}
+        finished = {c.name: e.score for c, e in ranked if e.score is not None}
+        self.scores = scores_on_first(self.archive) | finished
 
     def rows(self, t: int) -> Iterator[dict[str, Any]]:
         """What iteration t taught."""
         for pair in self.archive.pairs(self.arm, t):
             rejected = self.candidates[pair.rejected]
-            side = self._side("rejected", rejected, self.first)
+            side = self._side("rejected", rejected)
             yield self._row(
                 t, self._prompt(pair), pair.chosen, side | {"rejected": rejected.text}, pair.reason
             )
@@ -195,7 +195,7 @@ class _Arm:
             "reason": reason,
             "arm": self.arm,
             "round": t + 1,
-            **self._side("chosen", self.candidates[chosen], self.scores),
+            **self._side("chosen", self.candidates[chosen]),
             **rejected,
             "run": record.name,
             "run_seed": record.seed,
@@ -203,7 +203,7 @@ class _Arm:
             "adapter": None if refinement is None else refinement.facts.get("adapter"),
         }
 
-    def _side(self, side: str, candidate: Candidate, scores: Mapping[str, float]) -> dict[str, Any]:
+    def _side(self, side: str, candidate: Candidate) -> dict[str, Any]:
         written = is_written(candidate.arm)
         return {
             f"{side}_name": candidate.name,
@@ -211,7 +211,7 @@ class _Arm:
             f"{side}_failure": candidate.failure,
             f"{side}_error": candidate.error,
             f"{side}_nearest": candidate.nearest,
-            f"{side}_score": scores.get(candidate.name),
+            f"{side}_score": self.scores.get(candidate.name),
             f"{side}_log_prob": candidate.log_prob,
             f"{side}_temperature": self.iterations[candidate.iteration].temperature if written else None,
             f"{side}_source": candidate.source,

@@ -291,11 +291,6 @@ def marked_at(places: Tensor, scores: Tensor) -> Tensor:
     return marked
 
 
-def keep_largest(task_vectors: Tensor, density: Shares) -> Tensor:
-    """Set to zero all but the `density` share of each expert's entries with the largest magnitudes."""
-    return task_vectors * largest(task_vectors.abs(), density)
-
-
 def masked(masks: Tensor, factors: Sequence[float] = ()) -> Kept:
     """Keep what masks mark.
 
