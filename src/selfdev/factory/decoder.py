@@ -136,7 +136,7 @@ class _SharedBatch:
             use_cache=False,
             shared_prefix=self.shared,
         )
-        self.shared.advance(1)
+        self.shared.advance()
         return out.logits[:, -1]  # type: ignore[no-any-return]
 
     def replace(self, place: int, prompt: int) -> None:

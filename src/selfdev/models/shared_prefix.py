@@ -1,8 +1,5 @@
 """Attention for many rows that continue a few prompts: each prompt's keys and values are kept once.
 
-The factory's rows continue one prompt each by sampling; the evaluation's rows are questions behind common few-shot
-examples, which differ in length and are padded on the left.
-
 Otherwise every row of a batch carries its own copy of its prompt's keys and values, and each decoding
 step reads all the copies. Here a row's query meets the one copy of its prompt and the row's own
 continuation in two pieces, and the two softmax pieces are joined by their log-sum-exp, which is exact
@@ -52,7 +49,7 @@ class SharedPrefix:
         self.padding: Tensor | None = None
         self._owner = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
         self._groups: list[tuple[int, slice | Tensor]] | None = None
-        self._hidden: tuple[int, Tensor] | None = None
+        self._hidden: Tensor | None = None
         keys = prompts[0][0][0]
         shape = (sum(rows), keys.shape[0], capacity, keys.shape[2])
         self.continuations = [(keys.new_empty(shape), keys.new_empty(shape)) for _ in prompts[0]]
@@ -63,38 +60,28 @@ class SharedPrefix:
         return self.continuations[0][0].device
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> LayerCache:
-        """Write the next tokens' keys and values for every row; returns the layer's columns with them.
-
-        Only single tokens may be written once the columns have gone round.
-        """
+        """Write the next token's keys and values for every row; returns the layer's columns with them."""
         keys, values = self.continuations[layer]
-        then = self.length + key.shape[2]
-        column = self.length % self.capacity
-        keys[:, :, column : column + key.shape[2]] = key
-        values[:, :, column : column + key.shape[2]] = value
+        column, then = self.length % self.capacity, self.length + 1
+        keys[:, :, column] = key[:, :, 0]
+        values[:, :, column] = value[:, :, 0]
         return keys[:, :, :then], values[:, :, :then]
 
-    def hidden(self, tokens: int) -> Tensor | None:
-        """What of the continuation each of the next `tokens` tokens must not see.
-
-        That is what an earlier row left in its place, and what follows it.
+    def hidden(self) -> Tensor | None:
+        """What of the columns each row's next token must not see, since an earlier row in its place has left it.
 
         Returns:
-            True where it must not, shape (rows, 1, tokens, columns); None if nothing is hidden.
+            True where it must not, shape (rows, 1, 1, columns); None if nothing is hidden.
         """
-        if self.padding is None and tokens == 1:
+        if self.padding is None:
             return None
-        if self._hidden is None or self._hidden[0] != tokens:  # the same for all layers of a step
-            then = self.length + tokens
-            columns = torch.arange(min(then, self.capacity), device=self.device)
-            place = then - 1 - (then - 1 - columns) % self.capacity  # when each column was written last
-            own = torch.arange(self.length, then, device=self.device)[:, None]
-            hidden = (place > own)[None].expand(len(self._owner), -1, -1)
-            if self.padding is not None:
-                # A token sees itself, lest it see nothing, which is no number.
-                hidden = hidden | ((place < self.padding.to(self.device)[:, None, None]) & (place != own))
-            self._hidden = (tokens, hidden[:, None])
-        return self._hidden[1]
+        if self._hidden is None:  # the same for all layers of a step
+            columns = torch.arange(min(self.length + 1, self.capacity), device=self.device)
+            place = self.length - (self.length - columns) % self.capacity  # when each column was written last
+            # A token sees itself, lest it see nothing, which is no number.
+            hidden = (place < self.padding.to(self.device)[:, None]) & (place != self.length)
+            self._hidden = hidden[:, None, None]
+        return self._hidden
 
     def groups(self) -> list[tuple[int, slice | Tensor]]:
         """Each prompt that has rows, and these rows: a slice if they are neighbours, their indices otherwise."""
@@ -108,9 +95,9 @@ class SharedPrefix:
                 self._groups.append((prompt, where))
         return self._groups
 
-    def advance(self, tokens: int) -> None:
-        """Count the tokens just written, once all layers have seen them."""
-        self.length += tokens
+    def advance(self) -> None:
+        """Count the token just written, once all layers have seen it."""
+        self.length += 1
         self._hidden = None
 
     def replace(self, place: int, prompt: int) -> None:
@@ -145,7 +132,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Returns softmax(query keys^T) values, and the log-sum-exp of the scores; batched matrices.
 
-    `hidden`, of the shape of the scores, is True where a query must not see a key.
+    `hidden`, which broadcasts to the scores, is True where a query must not see a key.
     """
     scores = query @ keys.transpose(-1, -2)
     if softcap is not None:
@@ -170,29 +157,26 @@ def shared_prefix_attention(
     softcap: float | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """One decoding step, of one token or of several; the signature is that of the transformers attention interface.
+    """One decoding step; the signature is that of the transformers attention interface.
 
     Args:
         module: the attention layer, asked for its index.
-        query: shape (rows, heads, tokens, head size).
-        key: the new tokens' keys, shape (rows, kv heads, tokens, head size).
-        value: the new tokens' values, same shape.
+        query: shape (rows, heads, 1, head size).
+        key: the new token's keys, shape (rows, kv heads, 1, head size).
+        value: the new token's values, same shape.
         attention_mask: not needed: a row sees its whole prompt, and of its continuation what is not hidden.
         shared_prefix: the keys and values so far.
         scaling: factor on the scores.
         softcap: bound on the scores' absolute value, as in Gemma 2; None for none.
 
     Returns:
-        The output, shape (rows, tokens, heads, head size), and None in the place of the weights.
+        The output, shape (rows, 1, heads, head size), and None in the place of the weights.
     """
-    rows, heads, tokens, size = query.shape
+    rows, heads, size = *query.shape[:2], query.shape[3]
     layer, kv_heads = int(module.layer_idx), key.shape[1]  # type: ignore[arg-type]
-    queries = heads // kv_heads * tokens  # of one row that share a key: some heads, all new tokens
-    query = query.reshape(rows, kv_heads, queries, size) * scaling
-    hidden = shared_prefix.hidden(tokens)
-    if hidden is not None:
-        hidden = hidden.repeat(1, 1, heads // kv_heads, 1)  # the same for every head
-    own, own_lse = _attend(query, *shared_prefix.append(layer, key, value), softcap, hidden)
+    query = query.reshape(rows, kv_heads, heads // kv_heads, size) * scaling
+    columns = shared_prefix.append(layer, key, value)
+    own, own_lse = _attend(query, *columns, softcap, shared_prefix.hidden())
     shared, shared_lse = (
         torch.zeros_like(own),
         torch.full_like(own_lse, float("-inf")),
@@ -207,7 +191,7 @@ def shared_prefix_attention(
             shared[places] = part.reshape(mine.shape).transpose(0, 1)
             shared_lse[places] = part_lse.reshape(*mine.shape[:-1], 1).transpose(0, 1)
     merged = torch.lerp(shared, own, torch.sigmoid(own_lse - shared_lse).to(own.dtype))
-    return merged.reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
+    return merged.reshape(rows, 1, heads, size), None
 
 
 AttentionInterface.register(IMPLEMENTATION, shared_prefix_attention)

@@ -84,14 +84,8 @@ class Continuations:
         return out
 
     def keep(self, going: Sequence[int]) -> list[int]:
-        """Drop all rows but these; returns the rows that now lie at the places 0, 1, ...
-
-        Gaps are filled from the end, so that few rows are copied: of [0, 2, 3], 3 takes the place of 1.
-        """
-        count = len(going)
-        stay = {place for place in going if place < count}
-        late = iter(sorted((place for place in going if place >= count), reverse=True))
-        kept = [place if place in stay else next(late) for place in range(count)]
+        """Drop all rows but these; returns the rows that now lie at the places 0, 1, ..., see `closed_up`."""
+        kept = shared_prefix.closed_up(going)
         for to, place in enumerate(kept):
             if to != place:
                 length = int(self.lengths[place])
