@@ -5,7 +5,6 @@ Every step asks the archive first whether it is done, as in the cycle.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from selfdev.algorithms.examples import examples
@@ -163,15 +162,13 @@ class Learning:
         folders = [self.folder / str(r.adapter) for r in rounds]
         for folder, round_ in zip(folders, rounds, strict=True):
             if (saved := round_.facts.get("adapter")) is not None:
-                files = sorted(folder.glob("*.safetensors"))
-                _check_saved(folder, saved, tuple((f.name, f.stat().st_mtime_ns) for f in files))
+                _check_saved(folder, saved)
         return folders
 
 
-@cache
-def _check_saved(folder: Path, saved: str, files: tuple[tuple[str, int], ...]) -> None:
-    """Once, as long as the files stay as they are: what is merged must be what was learned."""
-    if not files:
+def _check_saved(folder: Path, saved: str) -> None:
+    """What is merged must be what was learned."""
+    if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"'{folder}', which the run has learned, is not there; put it back, or begin the run anew"
         )

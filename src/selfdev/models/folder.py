@@ -3,6 +3,7 @@
 Weights are read from safetensors alone: a pickled checkpoint can run code when it is opened.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ def weights_hash(folder: Path) -> str:
     """The identity of a model's weights, 64 hex digits.
 
     It is the sha256 of the safetensors files one after the other, in the order of their names: for a single
-    file what `sha256sum` prints.
+    file what `sha256sum` prints. Files that stay as they are, by size and time, are read once.
 
     Raises:
         UserError: the folder holds no safetensors file.
@@ -34,8 +35,15 @@ def weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"'{folder}' holds no *.safetensors file; save the model with save_pretrained")
+    found = [(file, file.stat()) for file in files]
+    return _hash(tuple((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found))
+
+
+@functools.cache
+def _hash(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    """Of files with their inode, size and time of writing."""
     digest = hashlib.sha256()
-    for file in files:
+    for file, *_ in files:
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)

@@ -161,9 +161,8 @@ def _zoo_model(zoo: str, model: str) -> Path:
     found = zoo_models(zoo)
     folders = {"seed": found["seed"], **found["experts"]}
     if model not in folders:
-        raise UserError(
-            f"zoo '{zoo}' has no model '{model}'; {nearest(model, folders)} (known: {', '.join(folders)})"
-        )
+        known = [f"zoo:{zoo}/{name}" for name in folders]
+        raise UserError(f"zoo '{zoo}' has no model '{model}'; {nearest(f'zoo:{zoo}/{model}', known)}")
     return folders[model]
 
 
