@@ -41,22 +41,22 @@ class GeneratedTask(Task):
         """Training questions without end, the group of each one drawn from `groups`."""
         while True:
             group = stream.choice(groups)
-            question, _, split = self._draw(group, stream)
+            drawn, split = self._draw(group, stream)
             if split is Split.TRAINING:
-                yield question
+                yield self._question(group, drawn.prompt, drawn.answer)
 
-    def _draw(self, group: str, stream: random.Random) -> tuple[Question, str, Split]:
-        prompt, answer, key = self.exercises[group](stream)
-        return self._question(group, prompt, answer), key, split_of(f"{self.name}/{group}/{key}")
+    def _draw(self, group: str, stream: random.Random) -> tuple[Drawn, Split]:
+        drawn = self.exercises[group](stream)
+        return drawn, split_of(f"{self.name}/{group}/{drawn.key}")
 
     def _question(self, group: str, prompt: str, answer: str) -> Question:
         return Question(group, prompt, answer)
 
     def _pool(self, group: str, split: Split) -> Sequence[Question]:
-        return tuple(_keys(type(self), group, split))
+        return tuple(_keys(type(self), group)[split])
 
     def _alike(self, question: Question) -> Hashable:
-        kept = (_keys(type(self), question.group, split) for split in self.offered)
+        kept = _keys(type(self), question.group).values()
         return question.group, next(keys[question] for keys in kept if question in keys)
 
     def _context(self) -> str:
@@ -74,16 +74,24 @@ _DRAWS = 100
 
 
 @functools.cache
-def _keys(kind: type[GeneratedTask], group: str, split: Split) -> dict[Question, str]:
-    """The first distinct questions of the split in a stream of the group's own, each with its `Drawn.key`."""
+def _keys(kind: type[GeneratedTask], group: str) -> dict[Split, dict[Question, str]]:
+    """The first distinct questions of each split in a stream of the group's own, each with its `Drawn.key`."""
     task = kind()
     stream = random.Random(f"{task.name}/{group}")
     context = task._context()
-    found: dict[Question, str] = {}  # a dict keeps the order of discovery
-    for _ in range(_DRAWS * task.offered[split]):
-        question, key, its_split = task._draw(group, stream)
-        if its_split is split:
-            found[replace(question, context=context)] = key
-            if len(found) == task.offered[split]:
+    found: dict[Split, dict[Question, str]] = {
+        split: {} for split in task.offered
+    }  # in the order of discovery
+    missing = dict(task.offered)
+    for _ in range(_DRAWS * max(task.offered.values())):
+        drawn, split = task._draw(group, stream)
+        if split in missing:
+            question = task._question(group, drawn.prompt, drawn.answer)
+            found[split][replace(question, context=context)] = drawn.key
+            if len(found[split]) == missing[split]:
+                del missing[split]
+            if not missing:
                 return found
-    raise ValueError(f"{task.name}/{group} has only {len(found)} questions for {split}; widen its operands")
+    raise ValueError(
+        f"{task.name}/{group} has too few questions for {', '.join(missing)}; widen its operands"
+    )
