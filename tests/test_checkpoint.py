@@ -555,6 +555,12 @@ def test_an_adapter_on_another_base_than_the_seed(tmp_path: Path) -> None:
     )
     for name, tensor in read(tmp_path / "out").items():
         assert (tensor - expected[name]).abs().max() < 1e-6
+    turned = {"x": f"{base}+{tmp_path / 'adapter'}"}  # as mergekit writes it
+    selfdev.merge("linear", seed, turned, out=tmp_path / "turned", targets="all")
+    assert read(tmp_path / "turned").keys() == read(tmp_path / "out").keys()
+    assert all(
+        torch.equal(tensor, read(tmp_path / "out")[n]) for n, tensor in read(tmp_path / "turned").items()
+    )
     with pytest.raises(UserError, match=r"has no adapter_config\.json, so it has no base"):
         selfdev.merge("linear", seed, {"x": f"{base}+{base}"}, out=tmp_path / "other")
 

@@ -249,7 +249,7 @@ def test_a_run_that_is_not_done_says_how_to_go_on(tmp_path: Path, capsys: pytest
     run = make_run(tmp_path / "run", status="running")
     assert main(["show", str(run)]) == 0
     out = capsys.readouterr().out
-    assert "Not finished" in out
+    assert "Stopped before its end: iteration 1 of 1 is the last that is written." in out
     assert f"selfdev resume {run}" in out
 
 
@@ -280,6 +280,18 @@ def test_json_of_a_candidate_is_everything_known(done: Path, capsys: pytest.Capt
     assert json.loads(capsys.readouterr().out)["pairs"] == {"chosen": 0, "rejected": 1, "reasons": ["copy"]}
 
 
+def test_all_programs_are_listed_in_short(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", str(done), "--programs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in listed][:2] == ["learning/1/001", "learning/1/002"]
+    assert {each["name"]: each["score"] for each in listed}["learning/1/003"] == 0.75
+    assert main(["show", str(done), "--programs"]) == 0
+    out = capsys.readouterr().out
+    assert ["learning/1/003", "75.0", "new,"] in [line.split()[:3] for line in out.splitlines()]
+    assert "\x1b]" not in out  # what a model wrote moves no terminal
+    assert main(["show", str(done), "learning/1/003", "--programs"]) == 2
+
+
 def test_methods_lists_the_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
@@ -307,6 +319,8 @@ def test_zoo_names_its_models_and_their_folder(capsys: pytest.CaptureFixture[str
     for name in zoos():
         assert main(["zoo", "path", name]) == 0
         assert Path(capsys.readouterr().out.strip()) == zoo_path(name)
+    assert main(["zoo", "path", "zoo:nano/seed"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == zoo_path("nano") / "seed"
 
 
 def test_doctor_answers_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

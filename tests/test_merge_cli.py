@@ -152,18 +152,23 @@ def test_targets_choose_and_a_regular_expression_will_do(tmp_path: Path) -> None
             "--trust is for a file of your own, and 'runs/x:learning/1/001' is none; methods of the library need no "
             "trust, and what a model wrote runs in the jail",
         ),
+        (("--method", "ties", "-p", "lambda=1"), "'lambda', as mergekit calls it; here it is 'scale'"),
+        (("--method", "della_linear"), "as mergekit calls it; here it is della with elect=false"),
+        (("--method", "TIES"), "unknown method: 'TIES'; the nearest known one is 'ties'"),
+        (("--method", "frankenmerge"), "unknown method: 'frankenmerge'; known are linear, task_arithmetic, "),
+        (("--method", "merge.yml"), "give a configuration of mergekit's with --config"),
         (("--method", "slerp"), "method 'slerp' takes exactly 2 experts, not 3"),
         (("--method", "nothing.py"), "method 'nothing.py' cannot be read"),
         (("--method", "runs/none:learning/1/001"), "runs/none holds no run"),
         (("--method", "ties", "--targets", "mpl"), "targets 'mpl' selects no parameter"),
-        (("--method", "ties", "--dtype", "int8"), "unknown dtype: 'int8'; the nearest known one is"),
+        (("--method", "ties", "--dtype", "int8"), "unknown dtype: 'int8'; known are bf16, fp16, fp32"),
         (
             ("--method", "ties", "--embeddings", "crp"),
             "unknown embeddings: 'crp'; the nearest known one is 'crop'",
         ),
         (("--method", "ties", "--expert", "one=x"), "two experts are called 'one'"),
         (("--method", "ties", "--expert", "./x"), "expert './x' is not of the form NAME=MODEL"),
-        (("--method", "ties", "--seed", "./none"), "'./none' is no folder and no other source"),
+        (("--method", "ties", "--seed", "./none"), "'./none' is not there"),
     ],
 )
 def test_mistakes_end_with_code_2_and_nothing_is_written(
@@ -180,6 +185,37 @@ def test_mistakes_end_with_code_2_and_nothing_is_written(
     assert main([*words(models, tmp_path / "out"), *third, *more]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(
+    models: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", "../here", ""):
+        assert main(words(models, Path(out), method="linear")) == 2
+        assert "is the folder that you are in, which would be replaced" in capsys.readouterr().err
+
+
+def test_experts_with_equal_weights_are_told(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["--expert", f"again={models['one']}", "--dtype", "bfloat16"]
+    assert main(words(models, tmp_path / "out", *more, method="linear")) == 0
+    assert caplog.messages == ["expert 'again' has the weights of expert 'one'"]
+    assert read(tmp_path / "out")[UP].dtype is torch.bfloat16
+
+
+def test_a_run_in_the_place_of_its_program_is_told_apart(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/archive.db").touch()
+    assert main(words(models, tmp_path / "out", method=str(tmp_path / "run"))) == 2
+    assert "is a run; name one of its programs" in capsys.readouterr().err
 
 
 def test_a_file_takes_no_parameters_but_a_seed(
@@ -208,7 +244,7 @@ def test_an_algorithm_that_fails_ends_with_code_1(
 
 
 def test_parameters_are_read_as_numbers_lists_and_words() -> None:
-    given = ["a=0.5", "b=3", "c=true", "d=1,0.5,2", "e=[1, 2]", "f=word", "g=1e-3", "h=null", "i=x=y"]
+    given = ["a=0.5", "b=3", "c=True", "d=1,0.5,2", "e=[1, 2]", "f=word", "g=1e-3", "h=null", "i=x=y"]
     read = read_parameters(given)
     assert read == {
         "a": 0.5,

@@ -388,7 +388,10 @@ MISTAKES = [
         {"merge_method": "merge_method: tise"},
         "line 1: 'merge_method' is not taken: unknown method: 'tise'; the nearest",
     ),
-    ({"merge_method": "merge_method: passthrough"}, "line 1: 'merge_method' is not taken"),
+    (
+        {"merge_method": "merge_method: passthrough"},
+        "line 1: 'merge_method' is not taken: layers that change",
+    ),
     ({"base_model": ""}, "names no base_model"),
     ({"base_model": "base_model: [SEED]"}, "line 2: 'base_model' is no text"),
     ({"models": ""}, "needs models or slices"),

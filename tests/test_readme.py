@@ -53,7 +53,7 @@ def test_the_readme_names_every_command(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_options_in_prose_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("run", "evaluate", "export", "merge"):
+    for command in ("run", "evaluate", "export", "merge", "show"):
         main([command, "--help"])
     shown = capsys.readouterr().out
     named = re.findall(r"`(--[\w-]+)", README)

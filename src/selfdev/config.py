@@ -348,4 +348,9 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"unknown key '{'.'.join(path)}'; {nearest(path[-1], fields_at(Config, path[:-1]))}"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{'.'.join(path)}: {problem['msg']}, not {problem['input']!r}"
+    where = ".".join(part for part in path if not part.isdigit())
+    if problem["type"] == "tuple_type":
+        return f"{where}: it is a list, as in [{problem['input']}], not {problem['input']!r}"
+    if problem["type"] == "too_short":
+        return f"{where}: at least {problem['ctx']['min_length']}, and there are {problem['ctx']['actual_length']}"
+    return f"{where}: {problem['msg']}, not {problem['input']!r}"

@@ -18,6 +18,18 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process holds a folder; not known, and False, where the lock cannot be read."""
+    try:
+        with (folder / "lock").open("rb") as file:
+            _lock(file.fileno())
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 def _lock(descriptor: int) -> None:
     """Lock a file until it is closed, or raise BlockingIOError at once."""
     if sys.platform == "win32":

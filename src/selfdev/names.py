@@ -6,11 +6,17 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
+_SIMILAR = 0.5
+"""Least similarity, from 0 to 1, of a name that somebody may have meant."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known: the nearest one that is."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return f"the nearest known one is '{close[0]}'" if close else "there are none"
+    """The end of a message about a name that is not known: the nearest one that is, or all where none is near."""
+    names = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_SIMILAR)
+    if close:
+        return f"the nearest known one is '{names[close[0]]}'"
+    return f"known are {', '.join(names.values())}" if names else "there are none"
 
 
 def fields_at(section: type[BaseModel], path: Sequence[str]) -> list[str]:

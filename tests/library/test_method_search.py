@@ -131,7 +131,7 @@ def test_one_density_for_each_expert():
     ("name", "parameters", "says"),
     [
         ("ties", {"reading": "mergekt"}, "it takes paper or mergekit"),
-        ("ties", {"normalize": 1}, "it takes True or False"),
+        ("ties", {"normalize": 1}, "it takes true or false"),
         ("ties", {"scale": "2"}, "is no number"),
         ("ties", {"scale": True}, "is no number"),
         ("ties", {"scale": [1.0, 1.0]}, "give one for all experts"),

@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SelfdevError as error:
             return _say(mark, f"error: {error}", error.exit_code)
         except _UsageError as error:
-            hint = "`selfdev --help` and `selfdev COMMAND --help` tell more"
-            return _say(mark, f"error: {error.format_message()} {hint}", 2)
+            what = " ".join(error.format_message().split()).removesuffix(".")
+            command = error.ctx.command_path if error.ctx is not None else "selfdev"
+            return _say(mark, f"error: {what}; `{command} --help` tells more", 2)
         except (OSError, sqlite3.OperationalError) as error:
             return _say(mark, f"error: {_explain(error)}", 1)
         except (KeyboardInterrupt, typer.Abort):

@@ -10,7 +10,7 @@ from selfdev.cli.application import AsJson, app
 zoo_app = typer.Typer(help="Seeds and experts that come with the project.")
 app.add_typer(zoo_app, name="zoo")
 
-Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo; `selfdev zoo list` names them.")]
+Zoo = Annotated[str, typer.Argument(metavar="NAME", help="Which zoo, such as nano.")]
 
 
 @app.command()
@@ -44,10 +44,11 @@ def zoo_list() -> None:
 
 @zoo_app.command("path")
 def zoo_path(name: Zoo) -> None:
-    """Print the folder of a zoo."""
+    """Print the folder of a zoo, or of one of its models (zoo:nano/seed)."""
+    from selfdev.models.sources import resolve
     from selfdev.zoo import zoo_path as path
 
-    typer.echo(path(name))
+    typer.echo(resolve(name) if "/" in name else path(name.removeprefix("zoo:")))
 
 
 @zoo_app.command("build")

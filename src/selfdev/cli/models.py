@@ -28,14 +28,6 @@ class Where(StrEnum):
     MPS = "mps"
 
 
-class WeightType(StrEnum):
-    """The types that weights may have there."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
 class Export(StrEnum):
     """What a discovered program may become."""
 
@@ -69,7 +61,7 @@ def methods(as_json: AsJson = False) -> None:
 
 @app.command()
 def merge(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist, or be empty.")],
     method: Annotated[
         str | None,
         typer.Option(
@@ -202,8 +194,12 @@ def evaluate(
         Where, typer.Option(help="Where it computes; auto: CUDA's GPU if there is one, else the CPU.")
     ] = Where.AUTO,
     dtype: Annotated[
-        WeightType, typer.Option(help="Type of its weights; on most CPUs only float32 is fast.")
-    ] = WeightType.FLOAT32,
+        str,
+        typer.Option(
+            metavar="float32|bfloat16|float16",
+            help="Type of its weights; on most CPUs only float32 is fast.",
+        ),
+    ] = "float32",
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure, though the same model was asked the same before.")
     ] = False,
@@ -213,12 +209,16 @@ def evaluate(
     from selfdev.evaluation.harness import compare
     from selfdev.evaluation.measure import measure
     from selfdev.evaluation.score_cache import ScoreCache
+    from selfdev.merging.recipe import TORCH_DTYPES
     from selfdev.models.device import Place
     from selfdev.report.measurement import measurement_json, measurement_text
 
     if fresh and beside is not None:
         raise UserError("--fresh: with --with nothing is taken from the cache; leave one out")
-    place = Place.of(device.value, dtype.value, "--device")
+    its_type = {ours: name for name, ours in TORCH_DTYPES.items()}.get(dtype, dtype)
+    if its_type not in TORCH_DTYPES:
+        raise UserError(f"--dtype: {dtype}; give one of {', '.join(TORCH_DTYPES)}")
+    place = Place.of(device.value, its_type, "--device")
     if beside is None:
         measured, agreement = measure(model, task, split, limit, None if fresh else ScoreCache(), place), None
     else:

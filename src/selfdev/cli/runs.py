@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from selfdev.cli.application import Again, AsJson, RunFolder, Unsafe, app, print_json, print_run, terminal
+from selfdev.errors import UserError
 
 
 @app.command()
@@ -78,13 +79,25 @@ def show(
     candidate: Annotated[
         str | None, typer.Argument(metavar="CANDIDATE", help="One program, such as learning/2/017.")
     ] = None,
+    programs: Annotated[
+        bool, typer.Option("--programs", help="List all programs that were written, in short.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a run, or one of its programs."""
-    from selfdev.report.candidate import describe, page
+    from selfdev.report.candidate import describe, describe_all, page, programs_page
     from selfdev.results import open_run
 
     opened = open_run(folder)
+    if programs and candidate is not None:
+        raise UserError("--programs lists all of them; leave it out, or the name of one")
+    if programs:
+        listed = describe_all(opened)
+        if as_json:
+            print_json(listed)
+        else:
+            terminal().say(programs_page(listed))
+        return
     if candidate is None:
         print_run(opened, False, as_json)
         return

@@ -29,6 +29,10 @@ def check_out(out: Path) -> None:
     if out.is_dir() and not out.is_symlink() and not any(out.iterdir()):
         if os.path.ismount(out):
             raise UserError(f"'{out}' is a mount point, which no folder can replace; choose an --out in it")
+        if out.resolve() in (here := Path.cwd(), *here.parents):
+            raise UserError(
+                f"'{out}' is the folder that you are in, which would be replaced; choose an --out in it"
+            )
         return
     if out.exists() or out.is_symlink():
         raise UserError(f"'{out}' exists already and is not overwritten; choose another --out, or remove it")

@@ -11,6 +11,7 @@ last, and the next merge to the same folder removes it.
 """
 
 import json
+import logging
 import os
 import shutil
 import time
@@ -30,13 +31,15 @@ from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
 from selfdev.merging.read_ahead import ReadAhead
-from selfdev.merging.recipe import Dtype, Recipe
+from selfdev.merging.recipe import TORCH_DTYPES, Dtype, Recipe
 from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Writer, write_failure
 from selfdev.models.digest import FileDigest
 
-_CONFIGURED = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_log = logging.getLogger(__name__)
+
+_CONFIGURED = {ours: name for name, ours in TORCH_DTYPES.items()}
 
 # What lies beside the weights and belongs to the model: configs, tokenizer, chat template, licence. Code only with
 # a config that names it.
@@ -207,6 +210,7 @@ def _stream(
         written = writer.finish()
         with _reading():
             hashes = ahead.digests()
+    _warn_of_equals(job, hashes)
     # No dict: an expert may be called `seed` too.
     named = [("seed", job.seed_source, job.seed)]
     named += [(name, job.sources[name], expert) for name, expert in job.experts.items()]
@@ -214,6 +218,18 @@ def _stream(
         Input(name, source, {**model.made_of(), **{file.name: hashes[file] for file in model.files}})
         for name, source, model in named
     ]
+
+
+def _warn_of_equals(job: Job, hashes: Mapping[Path, str]) -> None:
+    """Say which experts have the weights of the seed or of another one: mostly a slip, and it shifts every mean."""
+    first: dict[tuple[str, ...], str] = {}
+    for name, model in [
+        ("the seed", job.seed),
+        *((f"expert '{name}'", each) for name, each in job.experts.items()),
+    ]:
+        other = first.setdefault(tuple(hashes[file] for file in model.files), name)
+        if other != name:
+            _log.warning("%s has the weights of %s", name, other)
 
 
 @contextmanager

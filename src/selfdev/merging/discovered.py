@@ -58,9 +58,8 @@ def load_candidate(run: Path, name: str) -> Discovered:
             factor = _factor(archive, name)
     except ArchiveError as error:
         raise UserError(str(error)) from error
-    if candidate.source is None or not candidate.works:
-        why = candidate.failure or "it is not screened yet"
-        raise UserError(f"candidate '{name}' of {run} does not work ({why}); choose another")
+    if candidate.source is None or candidate.status == "failed":
+        raise UserError(f"candidate '{name}' of {run} does not work ({candidate.failure}); choose another")
     title = f"candidate `{name}` of the run `{run.resolve().name}`, written by {config.factory.model}"
     if factor != 1:
         title += f", at {factor:g} times its scale"

@@ -48,6 +48,10 @@ def find(recipe: Recipe) -> Found:
         from selfdev.merging.discovered import find_candidate
 
         return find_candidate(Path(os.path.expanduser(run)), candidate, parameters)
+    if word.endswith((".yml", ".yaml")):
+        raise UserError(f"method '{word}' is a YAML file; give a configuration of mergekit's with --config")
+    if os.path.isfile(os.path.join(os.path.expanduser(word), "archive.db")):
+        raise UserError(f"method '{word}' is a run; name one of its programs, as in {word}:learning/1/001")
     library_method(word)  # which says what is known
     raise AssertionError(word)
 

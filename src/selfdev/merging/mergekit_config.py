@@ -19,7 +19,7 @@ from selfdev.algorithms.library.specification import unknown_name
 from selfdev.errors import UserError
 from selfdev.merging.mergekit_methods import PARAMETERS, REQUIRED, TRANSLATIONS, WITHOUT_BASE, Translation
 from selfdev.merging.mergekit_settings import Lines, Setting, Value, read_setting, read_yaml
-from selfdev.merging.recipe import Recipe
+from selfdev.merging.recipe import TORCH_DTYPES, Recipe
 from selfdev.merging.targets import layer_of, stack_of
 
 _KEYS = (
@@ -39,7 +39,6 @@ _NOT_TAKEN = {
     "residual_weight": "is not taken; leave it out",
     "allow_crimes": "is not taken: models of other architectures cannot be merged; leave it out",
 }
-_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 # What mergekit counts to the first slice: embeddings of tokens and positions, and their norms.
 _BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|(^|\.)w[tp]e\.")
@@ -62,6 +61,10 @@ def read_config(file: Path, embeddings: str | None = None) -> Recipe:
     if "merge_method" not in config:
         raise UserError(f"{file} has no merge_method; name one of {', '.join(TRANSLATIONS)}")
     method = str(config["merge_method"])
+    if method == "passthrough":
+        config.refuse(
+            "merge_method", "is not taken: layers that change their place are not merged; use mergekit"
+        )
     if method not in TRANSLATIONS:
         config.refuse("merge_method", f"is not taken: {unknown_name('method', method, list(TRANSLATIONS))}")
     base = _model(config, "base_model") if config.get("base_model") is not None else None
@@ -310,9 +313,9 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 def _dtype(config: Lines) -> str | None:
     given = {key: str(config[key]) for key in ("out_dtype", "dtype") if config.get(key) is not None}
     for key, name in given.items():
-        if name.removeprefix("torch.") not in _DTYPES:
-            config.refuse(key, f"is {name}; weights are written as {', '.join(_DTYPES)}")
-    return next((_DTYPES[name.removeprefix("torch.")] for name in given.values()), None)
+        if name.removeprefix("torch.") not in TORCH_DTYPES:
+            config.refuse(key, f"is {name}; weights are written as {', '.join(TORCH_DTYPES)}")
+    return next((TORCH_DTYPES[name.removeprefix("torch.")] for name in given.values()), None)
 
 
 def _tokenizer(config: Lines) -> str | None:

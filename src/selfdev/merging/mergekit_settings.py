@@ -78,6 +78,10 @@ def read_yaml(file: Path) -> Lines:
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
         content = yaml.load(file.read_text(), Loader)
+    except yaml.composer.ComposerError as error:
+        raise UserError(
+            f"'{file}' is no YAML, or several documents in one, as mergekit-multi takes them: {error}; give each a file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"'{file}' cannot be read: {error}; give a file that is there") from None
     except (

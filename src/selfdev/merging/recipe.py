@@ -15,6 +15,9 @@ from selfdev.merging.vocabulary import Embeddings
 Dtype = Literal["bf16", "fp16", "fp32"]
 """Types that merged tensors can be written in."""
 
+TORCH_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+"""What torch and mergekit call these."""
+
 
 class Schedule(Protocol):
     """Parameters of a method of the library that differ from tensor to tensor, by a file."""
@@ -68,6 +71,10 @@ class Recipe:
     trust: bool = False
     tokenizer: str | None = None
     schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        """Take a type's name in torch too."""
+        object.__setattr__(self, "dtype", TORCH_DTYPES.get(self.dtype or "", self.dtype))
 
     def check(self) -> None:
         """Raise UserError if something is asked for that does not exist."""
@@ -143,6 +150,6 @@ def _value(text: str) -> Any:
     if "," in text and not text.startswith("["):
         return [_value(part.strip()) for part in text.split(",")]
     try:
-        return json.loads(text)
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except (ValueError, RecursionError):
         return text

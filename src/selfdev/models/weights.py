@@ -195,8 +195,11 @@ def _pickled(path: Path, mapped: bool) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise Damaged(f"torch's weights-only loader refuses it: {reason}") from None
+        reason = str(error).partition("Re-running")[0].split("(1)")[0].strip()
+        raise Damaged(
+            f"it holds more than tensors, or is cut off, and to open it otherwise could run code: {reason} Use weights "
+            "in safetensors"
+        ) from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Damaged(reason) from None

@@ -1,6 +1,7 @@
 """One candidate: everything that the archive knows of it."""
 
 from collections.abc import Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -57,7 +58,7 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "text": candidate.text,
         "prompt": iteration.prompts[candidate.prompt],
         "corrects": _corrected(run, candidate, iteration.prompts),
-        "tokens": len(candidate.tokens),
+        "tokens": len(candidate.tokens) or None,
         "log_prob": candidate.log_prob,
         "seconds": candidate.seconds,
         "finished": candidate.finished,
@@ -68,6 +69,45 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
             "reasons": sorted({pair.reason for pair in pairs if pair.rejected == name}),
         },
     }
+
+
+def describe_all(run: "Run") -> list[dict[str, Any]]:
+    """What `selfdev show RUN --programs --json` prints: all programs that were written, in short.
+
+    `score` is the best of those on development that its scales came to, in 0..1, and `factor` the scale.
+    """
+    best: dict[str, Evaluation] = {}
+    for each in run.archive.evaluations("candidate") + run.archive.evaluations("scaled"):
+        if each.score is not None and each.score > (
+            best[each.subject].score or 0.0 if each.subject in best else -inf
+        ):
+            best[each.subject] = each
+    return [
+        {
+            "name": c.name,
+            "status": c.status,
+            "score": best[c.name].score if c.name in best else None,
+            "factor": best[c.name].factor if c.name in best else None,
+            "nearest": c.nearest,
+            "distance": c.distance,
+            "failure": c.failure,
+            "error": c.error,
+        }
+        for c in sorted(run.candidates(), key=lambda c: c.arm != LEARNING)
+    ]
+
+
+def programs_page(programs: Sequence[dict[str, Any]]) -> RenderableType:
+    """The same for people."""
+    rows = table("", "score", "status", left=3)
+    for each in programs:
+        what = _status(each)
+        if each["nearest"] and each["status"] != "failed":
+            what += f", nearest {each['nearest']}"
+        rows.add_row(
+            each["name"], percent(each["score"]), Text(visible(what), overflow="ellipsis", no_wrap=True)
+        )
+    return rows
 
 
 def _corrected(run: "Run", candidate: Candidate, prompts: Sequence[str]) -> str | None:
@@ -109,7 +149,8 @@ def page(known: dict[str, Any]) -> RenderableType:
         rows["nearest"] = Text(visible(f"{known['nearest']}, distance {100 * known['distance']:.1f} %"))
     if known["corrects"] is not None:
         rows["corrects"] = Text(visible(f"{known['corrects']}, which the factory was shown with its error"))
-    rows["text"] = f"{known['tokens']} tokens{'' if known['finished'] else ', cut off at the limit'}"
+    tokens = "tokens that the server did not tell" if known["tokens"] is None else f"{known['tokens']} tokens"
+    rows["text"] = f"{tokens}{'' if known['finished'] else ', cut off at the limit'}"
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
     if known["seconds"] is not None:

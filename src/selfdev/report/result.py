@@ -11,6 +11,7 @@ from rich.text import Text
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import FACTOR
 from selfdev.evaluation.standing import LEARNING
+from selfdev.lock import is_held
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
 
 if TYPE_CHECKING:
@@ -65,14 +66,24 @@ def headline(summary: dict[str, Any], run: "Run") -> RenderableType:
             again += f" Before that, the verdict was: {opening['headline_before']}."
         lines.append((visible(again) + "\n", "bold yellow"))
     if record["status"] != "done":
-        unfinished = f"Not finished (status: {record['status']}). The test questions decide at the end."
-        lines.append((unfinished, "bold yellow"))
+        lines.append((f"{_how_far(summary, run)} The test questions decide at the end.", "bold yellow"))
     elif summary["best"] is None:
         lines.append((_no_winner(summary, run), "bold yellow"))
     else:
         lines.append((visible(f"{summary['headline']}."), "bold"))
         lines += [(visible(f"\n{line}"), "") for line in _gains(summary)]
     return Text.assemble(*lines)
+
+
+def _how_far(summary: dict[str, Any], run: "Run") -> str:
+    """Whether somebody is at work on a run that is not finished, and what of it there is."""
+    going = "At work" if is_held(run.folder) else "Stopped before its end"
+    written = [i for i in summary.get("iterations", []) if i["arm"] == LEARNING]
+    if run.archive.run.status == "verdict":
+        return f"{going}: all is written and scored, and the verdict is not reached."
+    if not written:
+        return f"{going}: no iteration is written yet."
+    return f"{going}: iteration {len(written)} of {run.config.iterations} is the last that is written."
 
 
 def _gains(summary: dict[str, Any]) -> Iterator[str]:
@@ -161,6 +172,8 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
     lost = finalists[0].get("shrinkage") if finalists else None
     if lost is not None:
         yield f"From dev to test, {finalists[0]['name']}'s gain on the seed changed by {points(-lost)} points."
+    if run.config.rivals and not any(row["kind"] == "rival" for row in summary["table"]):
+        yield "No rival was tuned: each gets as many evaluations as the programs had, and none had any."
     for arm in run.config.controls:
         if not any(row["name"].startswith(f"{arm}/") for row in summary["table"]):
             new = any(i["new"] for i in summary.get("iterations", []) if i["arm"] == arm)
@@ -176,7 +189,7 @@ def tasks_tables(summary: dict[str, Any], run: "Run") -> Iterator[RenderableType
     if not shown:
         return
     groups = list(shown[0]["tasks"])
-    tasks = table("test by task, points from the seed", *groups)
+    tasks = table("test by task (points from the seed)", *groups)
     for row in shown:
         cells = [percent(row["tasks"][group]["test"]) for group in groups]
         for number, group in enumerate(groups):
@@ -276,7 +289,8 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
         if steps
         else "none"
     )
-    lies = f"{folder}: archive.db (everything), adapters/ (what the factory learned)"
+    learned = ", adapters/ (what the factory learned)" if (run.folder / "adapters").is_dir() else ""
+    lies = f"{folder}: archive.db (everything){learned}"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
     if run.config.refinement.refit == "never":
         rows["learning"] = (
@@ -287,6 +301,8 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
         rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")
     if summary["best"] is not None:
         rows["one_program"] = Text(f"selfdev show {folder} {summary['best']['candidate']}")
+    rows["all_programs"] = Text(f"selfdev show {folder} --programs")
     rows["all_figures"] = Text(f"selfdev show {folder} --json")
-    rows["another_seed"] = Text(f"the command that began this run, with --set seed={record['seed'] + 1}")
+    again = f"the command that began this run, with --set seed={record['seed'] + 1} and another --out, if it has one"
+    rows["another_seed"] = Text(again)
     return facts(**rows)

@@ -80,12 +80,21 @@ def methods() -> dict[str, Method]:
     return dict(_METHODS)
 
 
+_MERGEKITS = {
+    "della_linear": "della with elect=false",
+    "breadcrumbs_ties": "breadcrumbs with elect=true",
+}
+"""What mergekit has as methods of their own."""
+
+
 def method(name: str) -> Method:
     """Return the method of that name.
 
     Raises:
         UserError: there is none; the message gives the nearest known name.
     """
+    if name in _MERGEKITS:
+        raise UserError(f"unknown method: '{name}', as mergekit calls it; here it is {_MERGEKITS[name]}")
     if name not in _METHODS:
         raise UserError(unknown_name("method", name, list(_METHODS)))
     return _METHODS[name]

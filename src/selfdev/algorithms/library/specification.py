@@ -88,7 +88,8 @@ class Parameter:
         if self.choices:
             # True is no 1: the type must be right as well.
             if not any(type(value) is type(choice) and value == choice for choice in self.choices):
-                raise UserError(f"{owner} is {value!r}; it takes {' or '.join(map(str, self.choices))}")
+                known = (str(each).lower() if isinstance(each, bool) else each for each in self.choices)
+                raise UserError(f"{owner} is {value!r}; it takes {' or '.join(known)}")
             return
         values = value if isinstance(value, list | tuple) else [value]
         listed = values is value
@@ -253,6 +254,10 @@ class Method:
             )
         known = {parameter.name: parameter for parameter in self.parameters}
         for name, value in parameters.items():
+            if (ours := MERGEKITS_NAMES.get(name)) in known and name not in known:
+                raise UserError(
+                    f"unknown parameter of method '{self.name}': '{name}', as mergekit calls it; here it is '{ours}'"
+                )
             if name not in known:
                 raise UserError(unknown_name(f"parameter of method '{self.name}'", name, list(known)))
             known[name].check(self.name, experts, value)
@@ -274,7 +279,17 @@ SEED = Parameter("seed", default=0, low=0, high=2**31 - 1, integer=True, screene
 """The seed of a method that draws at random."""
 
 
+MERGEKITS_NAMES = {
+    "lambda": "scale",
+    "weight": "weights",
+    "gamma": "outliers",
+    "select_topk": "density",
+    "nuslerp_flatten": "flatten",
+    "nuslerp_row_wise": "row_wise",
+}
+"""What mergekit calls parameters that are named otherwise here; only `--config` reads them as it does."""
+
+
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """Return the message for an unknown name, which gives the nearest known one."""
-    listed = f" (known: {', '.join(known)})" if known else ""
-    return f"unknown {kind}: '{name}'; {nearest(name, known)}{listed}"
+    return f"unknown {kind}: '{name}'; {nearest(name, known)}"
