@@ -1,5 +1,6 @@
 """`selfdev merge`: how its words are read, what it prints, and how it ends."""
 
+import hashlib
 import json
 import os
 import re
@@ -200,11 +201,18 @@ def test_the_folder_that_one_is_in_is_not_replaced(
         assert "is the folder that you are in, which would be replaced" in capsys.readouterr().err
 
 
-def test_experts_with_equal_weights_are_told(
-    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_experts_with_equal_weights_are_told_and_what_is_written_as_json(
+    models: dict[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     more = ["--expert", f"again={models['one']}", "--dtype", "bfloat16"]
-    assert main(words(models, tmp_path / "out", *more, method="linear")) == 0
+    assert main(words(models, tmp_path / "out", *more, "--json", method="linear")) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["folder"] == str(tmp_path / "out")
+    [(file, digest)] = told["hashes"].items()
+    assert digest == hashlib.sha256((tmp_path / "out" / file).read_bytes()).hexdigest()
     assert caplog.messages == ["expert 'again' has the weights of expert 'one'"]
     assert read(tmp_path / "out")[UP].dtype is torch.bfloat16
 

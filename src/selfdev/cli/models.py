@@ -105,6 +105,7 @@ def merge(
     trust: Annotated[
         bool, typer.Option("--trust", help="Run a FILE.py of your own without the jail, with your rights.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge experts into a seed, and write a model that transformers loads."""
     from selfdev.merging.head_start import HeadStart
@@ -134,7 +135,10 @@ def merge(
         recipe = Recipe(method, seed, *read, targets, dtype, embeddings, trust)
     with Bar("merging") as bar:
         merged = merge_checkpoints(recipe, out, tick=bar, ahead=ahead)
-    typer.echo(merged.summary)
+    if as_json:
+        print_json(merged.described())
+    else:
+        typer.echo(merged.summary)
 
 
 @app.command()

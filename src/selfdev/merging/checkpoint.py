@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,10 @@ class Merged:
     targets: str
     seconds: float
     hashes: Mapping[str, str]
+
+    def described(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {**asdict(self), "folder": str(self.folder)}
 
     @property
     def summary(self) -> str:
