@@ -168,7 +168,7 @@ def scripted_config(**changes: Any) -> Config:
                 "repairs": 8,
             },
             "scaling": {"norm": 1.5, "programs": 2, "factors": [0.5, 2.0]},
-            "rivals": ["task_arithmetic", "weighted_task_arithmetic", "dare_ties"],
+            "rivals": ["task_arithmetic", "weighted_task_arithmetic"],
             "jail": {"wall_seconds": 1.0},
         }
         | changes,

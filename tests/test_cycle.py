@@ -177,9 +177,12 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
 @pytest.mark.parametrize(
     "kill_at",
     [
-        pytest.param(["warm start:1", "write:9", "judge:4", "judge:23", "refine:2"], marks=pytest.mark.proof),
+        pytest.param(
+            ["warm start:1", "write:9", "write:17", "judge:4", "judge:23", "refine:2"],
+            marks=pytest.mark.proof,
+        ),
         pytest.param(["judge:20", "rivals:3", "tune:2"], marks=pytest.mark.proof),
-        ["write:17", "scale:5", "verdict:4"],
+        ["scale:5", "verdict:4"],
     ],
 )
 def test_killed_anywhere_it_resumes_to_the_same_archive(

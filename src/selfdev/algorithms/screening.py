@@ -13,6 +13,7 @@ Distances are relative: 0.01 means that what the other program does not explain 
 probe where the two differ most. Two programs within `TOLERANCE` are one: the mean plus a speck is the mean.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -335,8 +336,10 @@ class Screen:
         return behaviour
 
 
-def _library_behaviours() -> Iterable[tuple[str, Behaviour]]:
+@functools.cache
+def _library_behaviours() -> tuple[tuple[str, Behaviour], ...]:
     """Every human-designed method on the probes, over the grid of its parameters."""
+    found = []
     for name, method in methods().items():
         if method.experts is not None:
             continue  # no working program can be one of these: probes have other numbers of experts
@@ -346,7 +349,8 @@ def _library_behaviours() -> Iterable[tuple[str, Behaviour]]:
                 method.merge(probe.task_vectors, probe.context.seed, **grid[point])
                 for probe, grid in zip(PROBES, grids, strict=True)
             ]
-            yield f"{name} {grids[0][point]}", Behaviour.of(merged)
+            found.append((f"{name} {grids[0][point]}", Behaviour.of(merged)))
+    return tuple(found)
 
 
 def explained_by_combination(
