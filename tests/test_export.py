@@ -164,7 +164,7 @@ def test_mergekit_itself_merges_by_it(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, wanted.get(name, seed[name].float()), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("source", [CONTEXT, WAYWARD])
+@pytest.mark.parametrize("source", [CONTEXT, pytest.param(WAYWARD, marks=pytest.mark.proof)])
 def test_mergekit_runs_a_program_as_the_jail_did(tmp_path: Path, source: str) -> None:
     pytest.importorskip("mergekit")
     run, module = a_run(tmp_path / "run", source, factor=0.5, targets="all"), tmp_path / "told.py"

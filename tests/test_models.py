@@ -295,7 +295,7 @@ def test_models_of_the_zoo():
     seed, add = resolve("zoo:nano/seed"), resolve("zoo:nano/add")
     assert seed.name == "seed"
     assert weights_hash(seed) != weights_hash(add)
-    with pytest.raises(UserError, match=r"no model 'ad'; the nearest known one is 'zoo:nano/add'"):
+    with pytest.raises(UserError, match=r"no model 'ad'; the nearest known one is 'add'"):
         resolve("zoo:nano/ad")
     with pytest.raises(UserError, match="unknown zoo 'nona'"):
         resolve("zoo:nona/seed")

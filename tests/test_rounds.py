@@ -71,7 +71,7 @@ class UnluckyOnce(ScriptedFactory):
         return super().refine(pairs, iteration, *rest, **more)
 
 
-@pytest.mark.parametrize("refit", ["continue", "fresh"])
+@pytest.mark.parametrize("refit", [pytest.param("continue", marks=pytest.mark.proof), "fresh"])
 def test_after_a_round_that_diverged_the_last_adapter_goes_on_writing(refit: str, tmp_path: Path) -> None:
     factory = UnluckyOnce()
     config = scripted_config(
@@ -104,7 +104,9 @@ class Recording(ScriptedFactory):
         return super().refine(pairs, iteration, adapters, out, *rest, **more)
 
 
-@pytest.mark.parametrize(("refit", "passes"), [("continue", 0), ("fresh", 1)])
+@pytest.mark.parametrize(
+    ("refit", "passes"), [pytest.param("continue", 0, marks=pytest.mark.proof), ("fresh", 1)]
+)
 def test_a_round_is_given_the_archives_tokens_under_the_prompts_they_were_sampled_from(
     refit: str, passes: int, tmp_path: Path
 ) -> None:

@@ -73,7 +73,7 @@ class Learning:
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
         good = [c for c in good + repaired if c.iteration in rounds]
         if not named and not (good and self.config.refinement.imitation.passes):
-            worthy = any(c.status == "new" and evidence.better(c.name) for c in candidates)
+            worthy = good or any(c.status == "new" and evidence.better(c.name) for c in candidates)
             why = (
                 "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions "
                 "of it, what is not surely worse and, beyond preferences.failing_cap, failures"

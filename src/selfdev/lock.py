@@ -22,7 +22,7 @@ def is_held(folder: Path) -> bool:
     """Whether a process holds a folder; not known, and False, where the lock cannot be read."""
     try:
         with (folder / "lock").open("rb") as file:
-            _lock(file.fileno())
+            _lock(file.fileno(), shared=True)
     except BlockingIOError:
         return True
     except OSError:
@@ -30,7 +30,7 @@ def is_held(folder: Path) -> bool:
     return False
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, *, shared: bool = False) -> None:
     """Lock a file until it is closed, or raise BlockingIOError at once."""
     if sys.platform == "win32":
         import msvcrt
@@ -42,4 +42,4 @@ def _lock(descriptor: int) -> None:
     else:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

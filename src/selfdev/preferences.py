@@ -123,7 +123,7 @@ def _pair_up(
             deck.append(rejected := deck.pop(0))
             free = [name for name, head in family.items() if uses[head] < settings.pairs_each]
             if reason == "score":
-                # Who answered everything is compared in that; who left early, in what all have answered.
+                # Who could be chosen is compared in all answers; who left early or broke a floor, in what all have.
                 theirs = scores.get(rejected.name, first[rejected.name])
                 free = [c for c in free if scores[c] > theirs and better(c, rejected.name)]
             # Copies have names of their own: the same text twice, or two against each other, would teach nothing.

@@ -53,7 +53,13 @@ def test_a_run_that_only_searches_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "nothing was learned" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("form", "turn"), [("short", "# Corrected:"), ("contract", "Write it corrected")])
+@pytest.mark.parametrize(
+    ("form", "turn"),
+    [
+        ("short", "# Corrected:"),
+        pytest.param("contract", "Write it corrected", marks=pytest.mark.proof),
+    ],
+)
 def test_what_fails_is_asked_for_once_more_and_paid_for_once(form: str, turn: str, tmp_path: Path) -> None:
     functions = [
         program for program in QUICK if "(deltas)" in program

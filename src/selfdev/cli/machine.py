@@ -48,7 +48,8 @@ def zoo_path(name: Zoo) -> None:
     from selfdev.models.sources import resolve
     from selfdev.zoo import zoo_path as path
 
-    typer.echo(resolve(name) if "/" in name else path(name.removeprefix("zoo:")))
+    bare = name.removeprefix("zoo:")
+    typer.echo(resolve(f"zoo:{bare}") if "/" in bare else path(bare))
 
 
 @zoo_app.command("build")

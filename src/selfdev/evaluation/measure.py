@@ -59,7 +59,7 @@ class Measurement:
         scoring: the way.
         split: `development` or `test`.
         score: the mean over the groups of their mean outcome; 0..1, or nats a token.
-        low: lower end of the 95 % interval (Wilson's, over all questions alike); None where the score is no share.
+        low: lower end of the 95 % interval of the score, see `score_interval`; None where it is no share.
         high: its upper end.
         groups: the mean outcome of each.
         extractions: the share of right answers by each extraction, if the task has several.

@@ -11,8 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +86,7 @@ class EndpointFactory:
         if new and self.settings.adapters == "vllm":
             _in_a_loop(self._check_learning())
         self.journal = Journal(folder / JOURNAL)
-        self._answered = Counter[tuple[str, int]]()
+        self._answered = 0
         self.adapters = ServedAdapters(self.settings, folder, self.journal.tag)
 
     @property
@@ -144,15 +143,17 @@ class EndpointFactory:
         ]
         answers = self.journal.answers(question.key for question in questions)
         missing = [question for question in questions if question.key not in answers]
+        if asked and asked[0][0] == 0:  # a repair turn asks once more in the same iteration of the same arm
+            self._answered = 0
         if missing:
             known = len(questions) - len(missing)
-            before = known + self._answered[model, iteration]  # a repair turn asks twice in an iteration
+            before = self._answered + _written(answers)
             answers |= _in_a_loop(
                 self._ask(
                     missing, before, layers, lambda done, note: tick(known + done, len(questions), note)
                 )
             )
-        self._answered[model, iteration] += len(questions)
+        self._answered += _written(answers)
         tokenizer = None if self.learner is None else self.learner.tokenizer
         stop = None if self.chat else STOP[self.config.prompt.form]
         limit = self.config.factory.max_new_tokens
@@ -222,7 +223,7 @@ class EndpointFactory:
         What the server refuses while it answers as many others (its prompt is too long, or not to its taste) is asked
         once more behind them, and then counts as answered by nothing: a resumed run would meet the same refusal for
         ever. Before as many others can have been answered, those in flight may be refused. `known` is how many of the
-        same iteration were answered before, by the same model.
+        arm's iteration were answered before.
         """
         known = known or int(self.journal.has_answers)
         answers: dict[str, Answer] = {}
@@ -346,3 +347,8 @@ def _in_a_loop(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
+
+
+def _written(answers: Mapping[str, Answer]) -> int:
+    """How many answers there are beside those that stand for a refusal."""
+    return sum(bool(answer.text) or answer.tokens_out != 0 for answer in answers.values())

@@ -35,6 +35,7 @@ from selfdev.merging.recipe import TORCH_DTYPES, Dtype, Recipe
 from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Writer, write_failure
+from selfdev.models.adapter import CONFIG as ADAPTER_CONFIG
 from selfdev.models.digest import FileDigest
 
 _log = logging.getLogger(__name__)
@@ -231,7 +232,9 @@ def _warn_of_equals(job: Job, hashes: Mapping[Path, str]) -> None:
         ("the seed", job.seed),
         *((f"expert '{name}'", each) for name, each in job.experts.items()),
     ]:
-        other = first.setdefault(tuple(hashes[file] for file in model.files), name)
+        # Not the index and the config, in which copies of one model may differ; an adapter's says how strong it is.
+        weighing = [file for file in model.files if file.suffix != ".json" or file.name == ADAPTER_CONFIG]
+        other = first.setdefault(tuple(hashes[file] for file in weighing), name)
         if other != name:
             _log.warning("%s has the weights of %s", name, other)
 

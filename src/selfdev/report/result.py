@@ -78,9 +78,9 @@ def headline(summary: dict[str, Any], run: "Run") -> RenderableType:
 def _how_far(summary: dict[str, Any], run: "Run") -> str:
     """Whether somebody is at work on a run that is not finished, and what of it there is."""
     going = "At work" if is_held(run.folder) else "Stopped before its end"
-    written = [i for i in summary.get("iterations", []) if i["arm"] == LEARNING]
-    if run.archive.run.status == "verdict":
-        return f"{going}: all is written and scored, and the verdict is not reached."
+    if run.archive.run.status == "verdict" or "iterations" not in summary:  # a transfer writes nothing
+        return f"{going}: its verdict is not reached."
+    written = [i for i in summary["iterations"] if i["arm"] == LEARNING]
     if not written:
         return f"{going}: no iteration is written yet."
     return f"{going}: iteration {len(written)} of {run.config.iterations} is the last that is written."
