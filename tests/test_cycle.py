@@ -178,7 +178,7 @@ def test_the_test_split_is_sealed_until_the_verdict(finished: Run, tmp_path: Pat
     "kill_at",
     [
         pytest.param(
-            ["warm start:1", "write:9", "write:17", "judge:4", "judge:23", "refine:2"],
+            ["warm start:1", "write:9", "judge:4", "judge:23", "refine:2", "write:17"],
             marks=pytest.mark.proof,
         ),
         pytest.param(["judge:20", "rivals:3", "tune:2"], marks=pytest.mark.proof),
