@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import selfdev
 from selfdev.config import parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.tasks import Question, Split, load_task, split_of
@@ -420,10 +421,14 @@ def test_bad_input_is_refused_with_its_place(write, text, files, message):
 
 
 def test_a_bad_task_ends_a_run_before_it_begins(write, tmp_path):
+    out = tmp_path / "run"
     config = {"seed": "zoo:nano/seed", "experts": {"add": "zoo:nano/add", "max": "zoo:nano/max"}}
     run = {"name": "x", "factory": {"model": "absent"}, "merge": config}
     with pytest.raises(UserError, match=r"mine.jsonl:2: the field 'answer' is missing"):
-        parse_config(run | {"task": {"name": write(mine=[*sums(1), {"question": "7="}])}}, "x").load_task()
+        selfdev.run(
+            parse_config(run | {"task": {"name": write(mine=[*sums(1), {"question": "7="}])}}, "x"), out
+        )
+    assert not out.exists()
 
 
 # --- built-in tasks beside nano

@@ -213,13 +213,13 @@ def evaluate(
     from selfdev.evaluation.harness import compare
     from selfdev.evaluation.measure import measure
     from selfdev.evaluation.score_cache import ScoreCache
-    from selfdev.merging.recipe import TORCH_DTYPES
+    from selfdev.merging.recipe import NAMES_IN_TORCH, TORCH_DTYPES
     from selfdev.models.device import Place
     from selfdev.report.measurement import measurement_json, measurement_text
 
     if fresh and beside is not None:
         raise UserError("--fresh: with --with nothing is taken from the cache; leave one out")
-    its_type = {ours: name for name, ours in TORCH_DTYPES.items()}.get(dtype, dtype)
+    its_type = NAMES_IN_TORCH.get(dtype, dtype)
     if its_type not in TORCH_DTYPES:
         raise UserError(f"--dtype: {dtype}; give one of {', '.join(TORCH_DTYPES)}")
     place = Place.of(device.value, its_type, "--device")

@@ -31,7 +31,7 @@ from selfdev.merging.job import Job, prepare
 from selfdev.merging.lookup import check_schedule, find
 from selfdev.merging.model_card import Input, model_card
 from selfdev.merging.read_ahead import ReadAhead
-from selfdev.merging.recipe import TORCH_DTYPES, Dtype, Recipe
+from selfdev.merging.recipe import NAMES_IN_TORCH, Dtype, Recipe
 from selfdev.merging.stream import merged_tensors, spans_of, steps_of
 from selfdev.merging.vocabulary import Embeddings
 from selfdev.merging.writer import SHARD_BYTES, Writer, write_failure
@@ -39,8 +39,6 @@ from selfdev.models.adapter import CONFIG as ADAPTER_CONFIG
 from selfdev.models.digest import FileDigest
 
 _log = logging.getLogger(__name__)
-
-_CONFIGURED = {ours: name for name, ours in TORCH_DTYPES.items()}
 
 # What lies beside the weights and belongs to the model: configs, tokenizer, chat template, licence. Code only with
 # a config that names it.
@@ -296,7 +294,7 @@ def _write_beside(job: Job, folder: Path, beside: Mapping[Path, Path], card: str
     config = dict(job.seed.config)
     if job.dtype is not None:
         config.pop("torch_dtype", None)  # what older versions called it
-        config["dtype"] = _CONFIGURED[job.dtype]
+        config["dtype"] = NAMES_IN_TORCH[job.dtype]
     try:
         (folder / "README.md").write_text(
             card, errors="backslashreplace"

@@ -18,6 +18,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 TORCH_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 """What torch and mergekit call these."""
 
+NAMES_IN_TORCH = {ours: name for name, ours in TORCH_DTYPES.items()}
+
 
 class Schedule(Protocol):
     """Parameters of a method of the library that differ from tensor to tensor, by a file."""

@@ -195,10 +195,11 @@ def _pickled(path: Path, mapped: bool) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("Re-running")[0].split("(1)")[0].strip()
+        # torch gives a page, which begins with how to open the file all the same; what is wrong stands before its end.
+        said = [line.strip() for line in str(error).splitlines() if line.strip()][-2:-1]
         raise Damaged(
-            f"it holds more than tensors, or is cut off, and to open it otherwise could run code: {reason} Use weights "
-            "in safetensors"
+            f"it holds more than tensors, or is cut off, and to open it otherwise could run code ({''.join(said)}); "
+            "take weights in safetensors"
         ) from None
     except (RuntimeError, EOFError, KeyError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)

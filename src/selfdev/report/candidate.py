@@ -1,7 +1,6 @@
 """One candidate: everything that the archive knows of it."""
 
 from collections.abc import Sequence
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
@@ -77,12 +76,12 @@ def describe_all(run: "Run") -> list[dict[str, Any]]:
     `score` is the best of those on development that its scales came to, in 0..1, `factor` the scale, and `questions`
     how many were asked: fewer where a program left a race early, whose score then ranks it nowhere.
     """
-    best: dict[str, Evaluation] = {}
-    for each in run.archive.evaluations("candidate") + run.archive.evaluations("scaled"):
-        if each.score is not None and each.score > (
-            best[each.subject].score or 0.0 if each.subject in best else -inf
-        ):
-            best[each.subject] = each
+    scored = [
+        e for kind in ("scaled", "candidate") for e in run.archive.evaluations(kind) if e.score is not None
+    ]
+    best = {
+        e.subject: e for e in sorted(scored, key=lambda e: e.score or 0.0)
+    }  # the last one of equals as written
     return [
         {
             "name": c.name,
@@ -101,10 +100,8 @@ def describe_all(run: "Run") -> list[dict[str, Any]]:
 
 def programs_page(programs: Sequence[dict[str, Any]]) -> RenderableType:
     """The same for people."""
-    rows, everything = (
-        table("", "score", "status", left=3),
-        max((each["questions"] for each in programs), default=0),
-    )
+    rows = table("", "score", "status", left=3)
+    everything = max((each["questions"] for each in programs), default=0)
     for each in programs:
         what = _status(each)
         if 0 < each["questions"] < everything:
@@ -156,10 +153,10 @@ def page(known: dict[str, Any]) -> RenderableType:
         rows["nearest"] = Text(visible(f"{known['nearest']}, distance {100 * known['distance']:.1f} %"))
     if known["corrects"] is not None:
         rows["corrects"] = Text(visible(f"{known['corrects']}, which the factory was shown with its error"))
-    tokens = f"{known['tokens']} tokens"
-    if known["tokens"] is None:
-        tokens = "tokens that the server did not tell" if known["text"] else "nothing was written"
-    rows["text"] = f"{tokens}{'' if known['finished'] else ', cut off at the limit'}"
+    told = "tokens that the server did not tell" if known["tokens"] is None else f"{known['tokens']} tokens"
+    rows["text"] = told + ("" if known["finished"] else ", cut off at the limit")
+    if not known["text"]:
+        rows["text"] = "none: nothing was written"
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
     if known["seconds"] is not None:

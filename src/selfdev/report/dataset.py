@@ -73,14 +73,15 @@ What a round imitates is in no pair, and not here.
 | `shown` | is a worked example that the prompt shows, and nobody wrote it (`refinement.shun_examples`) |
 
 `*_score` is the score from which the pair was made: on the development questions, at the better of the scales that
-had been tried then; higher is better, null where nothing was scored. In a race one that was left out early has that
-on the first questions, which all have answered. `*_log_prob` is that of the completion in nats at temperature 1, by
-the factory that wrote it at `*_temperature`; null for what nobody wrote. `*_tokens` are null for an example.
-`adapter` is the SHA-256 of the weights that the round saved, null where it saved none: from them come the arm's next
-programs, and the first ones from `factory_weights`, with the run's warm start if it has one. With `refinement.refit:
-fresh` a round trains on the pairs of all rounds up to it. `*_failure` and `*_error` say how a program fails,
-`*_nearest` what it is, or is nearest to: for a copy, the program that it copies. `provenance.json` has the run's
-config, the hashes and versions that it stands on, and of every round its settings and losses.
+had been tried then; higher is better, null where nothing was scored. In a race one that was left out early, or loses
+more than a floor allows, has that on the first questions, which all have answered. `*_log_prob` is that of the
+completion in nats at temperature 1, by the factory that wrote it at `*_temperature`; null for what nobody wrote.
+`*_tokens` are null for an example. `adapter` is the SHA-256 of the weights that the round saved, null where it saved
+none: from them come the arm's next programs, and the first ones from `factory_weights`, with the run's warm start if
+it has one. With `refinement.refit: fresh` a round trains on the pairs of all rounds up to it. `*_failure` and
+`*_error` say how a program fails, `*_nearest` what it is, or is nearest to: for a copy, the program that it copies.
+`provenance.json` has the run's config, the hashes and versions that it stands on, and of every round its settings and
+losses.
 
 **The programs were written by a language model. Do not run them outside a jail.**
 """

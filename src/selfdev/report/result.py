@@ -172,7 +172,8 @@ def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Itera
     lost = finalists[0].get("shrinkage") if finalists else None
     if lost is not None:
         yield f"From dev to test, {finalists[0]['name']}'s gain on the seed changed by {points(-lost)} points."
-    if run.config.rivals and not any(row["kind"] == "rival" for row in summary["table"]):
+    tuned = any(row["kind"] == "rival" for row in summary["table"]) or run.archive.evaluations("rival")
+    if run.config.rivals and not tuned:
         yield "No rival was tuned: each gets as many evaluations as the programs had, and none had any."
     for arm in run.config.controls:
         if not any(row["name"].startswith(f"{arm}/") for row in summary["table"]):

@@ -79,9 +79,8 @@ def _keys(kind: type[GeneratedTask], group: str) -> dict[Split, dict[Question, s
     task = kind()
     stream = random.Random(f"{task.name}/{group}")
     context = task._context()
-    found: dict[Split, dict[Question, str]] = {
-        split: {} for split in task.offered
-    }  # in the order of discovery
+    # Dicts keep the order of discovery.
+    found: dict[Split, dict[Question, str]] = {split: {} for split in task.offered}
     missing = dict(task.offered)
     for _ in range(_DRAWS * max(task.offered.values())):
         drawn, split = task._draw(group, stream)
