@@ -6,10 +6,12 @@ import random
 import pytest
 
 from byte_model import save_byte_model
+from checkpoints import nano_seed
 from selfdev.cli import main
 from selfdev.errors import UserError
 from selfdev.evaluation.harness import Verdict, agreement, compare
 from selfdev.evaluation.measure import measure
+from test_checkpoint import lora
 from test_tasks import gsm8k_folder
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
@@ -110,3 +112,10 @@ def test_the_command_shows_both(sums, capsys):
 def test_likelihood_has_no_verdict_to_compare(sums):
     with pytest.raises(UserError, match="compared on answers"):
         compare("zoo:nano/seed", sums(scoring="loglikelihood"), limit=3)
+
+
+def test_an_adapter_gets_the_same_verdicts(sums, tmp_path):
+    lora(nano_seed(), tmp_path / "adapter", r=2, target_modules=["up_proj"])
+    ours, agreed = compare(str(tmp_path / "adapter"), sums(), limit=40)
+    assert agreed.verdicts == agreed.questions == 40
+    assert ours.score != measure("zoo:nano/seed", sums(), limit=40).score

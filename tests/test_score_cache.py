@@ -15,6 +15,7 @@ from selfdev.evaluation.score_cache import ScoreCache, score_key
 from selfdev.evaluation.scoring import Reply, Scored
 from selfdev.evaluation.tasks import Split, load_task
 from selfdev.evaluation.tasks.grading import Extraction, Grading, Reading, Way
+from selfdev.models.sources import Located
 from selfdev.zoo import zoo_models
 
 TASK = 'name: sums\ngroup: all\ndata: sums.jsonl\nprompt: "{{question}}"\ndelimiter: ""\nstop: ["\\n"]\nmax_new_tokens: 3\n'
@@ -39,7 +40,7 @@ def keys(model: Path, task: Path) -> str:
     questions = sorted(
         loaded.development(loaded.size(Split.DEVELOPMENT), 0), key=lambda question: question.text
     )
-    return score_key(model, questions, loaded.grading)
+    return score_key(Located(model), questions, loaded.grading)
 
 
 def test_what_was_measured_comes_back_to_the_bit(tmp_path: Path) -> None:
@@ -122,8 +123,8 @@ def test_the_pick_of_an_extraction_counts(model: Path) -> None:
     questions = load_task("nano").development(6, 0)
     first = Grading(Way.GENERATE, extractions={"a": Extraction(re.compile("x"), 0)})
     last = replace(first, extractions={"a": Extraction(re.compile("x"), -1)})
-    assert score_key(model, questions, first) != score_key(model, questions, last)
-    assert score_key(model, questions, first) != score_key(model, questions[::-1], first)
+    assert score_key(Located(model), questions, first) != score_key(Located(model), questions, last)
+    assert score_key(Located(model), questions, first) != score_key(Located(model), questions[::-1], first)
 
 
 def test_evaluate_asks_a_model_once(

@@ -21,11 +21,9 @@ from selfdev.evaluation.objective import Objective
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.training import check_backend
-from selfdev.merging.compatibility import check_distinct
+from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.device import Place
-from selfdev.models.folder import weights_hash
-from selfdev.models.sources import resolve
 from selfdev.results import Run
 from selfdev.roles import Factory
 from selfdev.sandbox import Sandbox
@@ -137,13 +135,10 @@ def _carry_out(
             tick(0, 4, "jail")
             box = stack.enter_context(Sandbox(jail_limits(config), unsafe=unsafe_sandbox))
             tick(1, 4, "seed and experts")
-            seed = resolve(config.merge.seed)
-            experts = {name: resolve(source) for name, source in config.merge.experts.items()}
-            weights, hashes = weights_hash(seed), {name: weights_hash(path) for name, path in experts.items()}
-            check_distinct(weights, hashes)
-            vectors = read_task_vectors(seed, experts, config.merge.targets)
+            found = find_relatives(config.merge.seed, config.merge.experts)
+            vectors = read_task_vectors(found.seed, found.experts, config.merge.targets)
             scorer = Evaluator(
-                seed,
+                found.seed,
                 vectors,
                 task,
                 config.task.development,
@@ -165,8 +160,8 @@ def _carry_out(
         archive.check_facts(
             {
                 "factory": factory.facts,
-                "seed": weights,
-                "experts": hashes,
+                "seed": found.seed_hash,
+                "experts": found.expert_hashes,
                 "task": task.fingerprint,
                 **devices,
                 **machine_facts(unsafe_sandbox),

@@ -31,11 +31,9 @@ from selfdev.evaluation.rivals import best_rival, spent_on_candidates, tune_riva
 from selfdev.evaluation.standing import LEARNING, ranked_new
 from selfdev.evaluation.tasks import Split, Task, load_task
 from selfdev.evaluation.verdict import Entrant, measure_on_test, seed_and_rivals
-from selfdev.merging.compatibility import check_distinct
+from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
-from selfdev.models.folder import weights_hash
-from selfdev.models.sources import resolve
 from selfdev.results import Run
 from selfdev.sandbox import Sandbox
 from selfdev.session import ARCHIVE, TRANSFER, alone, jail_limits, machine_facts, told
@@ -85,7 +83,7 @@ def transfer(
         with watch.phase("models"):
             box = stack.enter_context(Sandbox(jail_limits(plan.config), unsafe=unsafe_sandbox))
             scorer = Evaluator(
-                resolve(seed),
+                plan.seed,
                 plan.vectors,
                 plan.task,
                 plan.config.task.development,
@@ -160,6 +158,7 @@ class _Plan:
     Attributes:
         folder: where it lies by default.
         config: the run's, with the models, the task and the counts of the transfer.
+        seed: folder of the seed.
         vectors: of its experts.
         task: whose questions are asked.
         asked: ids of the questions that the run has asked.
@@ -171,6 +170,7 @@ class _Plan:
 
     folder: Path
     config: Config
+    seed: Path
     vectors: TaskVectors
     task: Task
     asked: frozenset[str]
@@ -199,12 +199,10 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
         raise UserError(f"{origin.folder} has no winner, so there is nothing to transfer; choose another run")
     controls = [e for control in origin.config.controls for e in _entrants(archive, "control", control, 1)]
 
-    folders = {name: resolve(source) for name, source in experts.items()}
-    seed_folder = resolve(seed)
-    hashes = {name: weights_hash(folder) for name, folder in folders.items()}
-    weights = weights_hash(seed_folder)
+    found = find_relatives(seed, experts)
+    weights, hashes = found.seed_hash, found.expert_hashes
     _check_unseen(record.facts, weights, hashes)
-    vectors = read_task_vectors(seed_folder, folders, origin.config.merge.targets)
+    vectors = read_task_vectors(found.seed, found.experts, origin.config.merge.targets)
 
     task = load_task(task_name or origin.config.task.name)
     asked = frozenset(archive.questions("development") + archive.questions("test"))
@@ -227,7 +225,9 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
     identity = json.dumps([weights, list(hashes.items()), task.fingerprint])
     name = f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     folder = origin.folder / FOLDER / name
-    return _Plan(folder, config, vectors, task, asked, controls + discovered, budget, place, facts)
+    return _Plan(
+        folder, config, found.seed, vectors, task, asked, controls + discovered, budget, place, facts
+    )
 
 
 def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant]:
@@ -241,14 +241,13 @@ def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant
 
 
 def _check_unseen(run: Mapping[str, Any], seed: str, experts: Mapping[str, str]) -> None:
-    """Raise UserError unless the experts can be merged and are none that the run merged into this seed.
+    """Raise UserError unless the experts are none that the run merged into this seed.
 
     Args:
         run: the run's facts, hashes of weights among them.
         seed: hash of the seed's weights.
         experts: hash of each expert's.
     """
-    check_distinct(seed, experts)
     seen = {weights: name for name, weights in run["experts"].items()} if run["seed"] == seed else {}
     for name, weights in experts.items():
         if weights in seen:

@@ -30,7 +30,7 @@ from selfdev.evaluation.tasks import Task, load_task
 from selfdev.evaluation.tasks.files import FEW_SHOT_SEED
 from selfdev.evaluation.tasks.grading import Way
 from selfdev.models.device import ON_CPU, Place
-from selfdev.models.sources import resolve
+from selfdev.models.sources import Located, locate
 
 BATCH = 8
 """Questions that the harness generates for at once."""
@@ -133,10 +133,10 @@ def second_opinion(
         UserError: what the harness's own task needs is not there.
     """
     questions, _ = ask(task, split, limit)
-    folder = resolve(source)
+    model = locate(source)
     with tempfile.TemporaryDirectory() as scratch, _quiet():
         posed = pose(task, split, questions, Path(scratch))
-        samples, seconds, processor_seconds = _run(posed.config, folder, max(posed.places) + 1, batch, place)
+        samples, seconds, processor_seconds = _run(posed.config, model, max(posed.places) + 1, batch, place)
     found: dict[int, list[dict[str, Any]]] = {}
     for sample in samples:
         found.setdefault(sample["doc_id"], []).append(sample)
@@ -171,7 +171,7 @@ def _check_installed() -> None:
 
 
 def _run(
-    config: str | dict[str, Any], folder: Path, limit: int, batch: int, place: Place
+    config: str | dict[str, Any], model: Located, limit: int, batch: int, place: Place
 ) -> tuple[list[dict[str, Any]], float, float]:
     """Let the harness run; returns its samples, one a question and filter, and its seconds and processor seconds."""
     from lm_eval.evaluator import evaluate
@@ -188,14 +188,21 @@ def _run(
                 self.seconds += time.perf_counter() - began
                 self.processor_seconds += time.process_time() - processor_began
 
-    model = Timed(pretrained=str(folder), dtype=place.dtype, device=str(place.device), batch_size=batch)
+    timed = Timed(
+        pretrained=str(model.folder),
+        peft=model.adapter and str(model.adapter),
+        tokenizer=str(model.tokenizer),
+        dtype=place.dtype,
+        device=str(place.device),
+        batch_size=batch,
+    )
     # What `simple_evaluate` does, but for its report on the machine, which takes longer than a small evaluation.
     loaded = _task_manager().load([config])
     for task in loaded["tasks"].values():
         task.set_fewshot_seed(FEW_SHOT_SEED)
-    results = evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+    results = evaluate(lm=timed, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
     [samples] = results["samples"].values()
-    return list(samples), model.seconds, model.processor_seconds
+    return list(samples), timed.seconds, timed.processor_seconds
 
 
 @functools.cache

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from selfdev.evaluation.tasks import Question, Split, Task, load_task
 from selfdev.evaluation.tasks.grading import Way
 from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import load_model, load_tokenizer, weights_hash
-from selfdev.models.sources import resolve
+from selfdev.models.sources import Located, locate
 
 ORDER_SEED = 0
 """Of the order of development questions: `--limit` takes the first ones, for every model the same."""
@@ -116,7 +115,7 @@ def measure(
     """Score a model on a task.
 
     Args:
-        source: where the model comes from; see `selfdev.models.sources`.
+        source: where the model comes from, which may be a LoRA adapter; see `selfdev.models.sources`.
         task_name: see `load_task`.
         split: `development`, or `test` if it is to be opened.
         limit: how many questions; all that the split has, the groups balanced, by default.
@@ -129,21 +128,22 @@ def measure(
     """
     task = load_task(task_name)
     questions, note = ask(task, split, limit)
-    folder = resolve(source)
-    key = score_key(folder, questions, task.grading, place) if cache is not None else ""
+    found = locate(source)
+    key = score_key(found, questions, task.grading, place) if cache is not None else ""
     known = cache.get(key) if cache is not None else None
     if known is not None:
         scored, seconds = known.scored, known.seconds
         note = "; ".join(filter(None, (note, f"measured on {known.made} and kept; --fresh measures anew")))
     else:
-        model, tokenizer = load_model(folder, place.dtype).to(place.device), load_tokenizer(folder)
+        model = load_model(found.folder, place.dtype, found.adapter).to(place.device)
+        tokenizer = load_tokenizer(found.tokenizer)
         scoring = prepare(model, tokenizer, questions, task.grading)
         began, processor_began = time.perf_counter(), time.process_time()
         scored = scoring(model)
         seconds = time.perf_counter() - began, time.process_time() - processor_began
         if cache is not None:
             cache.put(key, scored, seconds)
-    return _measurement(source, folder, task, split, questions, scored, seconds, place, note)
+    return _measurement(source, found, task, split, questions, scored, seconds, place, note)
 
 
 def ask(task: Task, split: str, limit: int | None) -> tuple[list[Question], str]:
@@ -163,7 +163,7 @@ def ask(task: Task, split: str, limit: int | None) -> tuple[list[Question], str]
 
 def _measurement(
     source: str,
-    folder: Path,
+    found: Located,
     task: Task,
     split: str,
     questions: Sequence[Question],
@@ -184,7 +184,7 @@ def _measurement(
     }
     return Measurement(
         model=source,
-        weights=weights_hash(folder),
+        weights=weights_hash(*found),
         task=task.name,
         scoring=str(task.grading.way),
         split=split,

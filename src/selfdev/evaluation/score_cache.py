@@ -30,7 +30,7 @@ from selfdev.evaluation.tasks import Question
 from selfdev.evaluation.tasks.grading import Grading, Reading
 from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import weights_hash
-from selfdev.models.sources import cache_dir
+from selfdev.models.sources import Located, cache_dir
 
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")
 """Files of a model's folder, beside its weights, that its answers depend on."""
@@ -98,19 +98,20 @@ class ScoreCache:
         Path(aside).replace(self.folder / f"{key}.json")
 
 
-def score_key(model: Path, questions: Sequence[Question], grading: Grading, place: Place = ON_CPU) -> str:
+def score_key(model: Located, questions: Sequence[Question], grading: Grading, place: Place = ON_CPU) -> str:
     """What the scores of a model on some questions depend on, 64 hex digits.
 
     Args:
-        model: its folder.
+        model: where its weights lie.
         questions: in the order in which they are asked, which batches depend on.
         grading: how answers are written, read and judged.
         place: where the model computes.
     """
     gpu = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None
-    beside = sorted(file for pattern in _BESIDE for file in model.glob(pattern))
+    folders = dict.fromkeys((model.folder, model.tokenizer))
+    beside = sorted(file for folder in folders for pattern in _BESIDE for file in folder.glob(pattern))
     parts: dict[str, Any] = {
-        "weights": weights_hash(model),
+        "weights": weights_hash(*model),
         "beside": [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in beside],
         "questions": [(q.text, q.gold, q.answer) for q in questions],
         "grading": [

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from selfdev.errors import UserError
 from selfdev.merging.compatibility import FLOATING, check_architecture, check_quantised, check_tensors
-from selfdev.merging.reader import AdaptedCheckpoint, Checkpoint
+from selfdev.merging.reader import Checkpoint, open_expert
 from selfdev.merging.recipe import Recipe
 from selfdev.merging.targets import select_targets
 from selfdev.merging.vocabulary import check_same_tokens, settle
 from selfdev.merging.writer import Planned
-from selfdev.models.sources import resolve, resolve_expert
+from selfdev.models.sources import locate, resolve
 from selfdev.models.weights import TYPES
 
 _STORED = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -101,15 +101,10 @@ def prepare(recipe: Recipe, targets: str) -> Job:
     folder = resolve(recipe.seed, pickled=True)
     seed = Checkpoint("the seed", folder, pickled=True)
     check_quantised(seed)
-    experts: dict[str, Checkpoint] = {}
-    for name, source in recipe.experts.items():
-        found = resolve_expert(source, recipe.seed)
-        owner = f"expert '{name}'"
-        if found.adapter is None:
-            experts[name] = Checkpoint(owner, found.folder, pickled=True)
-        else:
-            on_seed = found.folder.resolve() == folder.resolve()
-            experts[name] = AdaptedCheckpoint(owner, found.folder, found.adapter, on_seed=on_seed)
+    experts = {
+        name: open_expert(name, locate(source, recipe.seed, pickled=True), folder, pickled=True)
+        for name, source in recipe.experts.items()
+    }
     order = seed.order()
     chosen = select_targets({name: seed.shapes[name] for name in order}, targets)
     for expert in experts.values():

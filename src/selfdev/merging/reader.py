@@ -14,6 +14,7 @@ from selfdev.merging.compatibility import check_quantised
 from selfdev.merging.targets import count_layers, of_vocabulary
 from selfdev.models.adapter import Adapter
 from selfdev.models.gguf import noted_source
+from selfdev.models.sources import Located
 from selfdev.models.weights import Damaged, Entry, WeightFile
 
 INDEX = "model.safetensors.index.json"
@@ -210,7 +211,9 @@ class Checkpoint:
 class AdaptedCheckpoint(Checkpoint):
     """A LoRA adapter on its base, read as the model that the two make."""
 
-    def __init__(self, owner: str, base: Path, adapter: Path, *, on_seed: bool) -> None:
+    def __init__(
+        self, owner: str, base: Path, adapter: Path, *, on_seed: bool, pickled: bool = False
+    ) -> None:
         """Read configs and headers.
 
         Args:
@@ -219,11 +222,12 @@ class AdaptedCheckpoint(Checkpoint):
             adapter: folder of the adapter.
             on_seed: whether the base is the seed of the merge. The adapter's update then is the task vector,
                 without the rounding of adding it to the base and taking the base away again.
+            pickled: as for `Checkpoint`.
 
         Raises:
             UserError: something is missing or damaged, or the two do not fit.
         """
-        super().__init__(owner, base, pickled=True)
+        super().__init__(owner, base, pickled=pickled)
         check_quantised(self)  # what is packed has other shapes than the adapter's
         self._adapter = Adapter(owner, adapter)
         self._adapter.attach(self.shapes, of_vocabulary)
@@ -260,6 +264,25 @@ class AdaptedCheckpoint(Checkpoint):
         else:
             super().task_vector(name, seed, out, begin, step)
         self._adapter.add_update(stored, out)
+
+
+def open_expert(name: str, found: Located, seed: Path, *, pickled: bool = False) -> Checkpoint:
+    """An expert as merging reads it, a whole model or an adapter on its base.
+
+    Args:
+        name: the expert's.
+        found: where it lies.
+        seed: the seed's folder.
+        pickled: as for `Checkpoint`.
+
+    Raises:
+        UserError: something is missing or damaged, or adapter and base do not fit.
+    """
+    owner = f"expert '{name}'"
+    if found.adapter is None:
+        return Checkpoint(owner, found.folder, pickled=pickled)
+    on_seed = found.folder.resolve() == seed.resolve()
+    return AdaptedCheckpoint(owner, found.folder, found.adapter, on_seed=on_seed, pickled=pickled)
 
 
 def is_finite(tensor: Tensor, dtype: torch.dtype | None = None) -> bool:

@@ -53,7 +53,7 @@ class Recipe:
     Attributes:
         method: a method of the library, `FILE.py`, or `RUN:CANDIDATE`.
         seed: where the seed comes from, as `selfdev.models.sources.resolve` takes it.
-        experts: where the experts come from, by name, as `resolve_expert` takes them.
+        experts: where the experts come from, by name, as `locate` takes them.
         parameters: of the method.
         targets: which tensors are merged; None leaves it to the method: what its run merged, or the MLP layers.
         dtype: in which all floating-point tensors are written; None keeps each as the seed stores it.

@@ -12,8 +12,9 @@ from torch import Tensor
 from selfdev.algorithms.library import Method
 from selfdev.errors import UserError
 from selfdev.merging.compatibility import check_architecture, check_tensors
-from selfdev.merging.reader import Checkpoint
+from selfdev.merging.reader import Checkpoint, open_expert
 from selfdev.merging.targets import layer_of, select_targets
+from selfdev.models.sources import Located
 from selfdev.sandbox import Context
 
 __all__ = ["TaskVectors", "merge_by_method", "merge_tensor", "read_task_vectors", "select_targets"]
@@ -44,7 +45,7 @@ class TaskVectors:
         return Context(self.seed[parameter], parameter, layer_of(parameter), self.layers)
 
 
-def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> TaskVectors:
+def read_task_vectors(seed: Path, experts: Mapping[str, Path | Located], targets: str) -> TaskVectors:
     """Read a seed's selected tensors and its experts' task vectors from their folders.
 
     All configs and headers are compared before the first tensor is read. Tensors that are not selected may
@@ -53,7 +54,7 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
 
     Args:
         seed: a model's folder, safetensors in one file or sharded.
-        experts: the experts' folders by name.
+        experts: the experts' folders by name, or where a LoRA adapter and its base lie.
         targets: as in `select_targets`.
 
     Raises:
@@ -63,7 +64,10 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
     if not experts:
         raise UserError("there is no expert to merge; name at least one")
     original = Checkpoint("the seed", seed)
-    relatives = {name: Checkpoint(f"expert '{name}'", folder) for name, folder in experts.items()}
+    relatives = {
+        name: open_expert(name, found if isinstance(found, Located) else Located(found), seed)
+        for name, found in experts.items()
+    }
     chosen = select_targets(original.shapes, targets)
     for relative in relatives.values():
         check_architecture(relative, original)
@@ -72,8 +76,11 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path], targets: str) -> 
     base = original.read(chosen)
     vectors: dict[str, dict[str, Tensor]] = {parameter: {} for parameter in chosen}
     for name, relative in relatives.items():
-        for parameter, tensor in relative.read(chosen).items():
-            vectors[parameter][name] = tensor.sub_(base[parameter])
+        for parameter, tensor in base.items():
+            relative.check_stored(parameter)
+            vectors[parameter][name] = torch.empty_like(tensor)
+            relative.task_vector(parameter, tensor, vectors[parameter][name])
+            relative.release(parameter)
     return TaskVectors(base, tuple(experts), vectors, original.layers(original.shapes))
 
 

