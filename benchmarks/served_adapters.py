@@ -28,6 +28,7 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.factory.packing import completion_log_probs
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
+from selfdev.factory.taught import Taught
 
 NAME = "factory"
 PATIENCE = 600
@@ -106,7 +107,7 @@ def compare(factory: EndpointFactory, programs: int, out: Path) -> None:
 
     first = write(0, [])
     pair = (prompt, first[0].tokens, first[-1].tokens)
-    facts = factory.refine([pair], 0, [], out, lambda done, total, note: None)
+    facts = factory.refine(Taught([pair]), 0, [], out, lambda done, total, note: None)
     if not out.is_dir():
         sys.exit(f"nothing was learned: {facts}")
     rows = [("warm start", [], sample) for sample in first]

@@ -19,6 +19,7 @@ import torch
 from selfdev.config import Config, parse_config
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
+from selfdev.factory.taught import Taught
 from selfdev.results import Run, open_run
 from selfdev.runs import resume, run
 from selfdev.watcher import Silent, Tick
@@ -93,21 +94,14 @@ class ScriptedFactory:
         return tuple(text.encode())
 
     def refine(
-        self,
-        pairs: Sequence[Any],
-        iteration: int,
-        adapters: Sequence[Path],
-        out: Path,
-        tick: Any,
-        flip_rate: float = 0.0,
-        imitated: Sequence[Any] = (),
+        self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Any
     ) -> dict[str, Any]:
         tick(0, 1, "")
         out.mkdir(parents=True, exist_ok=True)
         tick(1, 2, "")
-        (out / "adapter.txt").write_text(str(len(pairs)))
+        (out / "adapter.txt").write_text(str(len(taught.pairs)))
         tick(2, 2, "")
-        return {"pairs": len(pairs)}
+        return {"pairs": len(taught.pairs)}
 
 
 class Killer(Silent):

@@ -42,6 +42,7 @@ from selfdev.factory.adapter import with_new_adapter
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.imitation import Lesson, imitate
 from selfdev.factory.packing import check_training, completion_log_probs
+from selfdev.factory.taught import Taught
 from selfdev.runs import run
 
 PROMPT = (1, 2, 3, 4, 5)
@@ -220,6 +221,6 @@ def test_trl_trains_it_by_the_models_own_logits(gemma2: Path, tmp_path: Path) ->
     factory.prepare(lambda *_: None)
     [prompt] = factory.prompts(0)
     chosen, rejected = factory.tokens("a(deltas):\n"), factory.tokens("b(deltas):\n")
-    facts = factory.refine([(prompt, chosen, rejected)], 0, [], tmp_path / "adapter", lambda *_: None)
+    facts = factory.refine(Taught([(prompt, chosen, rejected)]), 0, [], tmp_path / "adapter", lambda *_: None)
     assert facts["tokens_a_pass"] is None
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -16,6 +16,7 @@ from selfdev.evaluation.evaluator import Evaluator, Refused, norm_of
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
+from selfdev.factory.taught import Taught
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.report.candidate import describe
 from selfdev.report.dataset import export_pairs
@@ -381,9 +382,9 @@ class Recording(ScriptedFactory):
         super().__init__()
         self.imitated: list[set[tuple[int, ...]]] = []
 
-    def refine(self, pairs: Any, iteration: int, adapters: Any, out: Path, tick: Any, *rest: Any) -> Any:
-        self.imitated.append({tokens for _, tokens in rest[1]})
-        return super().refine(pairs, iteration, adapters, out, tick, *rest)
+    def refine(self, taught: Taught, *more: Any) -> dict[str, Any]:
+        self.imitated.append({tokens for _, tokens in taught.imitated})
+        return super().refine(taught, *more)
 
 
 def test_of_repairs_that_are_scored_only_the_good_ones_are_learned_from(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from selfdev.factory.factory import LocalFactory
 from selfdev.factory.memory import SHARE, available, footprint, footprint_of_trl
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.refinement import Diverged
+from selfdev.factory.taught import Taught
 from selfdev.factory.trl_processes import check_devices
 from selfdev.models.folder import load_model, weights_hash
 from selfdev.results import Run
@@ -234,7 +235,7 @@ def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp
     [prompt] = factory.prompts(0)
     chosen, rejected = factory.write(twenty(factory)[:2], 0, 1.0, [], lambda *_: None)
     pairs = [(prompt, chosen.tokens, rejected.tokens)]
-    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    facts = factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", lambda *_: None)
     assert prompt.examples == ("vote",)
     assert (facts["pairs"], facts["shunned"]) == (1, 1)
 
@@ -246,7 +247,7 @@ def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:
     factory = LocalFactory(config.model_copy(update={"refinement": settings}))
     [prompt] = factory.prompts(0)
     wanted = factory.tokens(LESSONS[0] + "\n\n")
-    facts = factory.refine([], 0, [], tmp_path / "a", lambda *_: None, imitated=[(prompt, wanted)])
+    facts = factory.refine(Taught([], [(prompt, wanted)]), 0, [], tmp_path / "a", lambda *_: None)
     assert facts["imitation_steps"] == len(facts["imitation_losses"]) == 24
     assert facts["imitation_losses"][-1] < facts["imitation_losses"][0]
     written = [
@@ -258,7 +259,7 @@ def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:
     )
     assert after > before
     # Without programs and pairs there is nothing to learn.
-    assert "skipped" in factory.refine([], 0, [], tmp_path / "b", lambda *_: None)
+    assert "skipped" in factory.refine(Taught([]), 0, [], tmp_path / "b", lambda *_: None)
 
 
 Pairs = list[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]
@@ -277,7 +278,7 @@ def learner(writer: Path, free: Free = available, **refinement: Any) -> tuple[Lo
 
 def test_a_round_that_diverges_is_rolled_back(tiny_writer: Path, tmp_path: Path) -> None:
     factory, pairs = learner(tiny_writer, learning_rate=1e30)
-    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    facts = factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", lambda *_: None)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
     assert facts["pairs"] == 2
     assert not list(tmp_path.iterdir())
@@ -288,7 +289,7 @@ def test_an_imitation_that_breaks_the_weights_with_its_last_step_is_rolled_back(
 ) -> None:
     """No pair follows whose loss would tell."""
     factory, [(prompt, wanted, _), _] = learner(tiny_writer, imitation={"passes": 1, "learning_rate": 1e39})
-    facts = factory.refine([], 0, [], tmp_path / "adapter", lambda *_: None, imitated=[(prompt, wanted)])
+    facts = factory.refine(Taught([], [(prompt, wanted)]), 0, [], tmp_path / "adapter", lambda *_: None)
     assert facts["rolled_back"].startswith("a weight of an imitation is not a finite number")
     assert "refinement.imitation.learning_rate" in facts["rolled_back"]
     assert not list(tmp_path.iterdir())
@@ -310,9 +311,8 @@ def test_a_round_takes_smaller_passes_where_memory_is_little(
     found = {}
     for name, free in (("ample", None), ("little", little)):
         factory, _ = learner(tiny_writer, lambda device, free=free: free, **taught)  # type: ignore[misc]
-        found[name] = factory.refine(
-            pairs, 0, [], tmp_path / name, lambda *_: None, imitated=[(prompt, p) for p in programs]
-        )
+        imitated = [(prompt, program) for program in programs]
+        found[name] = factory.refine(Taught(pairs, imitated), 0, [], tmp_path / name, lambda *_: None)
     assert (found["ample"]["tokens_a_pass"], found["little"]["tokens_a_pass"]) == (None, one)
     assert f"passes of at most {one} tokens instead" in caplog.text
     for name in ("imitation_losses", "steps"):
@@ -324,7 +324,7 @@ def test_a_round_takes_smaller_passes_where_memory_is_little(
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-2)
     with pytest.raises(SelfdevError, match=r"take a lower refinement\.rank"):
         learner(tiny_writer, lambda device: needs.of(one), **taught)[0].refine(
-            pairs, 0, [], tmp_path / "none", lambda *_: None
+            Taught(pairs), 0, [], tmp_path / "none", lambda *_: None
         )
     assert not (tmp_path / "none").exists()
 
@@ -337,7 +337,7 @@ def test_a_gpu_that_is_out_of_memory_ends_the_session_with_the_way_out(
 
     factory, pairs = learner(tiny_writer)
     with pytest.raises(SelfdevError, match=r"2\.00 GiB\. Free memory.*lower refinement\.pairs_a_step"):
-        factory.refine(pairs, 0, [], tmp_path / "adapter", full)
+        factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", full)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -449,7 +449,7 @@ def test_a_save_that_fails_midway_leaves_nothing(tiny_writer: Path, tmp_path: Pa
 
 def test_a_round_of_too_few_pairs_is_skipped(tiny_writer: Path, tmp_path: Path) -> None:
     factory, pairs = learner(tiny_writer, min_pairs=3)
-    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    facts = factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", lambda *_: None)
     assert facts == {"skipped": "2 pairs, fewer than refinement.min_pairs (3)"}
     assert not list(tmp_path.iterdir())
 
@@ -459,7 +459,7 @@ def test_of_too_few_pairs_nothing_is_preferred_where_programs_are_imitated(
 ) -> None:
     factory, pairs = learner(tiny_writer, min_pairs=3, imitation={"passes": 1})
     imitated = [(prompt, chosen) for prompt, chosen, _ in pairs]
-    facts = factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None, imitated=imitated)
+    facts = factory.refine(Taught(pairs, imitated), 0, [], tmp_path / "adapter", lambda *_: None)
     assert facts["preferences_skipped"] == "2 pairs, fewer than refinement.min_pairs (3)"
     assert (facts["pairs"], facts["steps"], facts["losses"]) == (0, 0, [])
     assert facts["imitation_steps"] > 0
@@ -472,7 +472,7 @@ def test_what_a_killed_process_left_is_removed_when_a_round_is_saved(
     left = tmp_path / ".adapter.99999"
     left.mkdir()
     factory, pairs = learner(tiny_writer)
-    factory.refine(pairs, 0, [], tmp_path / "adapter", lambda *_: None)
+    factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", lambda *_: None)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -491,9 +491,9 @@ def test_what_a_second_round_stands_on_and_what_it_is_held_to(
     """Where both are one, the first step of a round has margin 0."""
     factory, pairs = learner(tiny_writer, refit=refit, reference=reference, epochs=1)
     first = tmp_path / "1"
-    factory.refine(pairs, 0, [], first, lambda *_: None)
+    factory.refine(Taught(pairs), 0, [], first, lambda *_: None)
     ticks: list[int] = []
-    facts = factory.refine(pairs, 1, [first], tmp_path / "2", lambda done, *_: ticks.append(done))
+    facts = factory.refine(Taught(pairs), 1, [first], tmp_path / "2", lambda done, *_: ticks.append(done))
     assert (facts["refit"], facts["reference"]) == (refit, held_to)
     assert facts["steps"] == 1
     assert (abs(facts["losses"][0]["margin"]) > 1e-2) == moved
@@ -503,7 +503,8 @@ def test_what_a_second_round_stands_on_and_what_it_is_held_to(
 def test_the_flip_rate_is_that_of_the_pairs_or_the_settings(tiny_writer: Path, tmp_path: Path) -> None:
     for named, measured, used in (("measured", 0.2, 0.2), ("measured", 0.5, 0.45), (0.1, 0.2, 0.1)):
         factory, pairs = learner(tiny_writer, loss="robust", flip_rate=named, epochs=1)
-        facts = factory.refine(pairs, 0, [], tmp_path / "a", lambda *_: None, flip_rate=measured)
+        taught = Taught(pairs, flip_rate=measured)
+        facts = factory.refine(taught, 0, [], tmp_path / "a", lambda *_: None)
         assert (facts["loss"], facts["flip_rate"]) == ("robust", used)
 
 
@@ -512,7 +513,7 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
     facts = {}
     for backend in ("own", "trl"):
         factory, pairs = learner(tiny_writer, backend=backend, learning_rate=1e-3, reference="previous")
-        facts[backend] = factory.refine(pairs, 0, [], tmp_path / backend, lambda *_: None)
+        facts[backend] = factory.refine(Taught(pairs), 0, [], tmp_path / backend, lambda *_: None)
         assert facts[backend]["backend"] == backend
     assert facts["trl"].keys() == facts["own"].keys()
     for ours, theirs in zip(facts["own"]["losses"], facts["trl"]["losses"], strict=True):
@@ -553,11 +554,8 @@ def test_devices_learn_together_what_one_learns(
             ticks: list[tuple[int, int, str]] = []
             earlier = [tmp_path / str(devices) / str(before) for before in range(round_)]
             out = tmp_path / str(devices) / str(round_)
-            done.append(
-                factory.refine(
-                    pairs, round_, earlier, out, lambda *at, to=ticks: to.append(at), imitated=imitated
-                )
-            )
+            taught = Taught(pairs, imitated)
+            done.append(factory.refine(taught, round_, earlier, out, lambda *at, to=ticks: to.append(at)))
             # An epoch of six pairs is two steps.
             assert [at[:2] for at in ticks[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]
             assert [path.name for path in out.parent.iterdir()] == [str(each) for each in range(round_ + 1)]
@@ -593,7 +591,7 @@ def test_a_round_on_devices_that_is_broken_off_leaves_no_process(tiny_writer: Pa
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        factory.refine(pairs, 0, [], tmp_path / "out", stop)
+        factory.refine(Taught(pairs), 0, [], tmp_path / "out", stop)
     assert len(during) >= 3  # torchrun and the two that it started
     assert not [pid for pid in during if Path(f"/proc/{pid}").exists()]
     assert not list(tmp_path.iterdir())
@@ -603,9 +601,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
+from selfdev.factory.taught import Taught
 from test_factory import learner
 factory, pairs = learner(Path(sys.argv[2]), backend="trl", pairs_a_step=2, devices=2, epochs=1000)
-factory.refine(pairs, 0, [], Path(sys.argv[3]), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+factory.refine(Taught(pairs), 0, [], Path(sys.argv[3]), lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 """
 
 
@@ -639,7 +638,7 @@ def test_what_diverges_on_devices_is_rolled_back(tiny_writer: Path, tmp_path: Pa
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
     asked = {"backend": "trl", "pairs_a_step": 2, "devices": 2}
     factory, pairs = learner(tiny_writer, **asked, learning_rate=1e30)
-    facts = factory.refine(pairs, 0, [], tmp_path / "out", lambda *_: None)
+    facts = factory.refine(Taught(pairs), 0, [], tmp_path / "out", lambda *_: None)
     assert "lower refinement.learning_rate" in facts["rolled_back"]
     assert not list(tmp_path.iterdir())
 
@@ -649,10 +648,9 @@ def test_what_fails_on_a_device_is_told(tiny_writer: Path, tmp_path: Path) -> No
     asked = {"backend": "trl", "pairs_a_step": 2, "devices": 2}
     factory, [(prompt, chosen, rejected), _] = learner(tiny_writer, **asked)
     unknown = (10**6, *rejected)  # for one of the two
+    taught = Taught([(prompt, chosen, unknown), (prompt, chosen, rejected)])
     with pytest.raises(SelfdevError, match=r"a process of the 2 that train has failed: IndexError: .*resume"):
-        factory.refine(
-            [(prompt, chosen, unknown), (prompt, chosen, rejected)], 0, [], tmp_path / "out", lambda *_: None
-        )
+        factory.refine(taught, 0, [], tmp_path / "out", lambda *_: None)
     assert not list(tmp_path.iterdir())
 
 
@@ -688,7 +686,7 @@ def test_a_factory_trained_as_a_whole_is_saved_and_loaded_again(
     capfd.readouterr()
     for round_ in range(2):
         out = tmp_path / str(round_)
-        facts = factory.refine(pairs, 0, learned, out, lambda *_: None)
+        facts = factory.refine(Taught(pairs), 0, learned, out, lambda *_: None)
         assert facts["train"] == "full"
         assert facts["adapter"] == weights_hash(out)
         assert (out / "optimizer").is_dir() == on

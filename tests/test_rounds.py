@@ -12,6 +12,7 @@ from selfdev.archive import Pair
 from selfdev.cli import main
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
+from selfdev.factory.taught import Taught
 from selfdev.preferences import asked
 from selfdev.results import Run
 from selfdev.runs import run
@@ -25,8 +26,8 @@ class Unlucky(ScriptedFactory):
         self.outcome = facts
         self.flip_rates: list[float] = []
 
-    def refine(self, *_: Any, **__: Any) -> dict[str, Any]:
-        self.flip_rates.append(_[5])
+    def refine(self, taught: Taught, *_: Any) -> dict[str, Any]:
+        self.flip_rates.append(taught.flip_rate)
         return self.outcome
 
 
@@ -65,10 +66,10 @@ class UnluckyOnce(ScriptedFactory):
         self.wrote_with.append([adapter.name for adapter in adapters])
         return super().write(asked, iteration, temperature, adapters, tick)
 
-    def refine(self, pairs: Any, iteration: int, *rest: Any, **more: Any) -> dict[str, Any]:
+    def refine(self, taught: Taught, iteration: int, *rest: Any) -> dict[str, Any]:
         if iteration == 1:
-            return {"pairs": len(pairs), "rolled_back": "the loss ..."}
-        return super().refine(pairs, iteration, *rest, **more)
+            return {"pairs": len(taught.pairs), "rolled_back": "the loss ..."}
+        return super().refine(taught, iteration, *rest)
 
 
 @pytest.mark.parametrize("refit", [pytest.param("continue", marks=pytest.mark.proof), "fresh"])
@@ -96,12 +97,10 @@ class Recording(ScriptedFactory):
         written = super().write(asked, iteration, *rest)
         return [replace(s, tokens=(100 + iteration, *s.tokens)) for s in written]
 
-    def refine(
-        self, pairs: Any, iteration: int, adapters: Any, out: Path, *rest: Any, **more: Any
-    ) -> dict[str, Any]:
+    def refine(self, taught: Taught, iteration: int, adapters: Any, *rest: Any) -> dict[str, Any]:
         names = [adapter.name for adapter in adapters]
-        self.rounds.append((iteration, list(pairs), names, list(rest[2])))
-        return super().refine(pairs, iteration, adapters, out, *rest, **more)
+        self.rounds.append((iteration, list(taught.pairs), names, list(taught.imitated)))
+        return super().refine(taught, iteration, adapters, *rest)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from selfdev.config import Config, load_config
 from selfdev.errors import Interrupted, UserError
 from selfdev.factory.prompt import Prompt, ask
 from selfdev.factory.sampling import Sample
+from selfdev.factory.taught import Taught
 from selfdev.report.dataset import export_pairs
 from selfdev.results import Run
 from selfdev.runs import resume, run
@@ -59,11 +60,10 @@ class Correcting(ScriptedFactory):
             for sample, (_, prompt) in zip(samples, asked, strict=True)
         ]
 
-    def refine(self, pairs: Sequence[Any], *more: Any) -> dict[str, Any]:
-        self.taught |= {chosen: prompt for prompt, chosen, _ in pairs}
-        *_, imitated = more
-        self.taught |= {tokens: prompt for prompt, tokens in imitated}
-        return super().refine(pairs, *more)
+    def refine(self, taught: Taught, *more: Any) -> dict[str, Any]:
+        self.taught |= {chosen: prompt for prompt, chosen, _ in taught.pairs}
+        self.taught |= {tokens: prompt for prompt, tokens in taught.imitated}
+        return super().refine(taught, *more)
 
 
 def corrected(prompt: str) -> str:

@@ -17,6 +17,7 @@ from selfdev.errors import UserError
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import COMBINED, FEEDBACK, LEARNING, ranked_new, repairs_of, scores_on_first
 from selfdev.factory.prompt import Prompt, base_of, showing
+from selfdev.factory.taught import Taught
 from selfdev.models.folder import weights_hash
 from selfdev.preferences import asked, prefer, within_cap
 from selfdev.roles import Factory, Screener
@@ -92,11 +93,9 @@ class Learning:
         adapter = f"adapters/{self.arm}-{t + 1}"
         # What fails or copies is rejected for that: no answer can turn such a pair round.
         doubts = [evidence.doubt(p.chosen, p.rejected) if p.reason == "score" else 0.0 for p in named]
-        flip_rate = sum(doubts) / max(1, len(doubts))
+        taught = Taught(pairs, imitated, flip_rate=sum(doubts) / max(1, len(doubts)))
         with self.watch.phase("refine", self.arm, t) as tick:
-            facts = self.factory.refine(
-                pairs, t, self.adapters(), self.folder / adapter, tick, flip_rate, imitated
-            )
+            facts = self.factory.refine(taught, t, self.adapters(), self.folder / adapter, tick)
             made = Refinement(self.arm, t, adapter, facts, 0.0)
             if made.why_nothing is not None:
                 made = replace(made, adapter=None)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from selfdev.algorithms.screening import History, Screening
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.sampling import Sample
+from selfdev.factory.taught import Taught
 
 
 class Factory(Protocol):
@@ -26,14 +27,7 @@ class Factory(Protocol):
     ) -> list[Sample]: ...
     def tokens(self, text: str) -> tuple[int, ...]: ...
     def refine(
-        self,
-        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
-        iteration: int,
-        adapters: Sequence[Path],
-        out: Path,
-        tick: Any,
-        flip_rate: float = 0.0,
-        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+        self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Any
     ) -> dict[str, Any]: ...
 
 

@@ -18,6 +18,7 @@ from scripted import PROGRAMS as MANY
 from selfdev.errors import Halted, UserError
 from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.prompt import Prompt
+from selfdev.factory.taught import Taught
 from selfdev.models.folder import load_model
 from unruly_server import UnrulyServer
 
@@ -47,7 +48,7 @@ def eight(factory: EndpointFactory) -> list[tuple[int, Prompt]]:
 def refined(factory: EndpointFactory, out: Path, iteration: int) -> Path:
     [prompt] = factory.prompts(0)
     pair = (prompt, factory.tokens(PROGRAMS[0]), factory.tokens(PROGRAMS[1]))
-    assert "adapter" in factory.refine([pair], iteration, [], out, silent)
+    assert "adapter" in factory.refine(Taught([pair]), iteration, [], out, silent)
     return out
 
 

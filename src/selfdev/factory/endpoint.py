@@ -29,6 +29,7 @@ from selfdev.factory.prompt import STOP, Prompt, prompts_of
 from selfdev.factory.sampling import Sample
 from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
 from selfdev.factory.server import NoAnswer, Server, patiently
+from selfdev.factory.taught import Taught
 from selfdev.factory.training import Tick
 from selfdev.factory.transcript import END_STRINGS, to_sample
 from selfdev.settings import ENDPOINT_MODEL, LIMITS
@@ -109,19 +110,12 @@ class EndpointFactory:
         return () if self.learner is None else self.learner.tokens(text)
 
     def refine(
-        self,
-        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
-        iteration: int,
-        adapters: Sequence[Path],
-        out: Path,
-        tick: Tick,
-        flip_rate: float = 0.0,
-        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+        self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
         """Train a new adapter here; see `LocalFactory.refine`. The server gets it when it is to write with it."""
         if self.learner is None:
             raise SelfdevError(f"{self.model} cannot learn: its weights are not here")
-        return self.learner.refine(pairs, iteration, adapters, out, tick, flip_rate, imitated)
+        return self.learner.refine(taught, iteration, adapters, out, tick)
 
     def write(
         self,

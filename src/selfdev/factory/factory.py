@@ -17,6 +17,7 @@ from selfdev.factory.memory import available, check_batch, fitting_pass
 from selfdev.factory.packing import check_training
 from selfdev.factory.prompt import LONGEST_ERROR, STOP, Prompt, ask, correcting, prompts_of
 from selfdev.factory.sampling import Sample, Sampler, check_context
+from selfdev.factory.taught import Taught
 from selfdev.factory.training import Tick, Training
 from selfdev.factory.warm_start import warm_start
 from selfdev.models.device import pick_device
@@ -224,27 +225,17 @@ class LocalFactory:
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def refine(
-        self,
-        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
-        iteration: int,
-        adapters: Sequence[Path],
-        out: Path,
-        tick: Tick,
-        flip_rate: float = 0.0,
-        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+        self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
         """Train a new adapter or all weights, on programs that are imitated and then on pairs, and save them.
 
         Args:
-            pairs: the prompt, token ids of the chosen program, those of the rejected one.
+            taught: the programs.
             iteration: names the random stream.
             adapters: what the arm has learned so far, in order; `refinement.refit` and `reference` say whether the new
                 one stands on it and is held to it.
             out: the folder of what is learned, written aside and renamed.
             tick: progress.
-            flip_rate: share of the pairs that are probably the wrong way round, in 0..1; `refinement.flip_rate` may
-                name another.
-            imitated: prompts, and token ids of the programs that `refinement.imitation` imitates.
 
         Returns:
             What the archive keeps: settings, losses, hash of what is saved. With `skipped` or `rolled_back` among it,
@@ -254,7 +245,7 @@ class LocalFactory:
             SelfdevError: there is too little memory even for one program a pass, or what was reckoned was too little.
         """
         self._loaded = None  # two models at once would double the memory
-        return self._training.refine(pairs, iteration, adapters, out, tick, flip_rate, imitated)
+        return self._training.refine(taught, iteration, adapters, out, tick)
 
     def layers(self, adapters: Sequence[Path]) -> list[Path]:
         """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""

@@ -24,6 +24,7 @@ from selfdev.factory.optimiser import Moments
 from selfdev.factory.packing import Model
 from selfdev.factory.prompt import Prompt
 from selfdev.factory.refinement import Diverged, Outcome, Preference, Report, Step, consult, plan, refine
+from selfdev.factory.taught import Taught, Tokens
 from selfdev.factory.trl_processes import LEARNED, START, Round, check_devices, refine_in_processes
 from selfdev.factory.warm_start import completion
 from selfdev.models.folder import weights_hash
@@ -109,24 +110,17 @@ class Training:
             (trainee.unload() if isinstance(trainee, PeftModel) else model).requires_grad_(False)
 
     def refine(
-        self,
-        pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]],
-        iteration: int,
-        adapters: Sequence[Path],
-        out: Path,
-        tick: Tick,
-        flip_rate: float = 0.0,
-        imitated: Sequence[tuple[Prompt, tuple[int, ...]]] = (),
+        self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
         """Train a new adapter or all weights and save them; the arguments are those of `LocalFactory.refine`."""
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
-        taught = self._lessons(imitated, seed)
-        skipped = {}
+        imitated = self._lessons(taught.imitated, seed)
+        pairs, skipped = taught.pairs, {}
         if len(pairs) < max(settings.min_pairs, settings.devices):
             least = "min_pairs" if settings.min_pairs >= settings.devices else "devices"
             why = f"{len(pairs)} pairs, fewer than refinement.{least} ({getattr(settings, least)})"
-            if not taught:
+            if not imitated:
                 return {"skipped": why}
             skipped, pairs = {"preferences_skipped": why}, []
         asked = {prompt: tuple(prompt.tokens(self._tokenizer)) for prompt, _, _ in pairs}
@@ -134,13 +128,12 @@ class Training:
         preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
         preferences += self._shunned(pairs)
         steps = plan(preferences, settings.pairs_a_step, seed, settings.rehearsal, known)
-        if settings.flip_rate != "measured":
-            flip_rate = settings.flip_rate
+        flip_rate = taught.flip_rate if settings.flip_rate == "measured" else settings.flip_rate
         facts = {
             "pairs": len(pairs),
             "shunned": len(preferences) - len(pairs),
             "steps": len(steps),
-            "imitation_steps": len(taught),
+            "imitation_steps": len(imitated),
             "backend": settings.backend,
             "devices": settings.devices,
             "train": settings.train,
@@ -154,7 +147,7 @@ class Training:
         reference = [] if settings.held_to == "first" else list(adapters)
         remove_left(out)  # a run's folder is locked; the cache of warm starts is not
         try:
-            done = self._train(ground, reference, taught, steps, seed, out, facts, tick)
+            done = self._train(ground, reference, imitated, steps, seed, out, facts, tick)
         except Diverged as error:
             return facts | {"rolled_back": str(error)}
         except torch.OutOfMemoryError as error:
@@ -172,7 +165,7 @@ class Training:
         self,
         ground: Sequence[Path],
         reference: Sequence[Path],
-        taught: Sequence[Lesson],
+        imitated: Sequence[Lesson],
         steps: Sequence[Step],
         seed: int,
         out: Path,
@@ -185,7 +178,7 @@ class Training:
         """
         settings, note = self.config.refinement, f"{facts['pairs']} pairs"
         by_trl = settings.backend == "trl"
-        packed: list[Packed] = [*taught, *([] if by_trl else steps)]
+        packed: list[Packed] = [*imitated, *([] if by_trl else steps)]
         model, free = self._trainee(ground, seed), self._free(self._assembly.device)
         tokens_a_pass = fitting_pass(model, packed, settings, free) if packed else None
         pairs = sum(len(step.pairs) for step in steps)
@@ -195,12 +188,12 @@ class Training:
             "pairs_left_out": pairs % settings.devices,
         }
         if not steps:
-            self._imitate(model, taught, facts, tick)
+            self._imitate(model, imitated, facts, tick)
             done = Outcome([], moments=self._moments(ground))
         elif by_trl:
             other = not self._is_beneath(ground, reference)
             facts["pairs_a_pass"] = fitting_pairs(model, steps, pairs, settings, free, other)
-            self._imitate(model, taught, facts, tick)
+            self._imitate(model, imitated, facts, tick)
             facts["steps"] = math.ceil((pairs - pairs % settings.devices) / settings.pairs_a_step)
             total = settings.epochs * facts["steps"]
             report = partial(self._report, tick, total, note)
@@ -221,7 +214,7 @@ class Training:
                 model = self._trainee(ground, seed)
             else:
                 references = consult(model, steps, settings, tokens_a_pass, report)
-            self._imitate(model, taught, facts, tick)
+            self._imitate(model, imitated, facts, tick)
             done = refine(
                 model,
                 steps,
@@ -303,7 +296,7 @@ class Training:
         """What a round trains: `ground` with a new adapter, or as a whole."""
         return self._assembly.trainable(self._assembly.model(ground), seed)
 
-    def _lessons(self, imitated: Sequence[tuple[Prompt, tuple[int, ...]]], seed: int) -> list[Lesson]:
+    def _lessons(self, imitated: Sequence[tuple[Prompt, Tokens]], seed: int) -> list[Lesson]:
         settings = self.config.refinement
         asked = {prompt: tuple(prompt.tokens(self._tokenizer)) for prompt, _ in imitated}
         known = {tokens: self._rehearsed(prompt) for prompt, tokens in asked.items()}
@@ -311,15 +304,15 @@ class Training:
         passes, together = settings.imitation.passes, settings.imitation.programs_a_step
         return lessons(programs, passes, together, seed, settings.rehearsal, known)
 
-    def _imitate(self, model: Model, taught: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
+    def _imitate(self, model: Model, imitated: Sequence[Lesson], facts: dict[str, Any], tick: Tick) -> None:
         """Imitate programs, if there are any; notes the mean loss of each pass."""
-        if not taught:
+        if not imitated:
             return
         settings = self.config.refinement.imitation
-        total = len(taught)
+        total = len(imitated)
         losses = imitate(
             model,
-            taught,
+            imitated,
             settings.learning_rate,
             lambda step, loss: tick(step + 1, total, f"imitation, {loss:.2f} nats a token"),
             facts["tokens_a_pass"],
@@ -329,7 +322,7 @@ class Training:
             sum(losses[start : start + once]) / once for start in range(0, total, once)
         ]
 
-    def _rehearsed(self, prompt: Prompt) -> list[tuple[int, ...]]:
+    def _rehearsed(self, prompt: Prompt) -> list[Tokens]:
         """The worked examples that a prompt does not show, as it would be continued with them."""
         return [
             tuple(completion(self._tokenizer, source))
@@ -337,9 +330,9 @@ class Training:
             if name not in prompt.examples
         ]
 
-    def _shunned(self, pairs: Sequence[tuple[Prompt, tuple[int, ...], tuple[int, ...]]]) -> list[Preference]:
+    def _shunned(self, pairs: Sequence[tuple[Prompt, Tokens, Tokens]]) -> list[Preference]:
         """Under each prompt, its chosen programs in turn preferred to the worked examples that it shows first."""
-        chosen: dict[Prompt, dict[tuple[int, ...], None]] = {}
+        chosen: dict[Prompt, dict[Tokens, None]] = {}
         for prompt, tokens, _ in pairs:
             chosen.setdefault(prompt, {})[tokens] = None
         return [
