@@ -50,7 +50,7 @@ class Outcomes:
         self.left -= 1
         positions = range(120) if asked is None else asked
         if candidate.name == self.failing and candidate.status == "new":
-            raise Refused("failed", "Timeout", "too slow")
+            raise Refused("Timeout", "too slow")
         self.asked += len(positions)
         outcomes = tuple(bool(self.table[candidate.number, position]) for position in positions)
         score = Objective().score([GROUPS[position] for position in positions], outcomes)

@@ -313,7 +313,7 @@ def test_a_scale_that_cannot_be_tried_has_a_failure_and_no_score(
 
     def trouble(self, candidate, split, asked=None, *, number=0, factor=1.0, norm=None):  # type: ignore[no-untyped-def]
         if number:
-            raise Refused("failed", "Timeout", "too slow today")
+            raise Refused("Timeout", "too slow today")
         return score(self, candidate, split, asked)
 
     monkeypatch.setattr(Evaluator, "candidate", trouble)

@@ -187,6 +187,11 @@ def test_a_model_is_what_the_run_scored(tmp_path: Path) -> None:
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in expected().items():
         torch.testing.assert_close(merged[name].float(), tensor, atol=1e-6, rtol=1e-5)
+    # As it was written it scored nothing; its card tells what was scored at the scale of this model.
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "at 2 times its scale" in card
+    assert f"| {NAME} | None | 100.0 (1 questions) | | |" in card
+    assert "on others they are unknown. They are right answers in %." in card
 
 
 @pytest.mark.parametrize(

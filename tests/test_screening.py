@@ -89,6 +89,11 @@ def test_repeated_by_form_and_by_behaviour(screen: Screen) -> None:
     by_form = screened(screen, "    return torch.roll(sum(deltas), 2, 0)  # further\n", history)
     by_behaviour = screened(screen, "    s = deltas.mean(0)\n    return s.roll(1, dims=0)\n", history)
     assert [by_form.novelty, by_behaviour.novelty] == [Novelty.REPEATED] * 2
+    for each in (by_form, by_behaviour):
+        assert each.behaviour is not None
+        assert each.distance == pytest.approx(
+            each.behaviour.distance(history.behaviours[each.nearest]), rel=1e-3
+        )
     assert by_form.nearest == by_behaviour.nearest == "first"
     assert by_form.canonical == first.canonical != by_behaviour.canonical
     # What repeats a repetition repeats the original.
@@ -185,3 +190,12 @@ def test_real_tensors_are_checked_again() -> None:
     assert explained_by_combination(same, vectors) < 1e-6
     other = same | {"y": 0.5 * vectors["y"]["a"] + 0.2 * vectors["y"]["c"]}
     assert explained_by_combination(other, vectors) > 0.1
+    # By hand: the best fit of one output by one expert on two tensors is its projection.
+    one = {"x": {"a": torch.tensor([3.0, 4.0])}, "y": {"a": torch.tensor([5.0, 0.0])}}
+    # On each tensor in units of its expert's norm: (0.6, 0.8) and (1, 0); best factor 0.5.
+    halves = {"x": torch.tensor([3.0, 4.0]), "y": torch.zeros(2)}
+    # Of x half is left. Of y, 0.5 against a hundredth of what an equal share of the whole would be.
+    assert explained_by_combination(halves, one) == pytest.approx(0.5 / (0.01 / 2**0.5))
+    # An expert that is another one twice leaves no single solution.
+    double = {name: {**v, "d": 2 * v["a"]} for name, v in vectors.items()}
+    assert explained_by_combination(same, double) < 1e-6

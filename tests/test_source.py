@@ -40,6 +40,22 @@ def test_the_contracts_form_is_taken_from_its_block() -> None:
         read_program("I cannot do that.", Form.CONTRACT)
 
 
+@pytest.mark.parametrize(
+    "fence", ["```", "```Python", "```python3", "```py title=a", "```bash\npip\n```\n```python"]
+)
+def test_a_block_may_be_opened_in_any_way(fence: str) -> None:
+    program = "def merge_models(model_dict, device):\n    return 1\n"
+    assert read_program(f"Here:\n{fence}\n{program}```\nDone.", Form.CONTRACT) == program
+
+
+def test_a_program_in_the_contracts_form_that_hands_over_is_shown_whole() -> None:
+    program = (
+        "import torch\n\n\ndef merge_weighted(model_dict, device):\n    return sum(model_dict.values())\n\n\n"
+        "def merge_models(model_dict, device):\n    return merge_weighted(model_dict, device)\n"
+    )
+    assert unwrap_short(program) == program
+
+
 def test_canonical_form_forgets_names_constants_docstrings_and_comments() -> None:
     a = 'def f(deltas, k=2):\n    """Doc."""\n    total = sum(deltas)  # add\n    return 0.5 * total.clamp(min=-1)\n'
     b = "def g(xs: list, n: int = 3) -> object:\n    y: int = sum(xs)\n    return -2 * y.clamp(min=0.1)\n"

@@ -134,6 +134,21 @@ def test_the_test_split_opens_once_and_again_is_marked(
     assert marked["headline_before"] == carried.verdict["headline"]
 
 
+def test_what_is_new_on_the_run_s_experts_is_applied_where_it_is_a_mean(tmp_path: Path) -> None:
+    largest = (
+        "t(deltas):\n    i = deltas.abs().topk(2, dim=0).indices\n    return deltas.gather(0, i).mean(0)\n"
+    )
+    config = scripted_config(iterations=1, programs=1, rivals=["task_arithmetic"])
+    origin = run(config, tmp_path / "run", factory=ScriptedFactory([largest]))
+    assert origin.best is not None
+    two = transfer(origin.folder, SEED, {name: EXPERTS[name] for name in ("tri", "tot")}, "nano2")
+    [row] = [row for row in two.verdict["table"] if row["kind"] == "discovered"]
+    assert row["test"]["score"] is not None
+    [test] = two.archive.evaluations(subject=row["name"], split="test")
+    assert test.failure is None
+    assert test.parameters["distance_on_real_tensors"] < 1e-5
+
+
 def test_a_transferred_program_merges_its_models_at_its_scale(carried: Transfer) -> None:
     for name, scale in carried.facts["programs"].items():
         found = load_candidate(carried.folder, name)

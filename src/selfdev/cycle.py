@@ -8,12 +8,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfdev.algorithms.screening import History, Novelty
+from selfdev.algorithms.screening import REAL_TOLERANCE, History, Novelty
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.candidates import candidate_name, history_of, remember, screened, unscreened
 from selfdev.config import Config
 from selfdev.evaluation.course import DEVELOPMENT, Course
-from selfdev.evaluation.evaluator import Refused, Scorer, score_again, score_seed
+from selfdev.evaluation.evaluator import DISTANCE, Refused, Scorer, score_again, score_seed
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new, repairs_of
 from selfdev.evaluation.verdict import reach_verdict
@@ -165,8 +165,11 @@ class Cycle:
         try:
             evaluation = ask(self.scorer, candidate)
         except Refused as refused:
-            status, failure = refused.status, refused.failure or None
-            return replace(candidate, status=status, failure=failure, error=refused.error), None
+            failed = replace(candidate, status="failed", failure=refused.failure, error=refused.error)
+            return failed, None
+        if (distance := evaluation.parameters.get(DISTANCE, 1.0)) <= REAL_TOLERANCE:
+            why = f"on the real tensors a linear combination, to {distance:.1e}"
+            return replace(candidate, status="trivial", error=why), None
         if evaluation.failure is not None:
             candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
         return candidate, evaluation

@@ -14,6 +14,7 @@ probe where the two differ most. Two programs within `TOLERANCE` are one: the me
 """
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -210,9 +211,14 @@ def _relative(residuals: Tensor, target: Tensor, sizes: Sequence[int]) -> Tensor
         Shape (fits,). A piece far smaller than the others is measured against a hundredth of their size, and a
         target that is zero everywhere is explained by anything.
     """
-    floor = (0.01 * target.norm() / len(sizes) ** 0.5).clamp(min=1e-12)
+    floor = _floor(target.norm(), len(sizes))
     pieces = zip(residuals.split(list(sizes), 1), target.split(list(sizes)), strict=True)
     return torch.stack([left.norm(dim=1) / torch.maximum(out.norm(), floor) for left, out in pieces]).amax(0)
+
+
+def _floor(norm: Tensor, pieces: int) -> Tensor:
+    """The least that a piece's residual is measured against, by the norm of all pieces together."""
+    return (norm * (0.01 / math.sqrt(pieces))).clamp(min=1e-12)
 
 
 @dataclass(frozen=True)
@@ -225,8 +231,8 @@ class Screening:
         error: what happened; empty if it works.
         canonical: identity up to names and constants; empty if it does not work.
         behaviour: None if it does not work.
-        nearest: name of the nearest trivial, known or earlier program.
-        distance: to the nearest trivial or known program, relative; None if it does not work.
+        nearest: what it is, or, if it is new, the nearest trivial or known program.
+        distance: to that, relative; None if it does not work.
     """
 
     novelty: Novelty | None
@@ -301,10 +307,12 @@ class Screen:
             novelty = Novelty.TRIVIAL
         elif form in self.known.forms or known_distance <= TOLERANCE:
             novelty, nearest = Novelty.KNOWN, self.known.forms.get(form, known)
+            distance = behaviour.distance(self.known.behaviours[nearest])
         elif form in history.forms or earlier_distance <= TOLERANCE:
             # Of one form it may be and still, by another constant, behave as something else did.
             original = earlier if earlier_distance <= TOLERANCE else history.forms[form]
             novelty, nearest = Novelty.REPEATED, original
+            distance = behaviour.distance(history.behaviours[nearest])
         else:
             novelty = Novelty.NEW
         # The last digits of a least-squares fit vary from call to call; the archive must not.
@@ -364,12 +372,19 @@ def explained_by_combination(
 
     Returns:
         The largest relative residual over the tensors; a candidate within `REAL_TOLERANCE` is trivial where it
-        counts, whatever it does on probes.
+        counts, whatever it does on probes. A tensor at a time is held in double precision.
     """
-    outputs, columns = [], []
-    for name, tensor in merged.items():
+
+    def scaled(name: str) -> tuple[Tensor, Tensor]:
         vectors = torch.stack([vector.flatten() for vector in task_vectors[name].values()], 1).double()
         scale = vectors.norm().clamp(min=1e-30)
-        outputs.append(tensor.double().flatten() / scale)
-        columns.append(vectors / scale)
-    return _unexplained(torch.cat(outputs), torch.cat(columns), [len(out) for out in outputs])
+        return vectors / scale, merged[name].double().flatten() / scale
+
+    pieces = [
+        (columns.T @ columns, columns.T @ target, target.norm()) for columns, target in map(scaled, merged)
+    ]
+    grams, products, norms = map(torch.stack, zip(*pieces, strict=True))
+    # Of least norm, since experts may be combinations of each other.
+    solution = torch.linalg.lstsq(grams.sum(0), products.sum(0)[:, None], driver="gelsd").solution[:, 0]
+    residuals = torch.stack([(target - columns @ solution).norm() for columns, target in map(scaled, merged)])
+    return float((residuals / torch.maximum(norms, _floor(norms.norm(), len(norms)))).max())

@@ -15,8 +15,10 @@ OPENING = "def merge_"
 """How a short program begins; it ends the prompt, so that the factory writes on from here."""
 
 _END_OF_FUNCTION = re.compile(r"\n(?=\S)|\n\n\n")
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
 _NAME = re.compile(r"def (merge_\w*)\s*\(")
+_HEAD = "import torch\n\n\n"
+_TAIL = f"\n\n\ndef {ENTRY}(model_dict, device):\n    return {{}}(torch.stack(list(model_dict.values())))\n"
 
 
 class Form(StrEnum):
@@ -68,10 +70,7 @@ def wrap_short(source: str) -> str:
     if called == ENTRY:
         called = f"{ENTRY}_short"
         function = function.replace(ENTRY, called, 1)
-    return (
-        f"import torch\n\n\n{function}\n\n\n"
-        f"def {ENTRY}(model_dict, device):\n    return {called}(torch.stack(list(model_dict.values())))\n"
-    )
+    return _HEAD + function + _TAIL.format(called)
 
 
 def rewrite(text: str, form: Form, source: str) -> str:
@@ -97,9 +96,10 @@ def rewrite(text: str, form: Form, source: str) -> str:
 
 def unwrap_short(source: str) -> str:
     """The short program inside a wrapped one, or the source itself: what people are shown."""
-    body = source.removeprefix("import torch\n\n\n")
-    short, found, _ = body.rpartition(f"\n\n\ndef {ENTRY}(model_dict, device):\n    return merge_")
-    return short + "\n" if found else source
+    body = source.removeprefix(_HEAD)
+    name = _NAME.match(body)
+    short = body.removesuffix(_TAIL.format(name[1])) if name else body
+    return source if short == body else short + "\n"
 
 
 def canonical(source: str) -> str:

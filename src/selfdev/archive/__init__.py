@@ -2,7 +2,17 @@
 
 from selfdev.archive.database import Archive, TestSealed
 from selfdev.archive.file import ArchiveError
-from selfdev.archive.records import FACTOR, Candidate, Evaluation, Iteration, Opening, Pair, Refinement, Run
+from selfdev.archive.records import (
+    FACTOR,
+    Candidate,
+    Evaluation,
+    Iteration,
+    Opening,
+    Pair,
+    Refinement,
+    Run,
+    in_nats,
+)
 
 __all__ = [
     "FACTOR",
@@ -16,4 +26,5 @@ __all__ = [
     "Refinement",
     "Run",
     "TestSealed",
+    "in_nats",
 ]

@@ -1,6 +1,6 @@
 """What the archive holds, one frozen record a table."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +128,11 @@ class Evaluation:
     def score_on_first(self) -> float | None:
         """The score on the questions that all of its iteration answered: what the worst and the mean are taken from."""
         return self.score if self.first_questions is None else self.first_score
+
+
+def in_nats(scores: Iterable[float | None]) -> bool:
+    """Whether scores are log-likelihoods, which are below 0, and no shares of right answers."""
+    return any((score or 0.0) < 0 for score in scores)
 
 
 @dataclass(frozen=True)

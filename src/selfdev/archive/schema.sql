@@ -46,8 +46,8 @@ CREATE TABLE candidate (
     error TEXT,
     canonical TEXT,
     behaviour BLOB,
-    nearest TEXT,
-    distance REAL,                    -- to the nearest trivial or known program
+    nearest TEXT,                     -- what it is, or the nearest trivial or known program
+    distance REAL,                    -- to that, relative
     seconds REAL,                     -- from its first token to its last, those beside it included; NULL: unknown
     screening REAL,                   -- seconds that the screening took; NULL: unknown
     UNIQUE (arm, iteration, number)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import method
-from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
+from selfdev.algorithms.screening import Box, explained_by_combination
 from selfdev.archive import FACTOR, Candidate, Evaluation, TestSealed
 from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.objective import Objective
@@ -40,17 +40,16 @@ gives the same tensors: a candidate's random streams are its own."""
 
 
 class Refused(Exception):
-    """A candidate cannot be scored: it fails on the real tensors, or is trivial there.
+    """A candidate cannot be scored: it fails on the real tensors.
 
     Attributes:
-        status: `failed` or `trivial`.
         failure: class of the failure.
         error: what happened.
     """
 
-    def __init__(self, status: str, failure: str, error: str):
+    def __init__(self, failure: str, error: str):
         super().__init__(f"{failure}: {error}")
-        self.status, self.failure, self.error = status, failure, error
+        self.failure, self.error = failure, error
 
 
 class Scorer(Protocol):
@@ -194,7 +193,7 @@ class Evaluator:
                 factor that does it is archived.
 
         Raises:
-            Refused: it fails on the real tensors, or is a constant linear combination of them.
+            Refused: it fails on the real tensors.
         """
         began = time.perf_counter()
         merged = self._merged(candidate)
@@ -226,7 +225,7 @@ class Evaluator:
         merged = {}
         for name, outcome in zip(names, outcomes, strict=True):
             if outcome.tensor is None:
-                raise Refused("failed", outcome.failure, f"on tensor {name}: {outcome.error}")
+                raise Refused(outcome.failure, f"on tensor {name}: {outcome.error}")
             merged[name] = outcome.tensor
         return merged
 
@@ -254,10 +253,10 @@ class Evaluator:
     def _noted(self, candidate: Candidate, merged: Mapping[str, Tensor]) -> dict[str, float]:
         """What is noted of a program beside its scores: found out once, since a race asks for those many times."""
         if candidate.name not in self._notes:
-            distance = explained_by_combination(merged, self.vectors.vectors)
-            if distance <= REAL_TOLERANCE:
-                raise Refused("trivial", "", f"on the real tensors a linear combination, to {distance:.1e}")
-            found = {DISTANCE: distance, ORDER: self._change_by_order(candidate, merged)}
+            found = {
+                DISTANCE: explained_by_combination(merged, self.vectors.vectors),
+                ORDER: self._change_by_order(candidate, merged),
+            }
             self._notes[candidate.name] = {key: float(f"{value:.4g}") for key, value in found.items()}
         return self._notes[candidate.name]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfdev.archive import Archive, Candidate, Evaluation
+from selfdev.archive import Archive, Candidate, Evaluation, in_nats
 from selfdev.config import Config
 from selfdev.evaluation.comparison import Comparison, by_task, group_scores, shrinkage
 from selfdev.evaluation.evaluator import Scorer, score_again
@@ -259,8 +259,7 @@ def _headline(rows: list[Row], rival: str | None, *, invented: bool) -> str:
     difference = best.against_best_rival
     if difference is None:
         return f"{best.name} has nothing to compare with: {rival}, the best rival on development, could not be measured"
-    # A log-likelihood is below 0, a share is not; both are told in hundredths.
-    unit = "points" if best.test["score"] >= 0 else "hundredths of a nat a token"
+    unit = "hundredths of a nat a token" if in_nats([best.test["score"]]) else "points"
     points = (
         f"{100 * difference['difference']:+.1f} {unit} on test, {100 * difference['level']:.0f} % interval "
     )

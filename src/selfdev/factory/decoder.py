@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from selfdev.models.limits import WINDOW, context_limit
 from selfdev.models.output_head import head_in_blocks
-from selfdev.models.shared_prefix import LayerCache, SharedPrefix, alike, attending
+from selfdev.models.shared_prefix import OTHER_ARCHITECTURE, LayerCache, SharedPrefix, alike, attending
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +88,10 @@ def shares_prefix(model: PreTrainedModel) -> bool:
             batch.step([row])
             row.tokens.append(tokens[5])
             logits = batch.step([row])[0].float()
-    except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
-        return False  # there are no keys and values in its cache, or they have other shapes
+    except torch.OutOfMemoryError:
+        raise
+    except OTHER_ARCHITECTURE:
+        return False
     return alike(logits, expected, expected, model.dtype)
 
 

@@ -17,7 +17,7 @@ from selfdev.errors import UserError
 from selfdev.factory.lora_linear import lean_lora
 from selfdev.factory.packed_attention import IMPLEMENTATION, stretches
 from selfdev.factory.vocabulary import token_log_probs
-from selfdev.models.shared_prefix import alike, attending
+from selfdev.models.shared_prefix import OTHER_ARCHITECTURE, alike, attending
 
 Model: TypeAlias = PreTrainedModel | PeftModel
 
@@ -111,16 +111,9 @@ def check_training(model: PreTrainedModel) -> None:
         try:
             packed = completion_log_probs(model, prompt, completions)
             right = all(_as_plain(model, prompt, *each) for each in zip(completions, packed, strict=True))
-        except (
-            UserError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            IndexError,
-        ) as error:
-            # It does not call the attention interface, or caps its scores, or has no output layer.
+        except torch.OutOfMemoryError:
+            raise
+        except (UserError, *OTHER_ARCHITECTURE) as error:
             right, cause = False, error
     if not right:
         raise UserError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import FACTOR, Archive, ArchiveError, Candidate
+from selfdev.archive import FACTOR, Archive, ArchiveError, Candidate, Evaluation, in_nats
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.merging.algorithm import Algorithm, Found, JailedProgram, Origin, jail
@@ -54,8 +54,9 @@ def load_candidate(run: Path, name: str) -> Discovered:
             if candidate is None:
                 raise UserError(f"{run} has no candidate '{name}'; `selfdev show {run}` names the best")
             config = parse_config(archive.run.config, str(run))
-            evidence = _evidence(archive, config, candidate)
-            factor = _factor(archive, name)
+            best = _best(archive, name)
+            evidence = _evidence(archive, config, candidate, best)
+            factor = _factor(archive, name, best)
     except ArchiveError as error:
         raise UserError(str(error)) from error
     if candidate.source is None or candidate.status == "failed":
@@ -97,32 +98,39 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
     return Found(config.merge.targets, opened)
 
 
-def _factor(archive: Archive, name: str) -> float:
-    """The scale at which the program was best on development; a transfer keeps the one it was applied at.
-
-    That is the verdict's, which minds floors; a program that was not in it has the scale of its highest score.
-    """
+def _table(archive: Archive) -> list[dict[str, Any]]:
+    """The verdict's, empty before it."""
     reached = archive.verdict()
-    for row in [] if reached is None or reached[1] is None else reached[1]["table"]:
-        if row["name"] == name:
-            return float(row["parameters"].get(FACTOR, 1.0))
+    return [] if reached is None or reached[1] is None else list(reached[1]["table"])
+
+
+def _best(archive: Archive, name: str) -> Evaluation | None:
+    """The program's highest score on development; in a transfer, which scores no program there, on test."""
     tried = archive.evaluations("candidate", name) + archive.evaluations("scaled", name)
     tried = tried or archive.evaluations(subject=name, split="test")
-    scored = [each for each in tried if each.score is not None]
-    return max(scored, key=lambda each: each.score or 0.0).factor if scored else 1.0
+    return max((e for e in tried if e.score is not None), key=lambda e: e.score or 0.0, default=None)
 
 
-def _evidence(archive: Archive, config: Config, candidate: Candidate) -> list[str]:
-    """A table of what the run measured: the candidate, the seed and the best rival, and what the scores rest on."""
-    reached = archive.verdict()
-    table = [] if reached is None or reached[1] is None else reached[1]["table"]
+def _factor(archive: Archive, name: str, best: Evaluation | None) -> float:
+    """The scale that a program is applied at: the verdict's, which minds floors, or that of its highest score."""
+    for row in _table(archive):
+        if row["name"] == name:
+            return float(row["parameters"].get(FACTOR, 1.0))
+    return 1.0 if best is None else best.factor
+
+
+def _evidence(archive: Archive, config: Config, candidate: Candidate, best: Evaluation | None) -> list[str]:
+    """A table of what the run measured: the candidate, the seed and the rivals, and what the scores rest on."""
+    table = _table(archive)
+    nats = in_nats([*(row["dev"]["score"] for row in table), None if best is None else best.score])
     shown = [row for row in table if row["name"] == candidate.name or row["kind"] in ("seed", "rival")]
     lines = [
         f"Task `{config.task.name}`, seed `{config.merge.seed}`, experts "
         + ", ".join(f"`{name}={source}`" for name, source in config.merge.experts.items())
-        + ". Scores hold for these models; on others they are unknown.",
+        + ". Scores hold for these models; on others they are unknown. They are "
+        + ("log-likelihoods in 0.01 nats a token." if nats else "right answers in %."),
         "",
-        "| what | kind | development | test | 95 % interval |",
+        f"| what | kind | development | test | {100 * config.verdict.level:g} % interval |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in shown:
@@ -133,9 +141,8 @@ def _evidence(archive: Archive, config: Config, candidate: Candidate) -> list[st
         dev = "" if dev["score"] is None else f"{100 * dev['score']:.1f} ({dev['questions']} questions)"
         lines.append(f"| {row['name']} | {row['kind']} | {dev} | {score} | {interval} |")
     if candidate.name not in {row["name"] for row in shown}:
-        for each in archive.evaluations("candidate", candidate.name):
-            score = "" if each.score is None else f"{100 * each.score:.1f} ({each.questions} questions)"
-            lines.append(f"| {candidate.name} | {candidate.status} | {score} | | |")
+        score = "" if best is None else f"{100 * (best.score or 0.0):.1f} ({best.questions} questions)"
+        lines.append(f"| {candidate.name} | {candidate.status} | {score} | | |")
     weights = archive.run.facts.get("seed")
     if weights:
         lines += ["", f"The run's seed had weights of sha256 `{weights}`."]

@@ -212,6 +212,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.01}
 """Difference of two ways to compute the same, as a share of the logits' range; 0.05 for narrower types."""
 
 
+OTHER_ARCHITECTURE = (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError)
+"""What trying a model raises that attends in a way of its own, or has no cache or output layer, or others. Where memory
+is short torch raises a RuntimeError too, which says nothing of the architecture."""
+
+
 def alike(found: Tensor, expected: Tensor, logits: Tensor, dtype: torch.dtype) -> bool:
     """Whether what two ways have computed differs by rounding alone, on the scale of some logits of the model."""
     spread = float(logits.max() - logits.min())

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
-from selfdev.archive import Candidate, Evaluation
+from selfdev.archive import Candidate, Evaluation, in_nats
 from selfdev.candidates import candidate_name
 from selfdev.errors import UserError
 from selfdev.evaluation.objective import mean_by_group
@@ -182,7 +182,7 @@ def _status(known: dict[str, Any]) -> str:
 
 def _scores(evaluations: list[dict[str, Any]]) -> RenderableType:
     groups = list(dict.fromkeys(group for e in evaluations for group in e["groups"]))
-    nats = any((e["score"] or 0.0) < 0 for e in evaluations)
+    nats = in_nats(e["score"] for e in evaluations)
     rows = table(
         "log-likelihood in 0.01 nats a token" if nats else "accuracy in %",
         "score",

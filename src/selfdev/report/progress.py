@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from selfdev.archive import Candidate, Evaluation
+from selfdev.archive import Candidate, Evaluation, in_nats
 from selfdev.config import Config
 from selfdev.evaluation.rivals import best_rival
 from selfdev.evaluation.standing import LEARNING, ranked_new
@@ -193,7 +193,7 @@ class Progress:
 
 def _scored(evaluation: Evaluation) -> str:
     """Who it is, and the score on development: a share of right answers, or a log-likelihood."""
-    unit = "%" if (evaluation.score or 0.0) >= 0 else "hundredths of a nat a token"
+    unit = "hundredths of a nat a token" if in_nats([evaluation.score]) else "%"
     return f"{evaluation.subject} {percent(evaluation.score)} {unit}"
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
-from selfdev.archive import FACTOR
+from selfdev.archive import FACTOR, in_nats
 from selfdev.evaluation.standing import LEARNING
 from selfdev.lock import is_held
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
@@ -152,7 +152,7 @@ def scores_table(summary: dict[str, Any], run: "Run") -> RenderableType:
 
 def _in_nats(summary: dict[str, Any]) -> bool:
     """Whether scores are log-likelihoods, and no shares of right answers."""
-    return any((row["dev"]["score"] or 0.0) < 0 for row in summary["table"])
+    return in_nats(row["dev"]["score"] for row in summary["table"])
 
 
 def _notes(summary: dict[str, Any], run: "Run", best_rival: str | None) -> Iterator[str]:
