@@ -39,7 +39,6 @@ from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models import shared_prefix
 from selfdev.models.sources import resolve
 from selfdev.sandbox import Sandbox
-from selfdev.session import jail_limits
 from selfdev.watcher import Tick
 from selfdev.writing import Writing
 
@@ -104,7 +103,7 @@ class Judge:
         try:
             distance = explained_by_combination(self.scorer.merge(candidate), self.scorer.vectors.vectors)
         except Refused as refused:
-            return replace(candidate, status=refused.status, failure=refused.failure, error=refused.error)
+            return replace(candidate, status="failed", failure=refused.failure, error=refused.error)
         return replace(candidate, status="trivial") if distance <= REAL_TOLERANCE else candidate
 
 
@@ -147,7 +146,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         config = load_config("quickstart")
-        box = stack.enter_context(Sandbox(jail_limits(config)))
+        box = stack.enter_context(Sandbox(config.jail.limits))
         folder = resolve(config.merge.seed)
         experts = {name: resolve(source) for name, source in config.merge.experts.items()}
         vectors = read_task_vectors(folder, experts, config.merge.targets)

@@ -28,7 +28,6 @@ from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.sources import resolve
 from selfdev.results import Run, open_run
 from selfdev.sandbox import Sandbox
-from selfdev.session import jail_limits
 from selfdev.zoo import zoo_models
 
 HOME, AWAY = "the run's sealed test", "models that no run has seen"
@@ -98,7 +97,7 @@ def evaluator(run: Run, place: str, box: Sandbox, development: int | None = None
 
 def score(run: Run, done: Scores) -> Iterator[Scores]:
     """Score what is not `done` yet; gives everything after each program."""
-    with Sandbox(jail_limits(run.config)) as box:
+    with Sandbox(run.config.jail.limits) as box:
         for place in (HOME, AWAY):
             scores = done.setdefault(place, {})
             programs = [each for its in new_ones(run).values() for each in its]

@@ -27,15 +27,14 @@ from typing import Any
 
 from population import HOME, LEAST, evaluator
 from quickstart import interval
-from selfdev.algorithms.screening import History, Novelty, Screen
+from selfdev.algorithms.screening import REAL_TOLERANCE, History, Novelty, Screen
 from selfdev.archive import FACTOR, Candidate
 from selfdev.candidates import read_candidate, remember, screened
-from selfdev.evaluation.evaluator import Evaluator, Refused, score_again
+from selfdev.evaluation.evaluator import DISTANCE, Evaluator, Refused, score_again
 from selfdev.evaluation.standing import NORMED, repairs_of
 from selfdev.factory.factory import LocalFactory
 from selfdev.results import Run, open_run
 from selfdev.sandbox import Sandbox
-from selfdev.session import jail_limits
 
 FIRST_SET = 100
 """Counted as an iteration, which names prompts and random streams: beyond those of any run."""
@@ -66,9 +65,14 @@ def adapters_before(run: Run, arm: str) -> list[Path]:
     return rounds[-1:] if run.config.refinement.refit == "fresh" else rounds
 
 
-def gain(judge: Evaluator, candidate: Candidate, norm: float | None, base: float) -> float:
-    """A new program's gain over the seed on the sealed test, in points, at its better scale of development."""
+def gain(judge: Evaluator, candidate: Candidate, norm: float | None, base: float) -> float | None:
+    """A new program's gain over the seed on the sealed test, in points, at its better scale of development.
+
+    None if it is a linear combination on the real tensors.
+    """
     tried = [judge.candidate(candidate, "development")]
+    if tried[0].parameters[DISTANCE] <= REAL_TOLERANCE:
+        return None
     if norm is not None:
         tried.append(score_again(judge, candidate, "development", NORMED, 1.0, norm))
     best = max(tried, key=lambda each: each.score or 0.0)
@@ -103,9 +107,14 @@ def measure(
             candidate = screened(candidate, found)
             if found.novelty is Novelty.NEW:
                 try:
-                    gains.append(gain(judge, candidate, run.config.scaling.norm, base))
-                except Refused as refused:
-                    candidate = replace(candidate, status=refused.status)
+                    gained = gain(judge, candidate, run.config.scaling.norm, base)
+                except Refused:
+                    candidate = replace(candidate, status="failed")
+                else:
+                    if gained is None:
+                        candidate = replace(candidate, status="trivial")
+                    else:
+                        gains.append(gained)
             remember(history, candidate)
         cell[candidate.status or "failed"] += 1
     return {**cell, "gains": gains}
@@ -133,7 +142,7 @@ def measured(
         return
     run = open_run(folder)
     factory = LocalFactory(run.config)
-    with Sandbox(jail_limits(run.config)) as box:
+    with Sandbox(run.config.jail.limits) as box:
         screen, judge = Screen(box), evaluator(run, HOME, box, run.config.task.development)
         for arm, temperature, number in wanted:
             cells[key(arm, temperature, number)] = measure(

@@ -254,6 +254,8 @@ def test_a_run_that_is_not_done_says_how_to_go_on(tmp_path: Path, capsys: pytest
 
 
 def test_resuming_a_run_that_is_done_shows_it(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", str(done), "--set", "programs=9"]) == 2
+    assert f"{done} is done, and --set changes nothing of it" in capsys.readouterr().err
     assert main(["resume", str(done)]) == 0
     assert "learning/1/003 beats ties." in capsys.readouterr().out
 

@@ -249,7 +249,10 @@ def test_the_command_line(finished: Run, tmp_path: Path, capsys: pytest.CaptureF
     for name, source in EXPERTS.items():
         words += ["--expert", f"{name}={source}"]
     assert main(words) == 0
-    shown = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "best on development so far" not in printed.err  # no program is scored there
+    assert "best rival: " in printed.err
+    shown = json.loads(printed.out)
     assert shown == Transfer(out).summary()
     assert shown["transfer"]["experts"] == EXPERTS
     assert list(shown["transfer"]["programs"]) == [

@@ -23,6 +23,6 @@ class Interrupted(SelfdevError):
 
 
 class Halted(SelfdevError):
-    """What a run needs is not to be had now, and may be later: `runs` says how to go on. Exit code 3."""
+    """What a run needs is not to be had now, and may be later: `session.told` says how to go on. Exit code 3."""
 
     exit_code = 3

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import Archive, Candidate, Iteration
+from selfdev.archive import ARCHIVE, Archive, Candidate, Iteration
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.diversity import diversity
@@ -14,7 +14,7 @@ from selfdev.evaluation.evaluator import DISTANCE, ORDER
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new, repairs_of, scores_on_first
 from selfdev.factory.prompt import base_of
-from selfdev.session import ARCHIVE, told
+from selfdev.session import told
 
 
 def open_run(folder: Path | str) -> "Run":

@@ -1,6 +1,7 @@
 """A run: started, and resumed.
 
-A run is a folder: `archive.db`, `adapters/` with what the factory learned, and `written.db` where a server writes.
+A run is a folder: `archive.db`, `adapters/` with what the factory learned, `transfers/`, a `lock`, and, where a server
+writes, `written.db` and `served/` with the adapters that it was given.
 """
 
 import shutil
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from selfdev.algorithms.screening import Screen
-from selfdev.archive import Archive
+from selfdev.archive import ARCHIVE, Archive
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, change_config, parse_config
 from selfdev.cycle import Cycle
@@ -27,7 +28,7 @@ from selfdev.models.device import Place
 from selfdev.results import Run
 from selfdev.roles import Factory
 from selfdev.sandbox import Sandbox
-from selfdev.session import ARCHIVE, TRANSFER, alone, jail_limits, machine_facts, told
+from selfdev.session import TRANSFER, alone, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 ADAPTER_SPACE = 1024**3
@@ -103,6 +104,10 @@ def resume(
         )
     config = parse_config(record.config, str(folder))
     if record.status == "done" and not again:
+        if changes:
+            raise UserError(
+                f"{folder} is done, and --set changes nothing of it; leave it out, or begin another run"
+            )
         return Run(folder)
     if changes:
         config = change_config(config, changes, str(folder))
@@ -133,7 +138,7 @@ def _carry_out(
         stack.enter_context(alone(folder))
         with watch.phase("models") as tick:
             tick(0, 4, "jail")
-            box = stack.enter_context(Sandbox(jail_limits(config), unsafe=unsafe_sandbox))
+            box = stack.enter_context(Sandbox(config.jail.limits, unsafe=unsafe_sandbox))
             tick(1, 4, "seed and experts")
             found = find_relatives(config.merge.seed, config.merge.experts)
             vectors = read_task_vectors(found.seed, found.experts, config.merge.targets)

@@ -6,28 +6,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 
 import selfdev
-from selfdev.archive import ArchiveError
-from selfdev.config import Config
+from selfdev.archive import ARCHIVE, ArchiveError
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.lock import held
-from selfdev.sandbox import Limits, SandboxUnavailable
+from selfdev.sandbox import SandboxUnavailable
 
-ARCHIVE = "archive.db"
 TRANSFER = "transfer"
 """Among the facts of an archive that is a transfer's and no run's; see `selfdev.transfers`."""
-
-
-def jail_limits(config: Config) -> Limits:
-    """What each jailed program of a run may use."""
-    return Limits(
-        wall_seconds=config.jail.wall_seconds,
-        cpu_seconds=2 * config.jail.wall_seconds + 1,  # never first: one loop, one class of failure
-        memory_bytes=config.jail.memory_mb * 1000**2,
-    )
 
 
 def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
@@ -37,6 +27,7 @@ def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
             "selfdev": selfdev.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "peft": peft.__version__,
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdev.algorithms.library import method
-from selfdev.archive import FACTOR, Archive, Candidate
+from selfdev.archive import ARCHIVE, FACTOR, Archive, Candidate
 from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
@@ -36,7 +36,7 @@ from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
 from selfdev.results import Run
 from selfdev.sandbox import Sandbox
-from selfdev.session import ARCHIVE, TRANSFER, alone, jail_limits, machine_facts, told
+from selfdev.session import TRANSFER, alone, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 FOLDER = "transfers"
@@ -81,7 +81,7 @@ def transfer(
         stack.enter_context(told(folder, go_on="the same command"))
         stack.enter_context(alone(folder))
         with watch.phase("models"):
-            box = stack.enter_context(Sandbox(jail_limits(plan.config), unsafe=unsafe_sandbox))
+            box = stack.enter_context(Sandbox(plan.config.jail.limits, unsafe=unsafe_sandbox))
             scorer = Evaluator(
                 plan.seed,
                 plan.vectors,
@@ -276,7 +276,7 @@ def _config(
                 "the transfer; name another task with --task"
             )
         counts[str(split)] = min(wanted, left)
-    same = task.fingerprint == load_task(of_run.task.name).fingerprint
+    same = task.fingerprint == origin.archive.run.facts["task"]
     settings = of_run.task.model_dump(mode="json", exclude=set() if same else {"weights", "floors"})
     rivals = {name: method(name).experts for name in of_run.rivals}
     left_out = [name for name, count in rivals.items() if count not in (None, len(experts))]

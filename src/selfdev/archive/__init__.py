@@ -1,6 +1,7 @@
 """The run's database: everything that was written, run, scored, preferred and learned."""
 
 from selfdev.archive.database import Archive, TestSealed
+from selfdev.archive.file import NAME as ARCHIVE
 from selfdev.archive.file import ArchiveError
 from selfdev.archive.records import (
     FACTOR,
@@ -15,6 +16,7 @@ from selfdev.archive.records import (
 )
 
 __all__ = [
+    "ARCHIVE",
     "FACTOR",
     "Archive",
     "ArchiveError",

@@ -9,6 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+NAME = "archive.db"
+"""Of the file in a run's folder."""
 APPLICATION_ID = 0x5E1FDE0
 VERSION = 5
 ADDED = {

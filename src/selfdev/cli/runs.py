@@ -61,7 +61,7 @@ def resume(
     from selfdev.runs import resume as go_on
 
     earlier = open_run(folder)
-    if earlier.archive.run.status == "done" and not again:
+    if earlier.archive.run.status == "done" and not (again or changes):
         print_run(earlier, unsafe_sandbox, as_json)
         return
     with Progress(terminal(unsafe_sandbox, to_stderr=as_json), earlier.config) as watch:

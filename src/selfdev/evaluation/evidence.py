@@ -35,7 +35,7 @@ class Evidence:
         scaled = [e for e in archive.evaluations("scaled") if e.number == NORMED]
         for each in archive.evaluations("candidate") + scaled:
             # One that left a race has fewer outcomes, and none that came later.
-            if each.outcomes is not None and each.split == "development":
+            if each.outcomes is not None:
                 best = self._best.get(each.subject)
                 if best is None or (each.score or 0.0) > (best.score or 0.0):
                     self._best[each.subject] = each

@@ -26,7 +26,7 @@ def with_new_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     """Put a new adapter on a model, which changes nothing yet; the global random stream is left alone."""
     lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds every GPU too
         adapted: PeftModel = get_peft_model(model, lora)
     return adapted
 

@@ -5,7 +5,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -324,11 +324,14 @@ class Training:
 
     def _rehearsed(self, prompt: Prompt) -> list[Tokens]:
         """The worked examples that a prompt does not show, as it would be continued with them."""
-        return [
-            tuple(completion(self._tokenizer, source))
-            for name, source in sorted(self._sources.items())
-            if name not in prompt.examples
-        ]
+        return [tokens for name, tokens in self._worked.items() if name not in prompt.examples]
+
+    @cached_property
+    def _worked(self) -> dict[str, Tokens]:
+        """All worked examples, as a prompt would be continued with them."""
+        return {
+            name: tuple(completion(self._tokenizer, source)) for name, source in sorted(self._sources.items())
+        }
 
     def _shunned(self, pairs: Sequence[tuple[Prompt, Tokens, Tokens]]) -> list[Preference]:
         """Under each prompt, its chosen programs in turn preferred to the worked examples that it shows first."""
@@ -339,9 +342,9 @@ class Training:
             Preference(
                 tuple(prompt.tokens(self._tokenizer)),
                 list(answers)[place % len(answers)],
-                tuple(completion(self._tokenizer, self._sources[name])),
+                self._worked[name],
             )
             for prompt, answers in chosen.items()
             for place, name in enumerate(prompt.examples[: self.config.refinement.shun_examples])
-            if name in self._sources  # a prompt of `showing` has a program among its examples
+            if name in self._worked  # a prompt of `showing` has a program among its examples
         ]

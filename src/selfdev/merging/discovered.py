@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import FACTOR, Archive, ArchiveError, Candidate, Evaluation, in_nats
+from selfdev.archive import ARCHIVE, FACTOR, Archive, ArchiveError, Candidate, Evaluation, in_nats
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.merging.algorithm import Algorithm, Found, JailedProgram, Origin, jail
-from selfdev.sandbox import Limits
 from selfdev.streams import stream_seed
-
-_ARCHIVE = "archive.db"
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def load_candidate(run: Path, name: str) -> Discovered:
         UserError: no such run or candidate, or one that does not work.
     """
     try:
-        with Archive.open(run / _ARCHIVE, read_only=True) as archive:
+        with Archive.open(run / ARCHIVE, read_only=True) as archive:
             candidate = archive.candidate(name)
             if candidate is None:
                 raise UserError(f"{run} has no candidate '{name}'; `selfdev show {run}` names the best")
@@ -88,11 +85,9 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
     def seed_of(tensor: str) -> int:
         return stream_seed(config.seed, *found.stream, tensor)
 
-    limits = Limits(wall_seconds=config.jail.wall_seconds, memory_bytes=config.jail.memory_mb * 1000**2)
-
     @contextmanager
     def opened(experts: int, largest: int) -> Iterator[Algorithm]:
-        with jail(limits, experts, largest) as box:
+        with jail(config.jail.limits, experts, largest) as box:
             yield JailedProgram(found.origin, box, seed_of, found.factor)
 
     return Found(config.merge.targets, opened)

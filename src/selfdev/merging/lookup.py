@@ -11,6 +11,7 @@ import torch
 from selfdev.algorithms.library import method as library_method
 from selfdev.algorithms.library import methods
 from selfdev.algorithms.source import ENTRY
+from selfdev.archive import ARCHIVE
 from selfdev.errors import UserError
 from selfdev.merging.algorithm import (
     Algorithm,
@@ -50,7 +51,7 @@ def find(recipe: Recipe) -> Found:
         return find_candidate(Path(os.path.expanduser(run)), candidate, parameters)
     if word.endswith((".yml", ".yaml")):
         raise UserError(f"method '{word}' is a YAML file; give a configuration of mergekit's with --config")
-    if os.path.isfile(os.path.join(os.path.expanduser(word), "archive.db")):
+    if os.path.isfile(os.path.join(os.path.expanduser(word), ARCHIVE)):
         raise UserError(f"method '{word}' is a run; name one of its programs, as in {word}:learning/1/001")
     library_method(word)  # which says what is known
     raise AssertionError(word)

@@ -24,12 +24,12 @@ def _lines(measured: Measurement, agreement: Agreement | None) -> Iterator[str]:
     yield f"{measured.model} on {measured.task}, {asked}, {measured.seconds:.1f} s, {measured.place}"
     if measured.low is None or measured.high is None:
         yield f"score       {measured.score:.3f} nats a token (above is better)"
-        yield from (f"  {group:10}{mean:.3f}" for group, mean in _several(measured.groups))
+        yield from (f"  {group}{mean:.3f}" for group, mean in _several(measured.groups))
     else:
         interval = f"95 % interval {_percent(measured.low)} to {_percent(measured.high)}"
         yield f"score       {_percent(measured.score)}, {interval}"
-        yield from (f"  {group:16}{_percent(mean)}" for group, mean in _several(measured.groups))
-        yield from (f"  by {name:16}{_percent(share)}" for name, share in measured.extractions.items())
+        yield from (f"  {group}{_percent(mean)}" for group, mean in _several(measured.groups))
+        yield from (f"  by {name}{_percent(share)}" for name, share in _padded(measured.extractions))
     if agreement is not None:
         same = f"the same verdict on {agreement.verdicts} of {agreement.questions}"
         if agreement.extracted is not None:
@@ -40,7 +40,13 @@ def _lines(measured: Measurement, agreement: Agreement | None) -> Iterator[str]:
 
 
 def _several(groups: dict[str, float]) -> list[tuple[str, float]]:
-    return list(groups.items()) if len(groups) > 1 else []
+    return _padded(groups) if len(groups) > 1 else []
+
+
+def _padded(figures: dict[str, float]) -> list[tuple[str, float]]:
+    """Names filled up to the longest, and their figures."""
+    width = max(map(len, figures), default=0) + 2
+    return [(f"{name:{width}}", figure) for name, figure in figures.items()]
 
 
 def _percent(share: float) -> str:

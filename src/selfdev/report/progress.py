@@ -158,9 +158,11 @@ class Progress:
 
     def _lead(self) -> str:
         best, rival = self._best.get(LEARNING), self._rival
+        against = "best rival: " + ("none tuned yet" if rival is None else _scored(rival))
+        if not self._found:  # a transfer scores no program on development
+            return against
         found = "nothing new" if best is None else _scored(best)
-        against = "none tuned yet" if rival is None else _scored(rival)
-        return f"best on development so far: {found}; best rival: {against}"
+        return f"best on development so far: {found}; {against}"
 
     def _title(self, name: str, arm: str | None, iteration: int | None) -> str:
         if arm is None:

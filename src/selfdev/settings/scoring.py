@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator
 
+from selfdev.sandbox import Limits
 from selfdev.settings.section import Device, Dtype, Section
 
 
@@ -90,3 +91,12 @@ class Jail(Section):
 
     wall_seconds: float = Field(10.0, ge=0.1, le=3600, description="Until it is killed.")
     memory_mb: int = Field(1024, ge=64, description="Above what the bare process takes, in MB.")
+
+    @property
+    def limits(self) -> Limits:
+        """As the jail takes them."""
+        return Limits(
+            wall_seconds=self.wall_seconds,
+            cpu_seconds=2 * self.wall_seconds + 1,  # never first: one loop, one class of failure
+            memory_bytes=self.memory_mb * 1000**2,
+        )
