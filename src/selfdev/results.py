@@ -1,12 +1,13 @@
 """A run as its folder tells it, finished or not."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from selfdev.archive import ARCHIVE, Archive, Candidate, Iteration
+from selfdev.algorithms.screening import Novelty
+from selfdev.archive import ARCHIVE, Archive, Candidate
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.diversity import diversity
@@ -72,7 +73,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """All that `selfdev show --json` prints; scores in 0..1."""
-        verdict, first, evidence = self.verdict, scores_on_first(self.archive), Evidence(self.archive)
+        verdict = self.verdict
         best, scored = next(iter(ranked_new(self.archive, LEARNING)), (None, None))
         return {
             "run": self._record(),
@@ -93,9 +94,7 @@ class Run:
             "gains": None if verdict is None else verdict.get("gains"),
             "table": [] if verdict is None else verdict["table"],
             "pareto": pareto(self.archive, LEARNING),
-            "iterations": [
-                self._iteration(i, first, evidence) for i in self.archive.iterations() if is_written(i.arm)
-            ],
+            "iterations": self._iterations(),
         }
 
     def _change_by_order(self, name: str) -> float | None:
@@ -124,50 +123,64 @@ class Run:
             ],
         }
 
-    def _seconds(self, arm: str, t: int) -> dict[str, float]:
-        """What an iteration of an arm took; an arm that wrote what another one wrote has that one's time."""
-        written = self.archive.candidates(arm, t)
-        names = {c.name for c in written}
-        scored = [e for kind in ("candidate", "scaled") for e in self.archive.evaluations(kind)]
-        mended = {c.name for c in self.archive.candidates(repairs_of(arm), t)}
-        repairs = [i.seconds for i in self.archive.iterations(repairs_of(arm)) if i.iteration == t]
-        repairs += [e.seconds for e in scored if e.subject in mended]
-        return {
-            "writing": sum(i.seconds for i in self.archive.iterations(arm) if i.iteration == t),
-            "screening": sum(c.screening or 0.0 for c in written),
-            "scoring": sum(e.seconds for e in scored if e.subject in names),
-            "learning": sum(repairs + [r.seconds for r in self.archive.refinements(arm) if r.iteration == t]),
-        }
+    def _iterations(self) -> list[dict[str, Any]]:
+        """What every iteration of every arm came to, in the order in which they were written."""
+        first, evidence = scores_on_first(self.archive), Evidence(self.archive)
+        scoring: dict[str, float] = {}
+        for each in self.archive.evaluations("candidate") + self.archive.evaluations("scaled"):
+            scoring[each.subject] = scoring.get(each.subject, 0.0) + each.seconds
+        found = [
+            each
+            for arm in dict.fromkeys(i.arm for i in self.archive.iterations() if is_written(i.arm))
+            for each in self._of_arm(arm, first, evidence, scoring)
+        ]
+        return sorted(found, key=lambda each: (each["iteration"], each["arm"]))
 
-    def _iteration(
-        self, iteration: Iteration, first: Mapping[str, float], evidence: Evidence
-    ) -> dict[str, Any]:
-        """What an arm's iteration came to; `first` is `scores_on_first` of the run."""
-        arm, t = iteration.arm, iteration.iteration
-        written = self.archive.candidates(arm, t)
-        earlier = [c for c in self.archive.candidates(arm) if c.iteration < t]
-        learned = self.archive.refinement(arm, t)
-        # What a program of a repair turn may have copied is what the usual prompt shows.
-        prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
-        scores = [first[c.name] for c in written if c.name in first]
-        finished = [e.score for c, e in ranked_new(self.archive, arm, tuned=False) if c.iteration == t]
-        count = {
-            status: sum(c.status == status for c in written)
-            for status in ("trivial", "known", "repeated", "new")
-        }
-        return {
-            "iteration": t + 1,
-            "arm": arm,
-            "temperature": iteration.temperature,
-            "written": len(written),
-            "working": sum(count.values()),
-            **count,
-            "better": sum(evidence.better(c.name) for c in written if c.status == "new"),
-            **asdict(diversity(written, earlier, prompts)),
-            "evaluated": len(scores),
-            "best_dev": finished[0] if finished else None,
-            "mean_dev": sum(scores) / len(scores) if scores else None,
-            "pairs": len(self.archive.pairs(arm, t)),
-            "nothing_learned": None if learned is None else learned.why_nothing,
-            "seconds": self._seconds(arm, t),
-        }
+    def _of_arm(
+        self, arm: str, first: Mapping[str, float], evidence: Evidence, scoring: Mapping[str, float]
+    ) -> Iterator[dict[str, Any]]:
+        """What an arm's iterations came to.
+
+        Args:
+            arm: one that writes.
+            first: `scores_on_first` of the run.
+            evidence: of the run.
+            scoring: seconds by program.
+        """
+        candidates, repaired = self.archive.candidates(arm), self.archive.candidates(repairs_of(arm))
+        ranked = ranked_new(self.archive, arm, tuned=False)
+        repairing = {i.iteration: i.seconds for i in self.archive.iterations(repairs_of(arm))}
+        rounds = {r.iteration: r for r in self.archive.refinements(arm)}
+        for iteration in self.archive.iterations(arm):
+            t, learned = iteration.iteration, rounds.get(iteration.iteration)
+            written = [c for c in candidates if c.iteration == t]
+            # What a program of a repair turn may have copied is what the usual prompt shows.
+            prompts = [iteration.prompts[base_of(text, iteration.prompts)] for text in iteration.prompts]
+            scores = [first[c.name] for c in written if c.name in first]
+            finished = [e.score for c, e in ranked if c.iteration == t]
+            count = {str(status): sum(c.status == status for c in written) for status in Novelty}
+            mended = sum(scoring.get(c.name, 0.0) for c in repaired if c.iteration == t)
+            yield {
+                "iteration": t + 1,
+                "arm": arm,
+                "temperature": iteration.temperature,
+                "written": len(written),
+                "working": sum(count.values()),
+                **count,
+                "better": sum(evidence.better(c.name) for c in written if c.status == "new"),
+                **asdict(diversity(written, [c for c in candidates if c.iteration < t], prompts)),
+                "evaluated": len(scores),
+                "best_dev": finished[0] if finished else None,
+                "mean_dev": sum(scores) / len(scores) if scores else None,
+                "pairs": len(self.archive.pairs(arm, t)),
+                "nothing_learned": None if learned is None else learned.why_nothing,
+                # Of an arm that wrote what another one wrote it is that one's time.
+                "seconds": {
+                    "writing": iteration.seconds,
+                    "screening": sum(c.screening or 0.0 for c in written),
+                    "scoring": sum(scoring.get(c.name, 0.0) for c in written),
+                    "learning": repairing.get(t, 0.0)
+                    + mended
+                    + (0.0 if learned is None else learned.seconds),
+                },
+            }

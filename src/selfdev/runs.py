@@ -138,7 +138,9 @@ def _carry_out(
         stack.enter_context(alone(folder))
         with watch.phase("models") as tick:
             tick(0, 4, "jail")
-            box = stack.enter_context(Sandbox(config.jail.limits, unsafe=unsafe_sandbox))
+            box = stack.enter_context(
+                Sandbox(config.jail.limits, unsafe=unsafe_sandbox, workers=config.jail.workers)
+            )
             tick(1, 4, "seed and experts")
             found = find_relatives(config.merge.seed, config.merge.experts)
             vectors = read_task_vectors(found.seed, found.experts, config.merge.targets)

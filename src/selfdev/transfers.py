@@ -81,7 +81,9 @@ def transfer(
         stack.enter_context(told(folder, go_on="the same command"))
         stack.enter_context(alone(folder))
         with watch.phase("models"):
-            box = stack.enter_context(Sandbox(plan.config.jail.limits, unsafe=unsafe_sandbox))
+            box = stack.enter_context(
+                Sandbox(plan.config.jail.limits, unsafe=unsafe_sandbox, workers=plan.config.jail.workers)
+            )
             scorer = Evaluator(
                 plan.seed,
                 plan.vectors,

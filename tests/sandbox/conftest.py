@@ -37,7 +37,9 @@ def narrow_box() -> Iterator[Sandbox]:
 @pytest.fixture(scope="session")
 def plain_box() -> Iterator[Sandbox]:
     """What the unsafe mode is where there is no forkserver."""
-    sandbox = Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=1024**3), unsafe=True, plain=True)
+    sandbox = Sandbox(
+        Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=1024**3), unsafe=True, plain=True, workers=2
+    )
     with pytest.warns(UserWarning, match="UNSAFE"):
         sandbox.__enter__()
     yield sandbox

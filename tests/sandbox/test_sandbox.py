@@ -82,7 +82,7 @@ def test_no_calls_give_no_outcomes(box: Sandbox) -> None:
     assert box.merge_many(SUM, []) == []
 
 
-def test_workers_change_nothing_but_the_time(box: Sandbox) -> None:
+def test_workers_change_nothing_but_the_time() -> None:
     # A program that remembers what it has seen in its process shows which calls shared a child.
     source = (
         "import torch\ntorch.seen = getattr(torch, 'seen', 0) + 1\n"
@@ -90,13 +90,12 @@ def test_workers_change_nothing_but_the_time(box: Sandbox) -> None:
     )
     calls = [{"a": torch.zeros(4)} for _ in range(3 * CHUNK_CALLS)]
     seeds = list(range(len(calls)))
-    one, two, three = (
-        [
-            tensor_of(outcome).tolist()
-            for outcome in box.merge_many(source, calls, seeds=seeds, workers=workers)
-        ]
-        for workers in (1, 2, 3)
-    )
+
+    def merged(workers: int) -> list[list[float]]:
+        with Sandbox(workers=workers) as own:
+            return [tensor_of(outcome).tolist() for outcome in own.merge_many(source, calls, seeds=seeds)]
+
+    one, two, three = map(merged, (1, 2, 3))
     assert one == two == three
     assert [int(values[0]) for values in one] == [i % CHUNK_CALLS + 1 for i in range(len(calls))]
 

@@ -80,7 +80,12 @@ def test_memory_files_never_land_on_the_standard_streams(tmp_path: Path) -> None
     assert (tmp_path / "answer").read_text() == "[2.0, 2.0]"
 
 
-def test_children_and_descriptors_are_given_back(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+def test_children_and_descriptors_are_given_back(model_dict: dict[str, torch.Tensor]) -> None:
+    with Sandbox(workers=3) as own:
+        _check_given_back(own, model_dict)
+
+
+def _check_given_back(box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
     def held() -> tuple[int, int, str]:
         gc.collect()  # what other tests dropped would else go between the two counts
         children = Path(f"/proc/{box.pid}/task/{box.pid}/children").read_text()
@@ -90,7 +95,7 @@ def test_children_and_descriptors_are_given_back(box: Sandbox, model_dict: dict[
     before = held()
     for source in (SUM, "x", "import os", program("os._exit(0)"), program("torch.zeros(10**12)")):
         for _ in range(3):
-            box.merge_many(source, [model_dict] * 40, workers=3)
+            box.merge_many(source, [model_dict] * 40)
     assert held() == before
     assert before[2] == ""
 

@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from selfdev.algorithms.screening import Novelty
 from selfdev.archive import Candidate, Evaluation, in_nats
 from selfdev.config import Config
 from selfdev.evaluation.rivals import best_rival
@@ -27,7 +28,7 @@ from selfdev.watcher import Tick
 if TYPE_CHECKING:
     from selfdev.results import Run
 
-STATUSES = ("trivial", "known", "repeated", "new")
+STATUSES = tuple(map(str, Novelty))
 """What a working program can be, in the order in which it is shown."""
 
 _REFRESHES = 4

@@ -30,7 +30,9 @@ class Sandbox:
     ``with Sandbox() as box: outcome = box.merge(source, model_dict)``. Calls from several threads take turns.
     """
 
-    def __init__(self, limits: Limits | None = None, *, unsafe: bool = False, plain: bool = False):
+    def __init__(
+        self, limits: Limits | None = None, *, unsafe: bool = False, plain: bool = False, workers: int = 1
+    ):
         """Make a sandbox; nothing starts before it is entered.
 
         Args:
@@ -38,13 +40,17 @@ class Sandbox:
             unsafe: leave every layer but the resource limits away. Works on every system; where there is no
                 forkserver, in plain child processes.
             plain: of the unsafe mode, use plain child processes on every system.
+            workers: children that may run at once; it changes the time that calls take, and nothing else.
 
         Raises:
-            ValueError: plain, but not unsafe.
+            ValueError: plain, but not unsafe; no worker.
         """
         if plain and not unsafe:
             raise ValueError("plain child processes are no jail; Sandbox(plain=True) needs unsafe=True")
+        if workers < 1:
+            raise ValueError(f"workers is {workers}; at least one is needed")
         self.limits = limits or Limits()
+        self.workers = workers
         self.unsafe = unsafe
         self._plain = plain
         self._entered = False
@@ -129,11 +135,10 @@ class Sandbox:
         *,
         contexts: Sequence[Context | None] | None = None,
         seeds: Sequence[int] | None = None,
-        workers: int = 1,
     ) -> list[Outcome]:
-        """Run a program on many tensors, in order, several to a jailed child.
+        """Run a program on many tensors, several to a jailed child.
 
-        Which tensors share a child depends on their number and sizes alone, never on ``workers``; each call
+        Which tensors share a child depends on their number and sizes alone, never on the workers; each call
         is seeded anew and sees the program defined anew.
 
         Args:
@@ -141,41 +146,43 @@ class Sandbox:
             model_dicts: one for each call; shapes may differ between calls.
             contexts: one for each call.
             seeds: one for each call; 0 where absent.
-            workers: children that may run at once.
+
+        Returns:
+            An outcome for each call, in their order.
 
         Raises:
             ValueError: as for `merge`, and where the lengths differ.
             SandboxUnavailable: where the jail broke; never because of what a program did.
         """
         calls = _calls(model_dicts, contexts, seeds)
-        if workers < 1:
-            raise ValueError(f"workers is {workers}; at least one is needed")
         length = len(source.encode("utf-8", "surrogatepass"))
         if length > self.limits.source_bytes:
             text = f"the source has {length} bytes; the limit is {self.limits.source_bytes}"
             return [Outcome(Status.REJECTED, None, "SourceTooLong", text)] * len(calls)
         with self._turn:
-            outcomes = self._attempt(source, calls, workers)
+            outcomes = self._attempt(source, calls)
             if outcomes is None:
                 # Nothing that a program does ends the forkserver; a machine out of memory does.
-                outcomes = self._attempt(source, calls, workers)
+                outcomes = self._attempt(source, calls)
         if outcomes is None:
             raise SandboxUnavailable("the forkserver died twice; is the machine out of memory?")
         return outcomes
 
-    def _attempt(self, source: str, calls: "list[Call]", workers: int) -> list[Outcome] | None:
+    def _attempt(self, source: str, calls: "list[Call]") -> list[Outcome] | None:
         """All outcomes, or None if the forkserver died. After a failure of any kind the next one is new."""
         self._require_entered()
         if self._plain:
             from . import plain_process
 
-            return plain_process.run(source, calls, self.limits, workers)
+            return plain_process.run(source, calls, self.limits, self.workers)
         from .batch import Batch
         from .wire import Hangup
 
         launcher = self._started()
         try:
-            return Batch(launcher, source, calls, self.limits, self._jobs, unsafe=self.unsafe).run(workers)
+            return Batch(launcher, source, calls, self.limits, self._jobs, unsafe=self.unsafe).run(
+                self.workers
+            )
         except Hangup:
             self._stop()
             return None
