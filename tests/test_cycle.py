@@ -134,7 +134,7 @@ def test_the_verdict_is_reached_once_on_questions_of_its_own(finished: Run) -> N
     archive = finished.archive
     assert len(archive.openings()) == 1
     assert len(archive.groups("test")) == 240
-    fixed, result = archive.verdict()
+    fixed, result = archive.fixed(), archive.verdict()
     assert result["best"] == fixed["best"] == finished.best.name
     kinds = {row["kind"] for row in result["table"]}
     assert kinds == {"seed", "rival", "control", "discovered"}

@@ -243,5 +243,5 @@ def test_a_finalist_has_the_scale_of_the_verdict_though_another_scored_higher(
     assert load_candidate(folder, "learning/1/001").factor == 2.0
     row = {"name": "learning/1/001", "kind": "discovered", "parameters": {"factor": 0.7}, "test": None}
     table = {"table": [{**row, "dev": {"score": None, "questions": 0}}]}  # its floors let no more
-    monkeypatch.setattr(Archive, "verdict", lambda self: ({}, table))
+    monkeypatch.setattr(Archive, "verdict", lambda self: table)
     assert load_candidate(folder, "learning/1/001").factor == 0.7

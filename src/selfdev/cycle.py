@@ -16,7 +16,7 @@ from selfdev.evaluation.course import DEVELOPMENT, Course
 from selfdev.evaluation.evaluator import DISTANCE, Refused, Scorer, score_again, score_seed
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new, repairs_of
-from selfdev.evaluation.verdict import reach_verdict
+from selfdev.evaluation.verdict import finalists, reach_verdict
 from selfdev.learning import Learning
 from selfdev.roles import Factory, Screener
 from selfdev.watcher import Watcher
@@ -42,7 +42,7 @@ class Cycle:
     def run(self) -> None:
         """Run to the verdict, from wherever the archive stands."""
         if self.archive.run.status == "running":
-            self._begin()
+            score_seed(self.archive, self.scorer)
             for t in range(self.config.iterations):
                 for arm in (LEARNING, *self.config.controls):
                     self._write(arm, t)
@@ -58,16 +58,9 @@ class Cycle:
                 self._tune_scales(arm)
             self._tune_rivals()
         if self.archive.run.status != "done":
+            entrants = finalists(self.archive, self.config)
             with self.watch.phase("verdict") as tick:
-                reach_verdict(
-                    self.archive, self.config, self.scorer, lambda done, total: tick(done, total, "")
-                )
-
-    def _begin(self) -> None:
-        questions = self.scorer.questions("development")
-        self.archive.set_questions("development", [(q.id, q.group) for q in questions])
-        if not self.archive.evaluations("seed"):
-            self.archive.add_evaluation(score_seed(self.scorer))
+                reach_verdict(self.archive, self.config, self.scorer, entrants, tick)
 
     def _write(self, arm: str, t: int) -> None:
         """The arm's factory writes its programs of iteration t, at this iteration's temperature."""

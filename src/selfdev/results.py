@@ -47,8 +47,7 @@ class Run:
     @property
     def verdict(self) -> dict[str, Any] | None:
         """What the final test said; None before."""
-        reached = self.archive.verdict()
-        return None if reached is None else reached[1]
+        return self.archive.verdict()
 
     @property
     def best(self) -> Candidate | None:

@@ -8,12 +8,10 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 
 from selfdev.algorithms.screening import Screen
 from selfdev.archive import ARCHIVE, Archive
-from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, change_config, parse_config
 from selfdev.cycle import Cycle
 from selfdev.errors import UserError
@@ -28,7 +26,7 @@ from selfdev.models.device import Place
 from selfdev.results import Run
 from selfdev.roles import Factory
 from selfdev.sandbox import Sandbox
-from selfdev.session import TRANSFER, alone, machine_facts, told
+from selfdev.session import TRANSFER, alone, archived, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 ADAPTER_SPACE = 1024**3
@@ -162,41 +160,23 @@ def _carry_out(
             tick(4, 4, "")
         with watch.phase("warm start") as tick:
             factory.prepare(tick)
-        archive = stack.enter_context(_open_or_create(folder, config, preset))
-        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
-        archive.check_facts(
-            {
-                "factory": factory.facts,
-                "seed": found.seed_hash,
-                "experts": found.expert_hashes,
-                "task": task.fingerprint,
-                **devices,
-                **machine_facts(unsafe_sandbox),
-            }
+        facts = {
+            "factory": factory.facts,
+            "seed": found.seed_hash,
+            "experts": found.expert_hashes,
+            "task": task.fingerprint,
+            **devices,
+            **machine_facts(unsafe_sandbox),
+        }
+        archive = stack.enter_context(
+            archived(folder, preset or config.name, config, facts, began, again=again)
         )
-        if again:
-            archive.reopen()
         Cycle(config, archive, factory, screen, scorer, watch, folder).run()
     return Run(folder)
 
 
 def _factory(config: Config, folder: Path) -> Factory:
     return LocalFactory(config) if config.factory.endpoint is None else EndpointFactory(config, folder)
-
-
-def _open_or_create(folder: Path, config: Config, preset: str) -> Archive:
-    if (folder / ARCHIVE).exists():
-        return Archive.open(folder / ARCHIVE)
-    record = RunRecord(
-        name=folder.name,
-        preset=preset or config.name,
-        seed=config.seed,
-        status="running",
-        config=config.model_dump(mode="json"),
-        facts={},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    return Archive.create(folder / ARCHIVE, record)
 
 
 def _check_space(folder: Path) -> None:

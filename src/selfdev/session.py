@@ -1,8 +1,10 @@
 """What a process needs that works on a run's folder: the folder for itself, limits, and errors that say the way out."""
 
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import torch
 import transformers
 
 import selfdev
-from selfdev.archive import ARCHIVE, ArchiveError
+from selfdev.archive import ARCHIVE, Archive, ArchiveError, Run
+from selfdev.config import Config
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.lock import held
 from selfdev.sandbox import SandboxUnavailable
@@ -33,6 +36,42 @@ def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "unsafe_sandbox": unsafe_sandbox,
     }
+
+
+@contextmanager
+def archived(
+    folder: Path, preset: str, config: Config, facts: Mapping[str, Any], began: float, *, again: bool = False
+) -> Iterator[Archive]:
+    """The archive of a folder, opened, or made where there is none; the session's time is counted towards it.
+
+    Args:
+        folder: of the run or transfer.
+        preset: what it is by.
+        config: of one that begins.
+        facts: what it stands on, which must be what it began with.
+        began: when the session began, by `time.monotonic`.
+        again: take back its verdict.
+
+    Raises:
+        ArchiveError: it cannot be opened, or something has changed since it began.
+    """
+    path = folder / ARCHIVE
+    if path.exists():
+        archive = Archive.open(path)
+    else:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        settings = config.model_dump(mode="json")
+        archive = Archive.create(
+            path, Run(folder.name, preset, config.seed, "running", settings, dict(facts), created)
+        )
+    with archive:
+        try:
+            archive.check_facts(facts)
+            if again:
+                archive.reopen()
+            yield archive
+        finally:
+            archive.add_seconds(time.monotonic() - began)
 
 
 @contextmanager

@@ -13,30 +13,27 @@ left out of both its splits, and its test split is sealed by its own archive unt
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from selfdev.algorithms.library import method
 from selfdev.archive import ARCHIVE, FACTOR, Archive, Candidate
-from selfdev.archive import Run as RunRecord
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.evaluator import Evaluator, Scorer, score_seed
 from selfdev.evaluation.objective import Objective
-from selfdev.evaluation.rivals import best_rival, spent_on_candidates, tune_rivals
-from selfdev.evaluation.standing import LEARNING, ranked_new
+from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.tasks import Split, Task, load_task
-from selfdev.evaluation.verdict import Entrant, measure_on_test, seed_and_rivals
+from selfdev.evaluation.verdict import Entrant, finalists, reach_verdict
 from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
 from selfdev.results import Run
 from selfdev.sandbox import Sandbox
-from selfdev.session import TRANSFER, alone, machine_facts, told
+from selfdev.session import TRANSFER, alone, archived, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 FOLDER = "transfers"
@@ -96,10 +93,9 @@ def transfer(
                 plan.place,
             )
             scorer.check_test(plan.config.task.test)
-        archive = stack.enter_context(_open_or_create(folder, plan, machine_facts(unsafe_sandbox)))
-        stack.callback(lambda: archive.add_seconds(time.monotonic() - began))
-        if again:
-            archive.reopen()
+        facts = {**plan.facts, **machine_facts(unsafe_sandbox)}
+        preset = f"transfer of {plan.facts[TRANSFER]['run']}"
+        archive = stack.enter_context(archived(folder, preset, plan.config, facts, began, again=again))
         _carry_out(archive, plan, scorer, watch)
     return Transfer(folder)
 
@@ -196,10 +192,10 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
             f"{origin.folder} is not finished (status: {record.status}), and its best algorithms are known when it is; "
             f"`selfdev resume {origin.folder}` goes on with it"
         )
-    discovered = _entrants(archive, "discovered", LEARNING, origin.config.verdict.finalists)
+    entrants = [_bare(each) for each in finalists(archive, origin.config)]
+    discovered = [each.dev for each in entrants if each.kind == "discovered"]
     if not discovered:
         raise UserError(f"{origin.folder} has no winner, so there is nothing to transfer; choose another run")
-    controls = [e for control in origin.config.controls for e in _entrants(archive, "control", control, 1)]
 
     found = find_relatives(seed, experts)
     weights, hashes = found.seed_hash, found.expert_hashes
@@ -215,7 +211,7 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
         TRANSFER: {
             "run": record.name,
             "created": record.created,
-            "programs": {each.dev.subject: each.dev.factor for each in discovered},
+            "programs": {dev.subject: dev.factor for dev in discovered},
             "evaluations": budget,
             "left_out": left_out,
         },
@@ -227,19 +223,15 @@ def _plan(origin: Run, seed: str, experts: Mapping[str, str], task_name: str | N
     identity = json.dumps([weights, list(hashes.items()), task.fingerprint])
     name = f"{task.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
     folder = origin.folder / FOLDER / name
-    return _Plan(
-        folder, config, found.seed, vectors, task, asked, controls + discovered, budget, place, facts
-    )
+    return _Plan(folder, config, found.seed, vectors, task, asked, entrants, budget, place, facts)
 
 
-def _entrants(archive: Archive, kind: str, arm: str, count: int) -> list[Entrant]:
-    """The best new programs of an arm; of their evaluations nothing is kept but the scale."""
-    entrants = []
-    for candidate, dev in ranked_new(archive, arm)[:count]:
-        scale = {FACTOR: dev.factor} if dev.number else {}
-        bare = replace(dev, parameters=scale, outcomes=None, score=None, questions=0, asked=None)
-        entrants.append(Entrant(kind, bare, candidate))
-    return entrants
+def _bare(entrant: Entrant) -> Entrant:
+    """A finalist of the run, of whose evaluation nothing is kept but the scale."""
+    dev = entrant.dev
+    scale = {FACTOR: dev.factor} if dev.number else {}
+    bare = replace(dev, parameters=scale, outcomes=None, score=None, questions=0, asked=None)
+    return replace(entrant, dev=bare)
 
 
 def _check_unseen(run: Mapping[str, Any], seed: str, experts: Mapping[str, str]) -> None:
@@ -312,45 +304,13 @@ def _check_folder(folder: Path, again: bool) -> None:
         )
 
 
-def _open_or_create(folder: Path, plan: _Plan, machine: Mapping[str, Any]) -> Archive:
-    facts = {**plan.facts, **machine}
-    if (folder / ARCHIVE).exists():
-        archive = Archive.open(folder / ARCHIVE)
-    else:
-        record = RunRecord(
-            name=folder.name,
-            preset=f"transfer of {plan.facts[TRANSFER]['run']}",
-            seed=plan.config.seed,
-            status="running",
-            config=plan.config.model_dump(mode="json"),
-            facts=facts,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        archive = Archive.create(folder / ARCHIVE, record)
-    archive.check_facts(facts)
-    return archive
-
-
 def _carry_out(archive: Archive, plan: _Plan, scorer: Scorer, watch: Watcher) -> None:
     """Tune the rivals and reach the verdict, from wherever the archive stands."""
     if archive.run.status == "running":
         archive.keep_programs([each.candidate for each in plan.entrants if each.candidate is not None])
-        archive.set_questions("development", [(q.id, q.group) for q in scorer.questions("development")])
-        if not archive.evaluations("seed"):
-            archive.add_evaluation(score_seed(scorer))
+        score_seed(archive, scorer)
         with watch.phase("rivals") as tick:
             tune_rivals(archive, plan.config, scorer, plan.budget, tick, watch.rival)
     if archive.run.status != "done":
-        rival = best_rival(archive)
-        archive.set_status("verdict")
-        best = next(iter(plan.facts[TRANSFER]["programs"]))
-        archive.fix_verdict(
-            {"best": best, "best_rival": None if rival is None else [rival.subject, rival.number]}
-        )
-        entrants = seed_and_rivals(archive, plan.config) + plan.entrants
         with watch.phase("verdict") as tick:
-            measure_on_test(archive, plan.config, scorer, entrants, rival, _without_note(tick))
-
-
-def _without_note(tick: Callable[[int, int, str], None]) -> Callable[[int, int], None]:
-    return lambda done, total: tick(done, total, "")
+            reach_verdict(archive, plan.config, scorer, plan.entrants, tick)

@@ -346,8 +346,7 @@ class Archive:
 
     def check_reached(self) -> None:
         """Raise ArchiveError unless a verdict has been reached, which `reopen` can take back."""
-        reached = self.verdict()
-        if reached is None or reached[1] is None:
+        if self.verdict() is None:
             raise ArchiveError(
                 f"{self.path.parent} has no verdict yet, so there is nothing to measure again; leave --again out"
             )
@@ -380,10 +379,15 @@ class Archive:
             self._db.execute("UPDATE verdict SET result = ?", (_json(result),))
             self._db.execute("UPDATE run SET status = 'done'")
 
-    def verdict(self) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-        """What was fixed and what came out (None until then); None before anything is fixed."""
-        row = self._db.execute("SELECT fixed, result FROM verdict").fetchone()
-        return None if row is None else (json.loads(row[0]), _result(row[1]))
+    def fixed(self) -> dict[str, Any] | None:
+        """What the headline compares; None before it is fixed."""
+        row = self._db.execute("SELECT fixed FROM verdict").fetchone()
+        return None if row is None else _result(row[0])
+
+    def verdict(self) -> dict[str, Any] | None:
+        """What came out; None until then."""
+        row = self._db.execute("SELECT result FROM verdict").fetchone()
+        return None if row is None else _result(row[0])
 
     # --- sameness
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library import method
 from selfdev.algorithms.screening import Box, explained_by_combination
-from selfdev.archive import FACTOR, Candidate, Evaluation, TestSealed
+from selfdev.archive import FACTOR, Archive, Candidate, Evaluation, TestSealed
 from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.objective import Objective
 from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
@@ -355,19 +355,22 @@ def _check_names(model: Any, vectors: TaskVectors) -> None:
             )
 
 
-def score_seed(scorer: Scorer) -> Evaluation:
-    """Score the seed on development.
+def score_seed(archive: Archive, scorer: Scorer) -> None:
+    """Fix the development questions, and score the seed on them, unless that is done.
 
     Raises:
         UserError: it cannot be scored, so nothing could be compared with it.
     """
+    archive.set_questions("development", [(q.id, q.group) for q in scorer.questions("development")])
+    if archive.evaluations("seed"):
+        return
     found = scorer.seed("development")
     if found.failure is not None:
         raise UserError(
             f"the seed cannot be scored, and so nothing compared with it: {found.failure}. If task.dtype is float16, "
             "which many models overflow, set bfloat16 or float32; else the seed is broken"
         )
-    return found
+    archive.add_evaluation(found)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:

@@ -9,7 +9,7 @@ Which part of the gain over the seed is sampling and which is learning, the cont
 development is compared with the discovered one, paired by question (`gains`).
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from selfdev.evaluation.evaluator import Scorer, score_again
 from selfdev.evaluation.rivals import best_of, best_rival
 from selfdev.evaluation.standing import LEARNING, pareto, ranked_new
 from selfdev.evaluation.statistics import holm
+from selfdev.watcher import Tick
 
 
 @dataclass(frozen=True)
@@ -74,42 +75,58 @@ class Row:
     failure: str | None
 
 
+def finalists(archive: Archive, config: Config) -> list[Entrant]:
+    """The best program of every control, and the best new ones of the learning arm; in each, best first."""
+    entrants = [
+        Entrant("control", dev, program)
+        for control in config.controls
+        for program, dev in ranked_new(archive, control)[:1]
+    ]
+    best = ranked_new(archive, LEARNING)[: config.verdict.finalists]
+    return entrants + [Entrant("discovered", dev, program) for program, dev in best]
+
+
 def reach_verdict(
-    archive: Archive,
-    config: Config,
-    scorer: Scorer,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Open the test split and measure everybody on it.
+    archive: Archive, config: Config, scorer: Scorer, entrants: Sequence[Entrant], tick: Tick
+) -> None:
+    """Open the test split, measure everybody on it, and archive the comparison; goes on where it was cut off.
+
+    What is archived is a dict of `best` (name of the discovered program, or None), `best_rival`, `table` (rows in the
+    order of `Row`'s kinds), `headline` (a sentence), `best_on_test` (a selection on test) and `gains` (see `_gains`).
 
     Args:
-        archive: of a run whose last iteration is over; the result is archived in it.
+        archive: seals the split; what the headline compares is fixed in it before. Nothing is left to be done in it
+            but this.
         config: the run's.
         scorer: merges and scores.
-        tick: called with how many are measured, and of how many.
-
-    Returns:
-        `best` (name of the discovered program, or None), `best_rival`, `table` (rows in the order of `Row`'s kinds),
-        `headline` (a sentence), `best_on_test` (a selection on test) and `gains` (see `_gains`).
+        entrants: the programs, in the order of the table; the first discovered one is the headline's. The seed and the
+            rivals come before them.
+        tick: progress.
     """
     archive.set_status("verdict")
-    finalists = ranked_new(archive, LEARNING)[: config.verdict.finalists]
+    best = next((each.dev.subject for each in entrants if each.kind == "discovered"), None)
     rival = best_rival(archive)
     archive.fix_verdict(
         {
-            "best": finalists[0][0].name if finalists else None,
+            "best": best,
             "best_rival": None if rival is None else [rival.subject, rival.number],
             "pareto": pareto(archive, LEARNING),
         }
     )
-    entrants = seed_and_rivals(archive, config)
-    for control in config.controls:
-        entrants += [Entrant("control", dev, program) for program, dev in ranked_new(archive, control)[:1]]
-    entrants += [Entrant("discovered", dev, program) for program, dev in finalists]
-    return measure_on_test(archive, config, scorer, entrants, rival, tick)
+    everybody = [*_seed_and_rivals(archive, config), *entrants]
+    scorer.open_test(config.task.test, archive)
+    archive.set_questions("test", [(q.id, q.group) for q in scorer.questions("test")])
+    measured = {(e.kind, e.subject, e.number): e for e in archive.evaluations(split="test")}
+    for done, entrant in enumerate(everybody):
+        tick(done, len(everybody), "")
+        if entrant.key not in measured:
+            measured[entrant.key] = _measure(scorer, entrant)
+            archive.add_evaluation(measured[entrant.key])
+    tick(len(everybody), len(everybody), "")
+    archive.set_verdict(_compare(archive, config, everybody, measured, rival))
 
 
-def seed_and_rivals(archive: Archive, config: Config) -> list[Entrant]:
+def _seed_and_rivals(archive: Archive, config: Config) -> list[Entrant]:
     """The seed, and every rival with its best setting on development."""
     entrants = [Entrant("seed", dev) for dev in archive.evaluations("seed")]
     for name in config.rivals:
@@ -118,38 +135,6 @@ def seed_and_rivals(archive: Archive, config: Config) -> list[Entrant]:
         if tuned is not None:
             entrants.append(Entrant("rival", tuned))
     return entrants
-
-
-def measure_on_test(
-    archive: Archive,
-    config: Config,
-    scorer: Scorer,
-    entrants: list[Entrant],
-    rival: Evaluation | None,
-    tick: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Open the test split, measure every entrant on it, and archive the comparison; goes on where it was cut off.
-
-    Args:
-        archive: seals the split; what the headline compares is fixed in it.
-        config: the run's.
-        scorer: merges and scores.
-        entrants: in the order of the table; the first discovered one is the headline's.
-        rival: the best one on development, which all are compared with.
-        tick: called with how many are measured, and of how many.
-    """
-    scorer.open_test(config.task.test, archive)
-    archive.set_questions("test", [(q.id, q.group) for q in scorer.questions("test")])
-    measured = {(e.kind, e.subject, e.number): e for e in archive.evaluations(split="test")}
-    for done, entrant in enumerate(entrants):
-        tick(done, len(entrants))
-        if entrant.key not in measured:
-            measured[entrant.key] = _measure(scorer, entrant)
-            archive.add_evaluation(measured[entrant.key])
-    tick(len(entrants), len(entrants))
-    result = _compare(archive, config, entrants, measured, rival)
-    archive.set_verdict(result)
-    return result
 
 
 def _measure(scorer: Scorer, entrant: Entrant) -> Evaluation:

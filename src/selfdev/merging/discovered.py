@@ -95,8 +95,7 @@ def find_candidate(run: Path, name: str, parameters: Mapping[str, Any]) -> Found
 
 def _table(archive: Archive) -> list[dict[str, Any]]:
     """The verdict's, empty before it."""
-    reached = archive.verdict()
-    return [] if reached is None or reached[1] is None else list(reached[1]["table"])
+    return list((archive.verdict() or {"table": []})["table"])
 
 
 def _best(archive: Archive, name: str) -> Evaluation | None:
