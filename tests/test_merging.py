@@ -300,6 +300,8 @@ def test_merged_inside_and_the_seed_afterwards():
         assert model.a.tolist() == [1.5, 0.0]
         assert model.b.tolist() == [1.0, 1.0]
     assert model.a.tolist() == [1.0, 2.0]
+    with applied(model, vectors, {"a": torch.tensor([0.5, -2.0])}, factor=3.0):
+        assert model.a.tolist() == [2.5, -4.0]
 
 
 @given(

@@ -202,9 +202,8 @@ class Evaluator:
             return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
         if norm is not None:
             factor = norm * self._mean_norm / norm_of(merged.values())
-        scaled = {name: factor * tensor for name, tensor in merged.items()}
         facts = {DISTANCE: facts[DISTANCE], FACTOR: factor}
-        return self._evaluation("scaled", candidate.name, number, split, facts, scaled, began, asked)
+        return self._evaluation("scaled", candidate.name, number, split, facts, merged, began, asked, factor)
 
     def merge(self, candidate: Candidate) -> dict[str, Tensor]:
         """Run a candidate in the jail on every selected tensor.
@@ -306,12 +305,13 @@ class Evaluator:
         merged: Mapping[str, Tensor] | None,
         began: float | None = None,
         asked: Sequence[int] | None = None,
+        factor: float = 1.0,
     ) -> Evaluation:
         began = time.perf_counter() if began is None else began
         part = self._asked(split, asked)
         count = len(part.questions)
         try:
-            right = self._outcomes(part.scoring, merged)
+            right = self._outcomes(part.scoring, merged, factor)
         except ScoringError as error:
             seconds = time.perf_counter() - began
             return Evaluation(
@@ -325,21 +325,21 @@ class Evaluator:
             kind, subject, number, split, outcomes, score, count, parameters, None, seconds, positions
         )
 
-    def _outcomes(self, scoring: Scoring, merged: Mapping[str, Tensor] | None) -> Tensor:
+    def _outcomes(self, scoring: Scoring, merged: Mapping[str, Tensor] | None, factor: float) -> Tensor:
         try:
-            return self._scored(scoring, merged)
+            return self._scored(scoring, merged, factor)
         except torch.OutOfMemoryError as error:
             raise SelfdevError(
                 f"scoring: {str(error).splitlines()[0]} Free memory on the GPU and resume, or begin a run with "
                 "task.dtype: bfloat16 or task.device: cpu"
             ) from error
 
-    def _scored(self, scoring: Scoring, merged: Mapping[str, Tensor] | None) -> Tensor:
+    def _scored(self, scoring: Scoring, merged: Mapping[str, Tensor] | None, factor: float) -> Tensor:
         if merged is None:
             return scoring(self.model).outcomes
-        if not all(torch.isfinite(tensor).all() for tensor in merged.values()):
+        if not all(torch.isfinite(factor * tensor).all() for tensor in merged.values()):
             raise ScoringError("the merged task vector is not finite")
-        with applied(self.model, self.vectors, merged):
+        with applied(self.model, self.vectors, merged, factor):
             return scoring(self.model).outcomes
 
 

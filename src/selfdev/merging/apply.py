@@ -13,7 +13,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
-def applied(model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor]) -> Iterator[Model]:
+def applied(
+    model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor], factor: float = 1.0
+) -> Iterator[Model]:
     """Turn the seed into the merged model inside the `with` block, and back afterwards.
 
     The parameters are written in place; the rest of the model is not touched. Afterwards they hold the seed's
@@ -24,9 +26,10 @@ def applied(model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor]) ->
         model: the seed, on any device and of any floating-point type.
         vectors: what was read from that same seed.
         merged: the merged task vector of each parameter that changes, of the parameter's shape.
+        factor: what these are multiplied by.
 
     Yields:
-        The model, with seed plus merged task vector in these parameters.
+        The model, with seed plus factor times merged task vector in these parameters.
 
     Raises:
         ValueError: a parameter that the task vectors or the model do not have, or a wrong shape; nothing is
@@ -46,7 +49,7 @@ def applied(model: Model, vectors: TaskVectors, merged: Mapping[str, Tensor]) ->
         with torch.no_grad():
             for name, tensor in merged.items():
                 # Added in float32 and rounded once.
-                parameters[name].copy_(vectors.seed[name].to(tensor.device) + tensor)
+                parameters[name].copy_(vectors.seed[name].to(tensor.device) + factor * tensor)
         yield model
     finally:
         with torch.no_grad():
