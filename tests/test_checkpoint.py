@@ -684,7 +684,9 @@ def test_an_adapter_that_is_broken_or_whose_base_is_packed(tmp_path: Path) -> No
         tmp_path / "packed", {UP: torch.zeros(3, 1, dtype=torch.uint8)}, quantization_config={"bits": 4}
     )
     adapter = of_ones(tmp_path / "adapter", {})
-    with pytest.raises(UserError, match="its weights are quantised"):
+    with pytest.raises(
+        UserError, match=r"its adapter was trained on '.*packed', whose weights are quantised.*\+BASE"
+    ):
         selfdev.merge("linear", seed, {"x": f"{adapter}+{packed}"}, out=tmp_path / "out")
 
 
@@ -715,6 +717,9 @@ def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> Non
     )
     missing = write(tmp_path / "missing", {UP: None})
     assert f"it has no tensor '{UP}'" in refusal(seed, out, x=missing)
+    for begun, other in (("_orig_mod.", f"_orig_mod.{UP}"), ("", UP.removeprefix("model."))):
+        renamed = write(tmp_path / f"renamed {begun}", {UP: None, other: TENSORS[UP]})
+        assert f"it has '{other}', so its names begin otherwise" in refusal(seed, out, x=renamed)
     extra = write(tmp_path / "extra", {"model.layers.2.mlp.up_proj.weight": torch.zeros(3, 2)})
     assert (
         "it has a tensor 'model.layers.2.mlp.up_proj.weight' of shape (3, 2) and the seed has none"
@@ -727,6 +732,11 @@ def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> Non
     assert "the seed: its config says that its weights are quantised" in refusal(quantised, out, x=seed)
     broken = write(tmp_path / "broken", {UP: torch.full((3, 2), torch.nan)})
     assert f"expert 'x': its '{UP}' holds values that are not finite" in refusal(seed, out, x=broken)
+    pointer = write(tmp_path / "pointer")
+    (pointer / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    assert "it is a pointer of Git LFS, and `git lfs pull` fetches" in refusal(seed, out, x=pointer)
     torn = write(tmp_path / "torn")
     whole = (torn / "model.safetensors").read_bytes()
     headers = [b"[" * 5000, b'{"x": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 0]}}']

@@ -348,8 +348,9 @@ def test_help_waits_for_no_heavy_import() -> None:
     assert "resume" in answer.stdout
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("again", [False, True])
-def test_ctrl_c_ends_without_a_traceback(again: bool) -> None:
+def test_ctrl_c_ends_without_a_traceback(again: bool, number: str) -> None:
     """A command of the application is interrupted, and if `again`, while it cleans up a second time."""
     code = f"""
 import os, signal, sys
@@ -358,10 +359,10 @@ import selfdev.cli as cli
 @cli.app.command()
 def wait():
     try:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.{number})
     finally:
         if {again}:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.{number})
             print("not reached")
 
 sys.exit(cli.main(["wait"]))
@@ -373,9 +374,9 @@ sys.exit(cli.main(["wait"]))
 
 
 def test_the_handler_of_ctrl_c_is_put_back(capsys: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     main(["zoo", "list"])
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no device that is always full")

@@ -7,6 +7,7 @@ from textwrap import dedent
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from checkpoints import TENSORS, UP, nano_seed, read, relative, write
@@ -374,6 +375,44 @@ def test_adapters_and_revisions_are_written_in_our_words(tmp_path: Path) -> None
     recipe = read_config(file)
     assert recipe.seed == "org/base@v1"
     assert recipe.experts == {"lora": "org/lora+org/base@v1", "x": "a/x", "x-2": "b/x"}
+
+
+def test_the_seed_is_a_whole_model(tmp_path: Path) -> None:
+    file = tmp_path / "merge.yml"
+    file.write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a/x+b/lora}, {model: c/y}]\n"
+    )
+    recipe = read_config(file)
+    assert (recipe.seed, recipe.experts) == ("c/y", {"lora": "b/lora+a/x", "y": "c/y"})
+    file.write_text("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a/x+b/lora}]\n")
+    with pytest.raises(
+        UserError, match="names adapters alone, and one whole model is needed; `selfdev merge"
+    ):
+        read_config(file)
+    file.write_text("merge_method: ties\nbase_model: a/x+b/lora\nmodels: [{model: c/y}]\n")
+    with pytest.raises(UserError, match="line 2: 'base_model' is an adapter on its base"):
+        read_config(file)
+
+
+def test_tensors_that_the_base_lacks_are_left_out_and_named(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As mergekit leaves them out: the value head of a reward model, for one."""
+    more = Path(shutil.copytree(models["ONE"], tmp_path / "more"))
+    save_file(read(more) | {"v_head.summary.weight": torch.ones(1, 2)}, more / "model.safetensors")
+    found = {}
+    for name, one in (("plain", models["ONE"]), ("more", more)):
+        text = f"merge_method: linear\nmodels: [{{model: {models['TWO']}}}, {{model: {one}}}]\nparameters: {{weight: 1}}\n"
+        (tmp_path / "merge.yml").write_text(text)
+        out = tmp_path / f"merged {name}"
+        assert main(["merge", "--config", str(tmp_path / "merge.yml"), "--out", str(out)]) == 0
+        found[name] = read(out)
+    assert found["more"].keys() == found["plain"].keys()
+    assert all(torch.equal(tensor, found["plain"][name]) for name, tensor in found["more"].items())
+    # The first model plays the seed, which is no slip and not said.
+    assert caplog.messages == [
+        "expert 'more': 'v_head.summary.weight' is left out, since the seed has none such (1 in all)"
+    ]
 
 
 GOOD = {

@@ -48,6 +48,19 @@ def test_a_block_may_be_opened_in_any_way(fence: str) -> None:
     assert read_program(f"Here:\n{fence}\n{program}```\nDone.", Form.CONTRACT) == program
 
 
+def test_what_was_thought_aloud_and_what_was_shown_is_no_answer() -> None:
+    draft, program = (f"def merge_models(model_dict, device):\n    return {n}\n" for n in (1, 2))
+    blocks = [f"```python\n{each}```\n" for each in (draft, program)]
+    for answer in (
+        f"<think>Perhaps\n{blocks[0]}no.</think>\n{blocks[1]}",
+        f"{blocks[0]}no.</think>\n{blocks[1]}",  # the template has begun the thought
+        f"The example is\n{blocks[0]}and this is better:\n{blocks[1]}",
+    ):
+        assert read_program(answer, Form.CONTRACT) == program
+    with pytest.raises(Unreadable):
+        read_program(f"<think>Perhaps\n{blocks[0]}or", Form.CONTRACT)
+
+
 def test_a_program_in_the_contracts_form_that_hands_over_is_shown_whole() -> None:
     program = (
         "import torch\n\n\ndef merge_weighted(model_dict, device):\n    return sum(model_dict.values())\n\n\n"

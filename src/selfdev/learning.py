@@ -77,7 +77,8 @@ class Learning:
             worthy = good or any(c.status == "new" and evidence.better(c.name) for c in candidates)
             why = (
                 "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions "
-                "of it, what is not surely worse and, beyond preferences.failing_cap, failures"
+                "of it, what preferences.chosen_floor counts among the best, what is not surely worse and, beyond "
+                "preferences.failing_cap, failures"
                 if worthy
                 else "no program is good enough to be preferred or imitated"
             )

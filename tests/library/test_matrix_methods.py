@@ -204,3 +204,16 @@ def test_svc_calibrates_by_the_mean_coefficient():
 def test_tensors_that_are_no_matrices_are_averaged(name, shape):
     experts = torch.randn(3, *shape, generator=torch.Generator().manual_seed(2))
     check(method(name).merge(experts, scale=0.5), 0.5 * experts.mean(dim=0))
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts", "knots", "svc", "wudi", "doge_ta"])
+def test_a_stack_of_matrices_is_merged_matrix_by_matrix(name: str) -> None:
+    # As a mixture of experts stores those of all its experts in one tensor.
+    experts = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(0))
+    merged = method(name).merge(experts)
+    for place in range(3):
+        torch.testing.assert_close(merged[place], method(name).merge(experts[:, place]))
+    assert not torch.allclose(merged, experts.mean(dim=0))
+    # The kernel of a convolution is no stack of matrices.
+    kernel = experts[..., :3].contiguous()
+    assert torch.equal(method("tsv_m").merge(kernel), kernel.mean(dim=0))

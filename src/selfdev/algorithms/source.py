@@ -38,7 +38,8 @@ def read_program(text: str, form: Form) -> str:
     """Read a program from what the factory wrote.
 
     Args:
-        text: the completion: for `SHORT` what follows `OPENING`, for `CONTRACT` an answer with a code block.
+        text: the completion: for `SHORT` what follows `OPENING`, for `CONTRACT` an answer with a code block, after what
+            the model thought in `<think>` and `</think>`.
         form: what was asked for.
 
     Returns:
@@ -49,8 +50,13 @@ def read_program(text: str, form: Form) -> str:
     """
     if form is Form.SHORT:
         return wrap_short(OPENING + text)
-    fenced = _FENCE.findall(text)
-    source = next((block for block in fenced if f"def {ENTRY}" in block), fenced[0] if fenced else text)
+    # What a reasoning model thinks aloud comes first; cut off in it, it has answered nothing.
+    answer = text.rpartition("</think>")[2].partition("<think>")[0]
+    fenced = _FENCE.findall(answer)
+    # The last one that defines it: an answer may begin with the example that it improves on.
+    source = next(
+        (block for block in reversed(fenced) if f"def {ENTRY}" in block), fenced[0] if fenced else answer
+    )
     if f"def {ENTRY}" not in source:
         raise Unreadable(f"no function {ENTRY} in {len(text)} characters")
     return source.strip() + "\n"

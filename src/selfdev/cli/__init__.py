@@ -98,13 +98,20 @@ def _explain(error: OSError | sqlite3.OperationalError) -> str:
     return str(error)
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """The first Ctrl-C ends the command in order, the second at once: nothing archived is lost by either."""
-    before = signal.getsignal(signal.SIGINT)
+    """The first Ctrl-C ends the command in order, the second at once: nothing archived is lost by either.
+
+    So does SIGTERM, which schedulers and containers send before they kill.
+    """
+    before = {number: signal.getsignal(number) for number in _STOPPING}
 
     def first(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, second)
+        for each in _STOPPING:
+            signal.signal(each, second)
         raise KeyboardInterrupt
 
     def second(number: int, frame: FrameType | None) -> None:
@@ -113,7 +120,8 @@ def _interruptible() -> Iterator[None]:
         os._exit(3)
 
     try:
-        signal.signal(signal.SIGINT, first)
+        for number in _STOPPING:
+            signal.signal(number, first)
     except ValueError:  # not the main thread: whoever runs that one handles its signals
         yield
         return
@@ -121,4 +129,5 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         if signal.getsignal(signal.SIGINT) is first:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)

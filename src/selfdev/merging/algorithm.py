@@ -163,12 +163,14 @@ class JailedProgram:
         box: a sandbox that has been entered.
         seed_of: gives a tensor's random seed by its name.
         factor: what the merged task vectors are multiplied by.
+        way_out: for the user, where it fails.
     """
 
     origin: Origin
     box: Sandbox
     seed_of: Callable[[str], int]
     factor: float = 1.0
+    way_out: str = "choose another"
     batch_bytes: ClassVar[int] = _JAIL_BATCH
     concurrent: ClassVar[bool] = False
 
@@ -184,7 +186,7 @@ class JailedProgram:
             if outcome.tensor is None:
                 raise SelfdevError(
                     f"the algorithm fails on tensor '{each.context.name}' of shape "
-                    f"{tuple(each.context.seed.shape)}: {outcome.failure}: {outcome.error}; mend it, or choose another"
+                    f"{tuple(each.context.seed.shape)}: {outcome.failure}: {outcome.error}; {self.way_out}"
                 )
             merged.append(outcome.tensor if self.factor == 1 else self.factor * outcome.tensor)
         return merged

@@ -228,7 +228,12 @@ def _warn_of_equals(job: Job, hashes: Mapping[Path, str]) -> None:
     first: dict[tuple[str, ...], str] = {}
     for name, model in [
         ("the seed", job.seed),
-        *((f"expert '{name}'", each) for name, each in job.experts.items()),
+        # Where the seed is named as an expert too, as SLERP wants it, that is no slip.
+        *(
+            (f"expert '{name}'", each)
+            for name, each in job.experts.items()
+            if job.sources[name] != job.seed_source
+        ),
     ]:
         # Not the index and the config, in which copies of one model may differ; an adapter's says how strong it is.
         weighing = [file for file in model.files if file.suffix != ".json" or file.name == ADAPTER_CONFIG]

@@ -96,7 +96,7 @@ def check_tensors(
         if name not in expert.shapes:
             raise UserError(
                 f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape "
-                f"{seed.shapes[name]}; {_WAY_OUT}"
+                f"{seed.shapes[name]}; {_way_out(name, expert)}"
             )
         first = 1 if name in rows else 0
         if expert.shapes[name][first:] != seed.shapes[name][first:]:
@@ -115,5 +115,16 @@ def check_tensors(
         if selects(targets, name, expert.shapes[name]):
             raise UserError(
                 f"{expert.owner}: it has a tensor '{name}' of shape {expert.shapes[name]} and the seed has "
-                f"none; {_WAY_OUT}"
+                f"none; {_WAY_OUT}, or targets without this tensor"
             )
+
+
+def _way_out(missing: str, expert: Model) -> str:
+    """Where an expert lacks a tensor of the seed's: it may have it by another name."""
+    for name in expert.shapes:
+        if name.endswith(f".{missing}") or missing.endswith(f".{name}"):
+            return (
+                f"it has '{name}', so its names begin otherwise, as those of a model that was saved without its head, "
+                "or compiled: load it by AutoModelForCausalLM and save it anew with save_pretrained"
+            )
+    return f"{_WAY_OUT}, or targets without this tensor"

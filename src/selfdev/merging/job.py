@@ -1,5 +1,6 @@
 """A merge whose models have been found to fit: what is read, what is merged, and how each tensor will be written."""
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ _ROOM_BESIDE = 64 << 20
 
 _PASSING = 4 << 30
 """Bytes of all models from which on none of them stays in the system's cache."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,10 @@ def prepare(recipe: Recipe, targets: str) -> Job:
             "tied, or --embeddings seed says so; nothing would be merged. Choose other targets"
         )
     for expert in experts.values():
-        check_tensors(expert, seed, settled.chosen, targets, rows=settled.rows, ignored=settled.ignored)
+        ignored = settled.ignored
+        if recipe.schedule is not None:  # as mergekit does
+            ignored = ignored + _left_out(expert, seed, ignored)
+        check_tensors(expert, seed, settled.chosen, targets, rows=settled.rows, ignored=ignored)
     return Job(
         seed=seed,
         seed_source=recipe.seed,
@@ -130,6 +136,19 @@ def prepare(recipe: Recipe, targets: str) -> Job:
         dtype=recipe.dtype,
         tokenizer=_tokenizer(recipe, seed, list(experts.values())),
     )
+
+
+def _left_out(expert: Checkpoint, seed: Checkpoint, ignored: Sequence[str]) -> list[str]:
+    """The tensors that an expert has beyond the seed's, said to be left out, but for those that are ignored anyway."""
+    extra = sorted(expert.shapes.keys() - seed.shapes.keys() - set(ignored))
+    if extra:
+        _log.warning(
+            "%s: '%s' is left out, since the seed has none such (%s in all)",
+            expert.owner,
+            extra[0],
+            len(extra),
+        )
+    return extra
 
 
 def _tokenizer(recipe: Recipe, seed: Checkpoint, experts: Sequence[Checkpoint]) -> Path:

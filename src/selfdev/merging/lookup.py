@@ -128,6 +128,8 @@ def _file(path: Path, parameters: Mapping[str, Any], *, trust: bool) -> Found:
             return
         hint = " If the file is your own, --trust runs it without the jail."
         with jail(Limits(), experts, largest, hint) as box:
-            yield JailedProgram(Origin(f"`{path.name}`, run in the jail", source), box, seed_of)
+            origin = Origin(f"`{path.name}`, run in the jail", source)
+            way_out = "mend it, or, if it is your own, run it without the jail by --trust"
+            yield JailedProgram(origin, box, seed_of, way_out=way_out)
 
     return Found(_TARGETS, opened)

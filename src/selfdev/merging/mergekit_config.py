@@ -40,6 +40,10 @@ _NOT_TAKEN = {
     "allow_crimes": "is not taken: models of other architectures cannot be merged; leave it out",
 }
 
+_MAKE_ONE = (
+    "`selfdev merge --method linear --targets all --seed BASE --expert lora=ADAPTER --out DIR` makes one"
+)
+
 # What mergekit counts to the first slice: embeddings of tokens and positions, and their norms.
 _BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|(^|\.)w[tp]e\.")
 
@@ -287,9 +291,17 @@ def _roles(
             "are named; choose the models anew"
         )
     sliced = "slices" in config
+    if base is not None and "+" in base:
+        config.refuse(
+            "base_model",
+            "is an adapter on its base, and the others are merged into a whole model; " + _MAKE_ONE,
+        )
     if translation.base == "input":
+        seed = base or next((model for model in models if "+" not in model), None)
+        if seed is None:
+            raise UserError(f"{config.file} names adapters alone, and one whole model is needed; {_MAKE_ONE}")
         # To the sources of slices mergekit adds no base model.
-        return base or models[0], [*models, *([base] if base and base not in models and not sliced else [])]
+        return seed, [*models, *([base] if base and base not in models and not sliced else [])]
     if base is None:
         raise UserError(
             f"{config.file} names no base_model, and {method} is merged from one here; add base_model, the model that "

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from selfdev.errors import UserError
-from selfdev.merging.compatibility import check_quantised
 from selfdev.merging.targets import count_layers, of_vocabulary
 from selfdev.models.adapter import Adapter
 from selfdev.models.gguf import noted_source
@@ -228,7 +227,11 @@ class AdaptedCheckpoint(Checkpoint):
             UserError: something is missing or damaged, or the two do not fit.
         """
         super().__init__(owner, base, pickled=pickled)
-        check_quantised(self)  # what is packed has other shapes than the adapter's
+        if self.config.get("quantization_config"):  # what is packed has other shapes than the adapter's
+            raise UserError(
+                f"{owner}: its adapter was trained on '{base}', whose weights are quantised; name the model that these "
+                f"were quantised from as its base, {adapter}+BASE"
+            )
         self._adapter = Adapter(owner, adapter)
         self._adapter.attach(self.shapes, of_vocabulary)
         self.shapes |= self._adapter.resized

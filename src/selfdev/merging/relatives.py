@@ -37,7 +37,7 @@ def find_relatives(seed: str, experts: Mapping[str, str]) -> Relatives:
         UserError: a source that is none, or an expert that has the weights of the seed or of another one.
     """
     folder = resolve(seed)
-    found = {name: locate(source, seed) for name, source in experts.items()}
+    found = {name: locate(source, seed, pickled=True) for name, source in experts.items()}
     own, theirs = weights_hash(folder), {name: weights_hash(*each) for name, each in found.items()}
     check_distinct(own, theirs)
     return Relatives(folder, found, own, theirs)

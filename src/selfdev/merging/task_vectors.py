@@ -65,7 +65,7 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path | Located], targets
         raise UserError("there is no expert to merge; name at least one")
     original = Checkpoint("the seed", seed)
     relatives = {
-        name: open_expert(name, found if isinstance(found, Located) else Located(found), seed)
+        name: open_expert(name, found if isinstance(found, Located) else Located(found), seed, pickled=True)
         for name, found in experts.items()
     }
     chosen = select_targets(original.shapes, targets)

@@ -28,13 +28,13 @@ def weights_hash(folder: Path, adapter: Path | None = None) -> str:
     """The identity of a model's weights, 64 hex digits.
 
     It is the sha256 of the safetensors files one after the other, in the order of their names: for a single
-    file what `sha256sum` prints. Those of a LoRA adapter and its config come after those of its base. Files that
-    stay as they are, by size and time, are read once.
+    file what `sha256sum` prints; where there are none, of `pytorch_model*.bin`. Those of a LoRA adapter and its config
+    come after those of its base. Files that stay as they are, by size and time, are read once.
 
     Raises:
         UserError: a folder holds no weights.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise UserError(f"'{folder}' holds no *.safetensors file; save the model with save_pretrained")
     if adapter is not None:

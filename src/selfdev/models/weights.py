@@ -161,6 +161,8 @@ def _safetensors(path: Path) -> tuple[dict[str, Entry], Any]:
         prefix = file.read(_LENGTH.size)
         if len(prefix) < _LENGTH.size:
             raise Damaged(f"it has {len(prefix)} bytes, too few for a header")
+        if prefix == b"version ":
+            raise Damaged("it is a pointer of Git LFS, and `git lfs pull` fetches what it points to")
         (length,) = _LENGTH.unpack(prefix)
         start = _LENGTH.size + length
         if length > _LONGEST_HEADER or start > size:

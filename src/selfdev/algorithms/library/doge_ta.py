@@ -5,7 +5,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library.blocks import Stack, blockwise
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components
+from selfdev.algorithms.library.spectrum import components, each_matrix
 from selfdev.algorithms.library.trimming import check_density, magnitude_thresholds
 from selfdev.errors import UserError
 
@@ -14,6 +14,7 @@ _STEPS = 50
 _SOLVED = 1e-5
 
 
+@each_matrix
 def doge_ta(
     task_vectors: Tensor,
     *,

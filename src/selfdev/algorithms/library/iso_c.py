@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components
+from selfdev.algorithms.library.spectrum import components, each_matrix
 
 
+@each_matrix
 def iso_c(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     """Replace the singular values of the sum by their mean (Marczak et al. 2025, arXiv 2502.04959).
 

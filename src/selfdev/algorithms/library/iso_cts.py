@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components, largest_value, orthogonal
+from selfdev.algorithms.library.spectrum import components, each_matrix, largest_value, orthogonal
 from selfdev.errors import UserError
 
 
+@each_matrix
 def iso_cts(task_vectors: Tensor, *, common_share: float = 0.8, scale: float = 1.0) -> Tensor:
     """Iso-C with a part of the spectrum kept for each expert alone (Marczak et al. 2025, arXiv 2502.04959).
 

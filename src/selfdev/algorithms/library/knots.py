@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import gram, of_gram
+from selfdev.algorithms.library.spectrum import each_matrix, gram, of_gram
 from selfdev.algorithms.library.ties import ties
 
 # Rows of the experts that are multiplied at a time.
 _BLOCK = 1 << 8
 
 
+@each_matrix
 def knots(task_vectors: Tensor, *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """Merge the right factors of a joint SVD by TIES (Stoica et al. 2024, arXiv 2410.19735).
 

@@ -249,9 +249,10 @@ class Method:
         """Raise UserError unless the method takes this number of experts and these parameters."""
         if experts < 1 or (self.experts is not None and experts != self.experts):
             takes = "at least 1" if self.experts is None else f"exactly {self.experts}"
-            raise UserError(
-                f"method '{self.name}' takes {takes} experts, not {experts}; choose the experts anew"
-            )
+            way_out = "choose the experts anew"
+            if experts == 1:
+                way_out = "name another one, which may be the seed itself (--expert base=SEED)"
+            raise UserError(f"method '{self.name}' takes {takes} experts, not {experts}; {way_out}")
         known = {parameter.name: parameter for parameter in self.parameters}
         for name, value in parameters.items():
             if (ours := MERGEKITS_NAMES.get(name)) in known and name not in known:

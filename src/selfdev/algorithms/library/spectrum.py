@@ -6,7 +6,8 @@ nothing: the product's eigenvalues are squares, those of directions that count a
 rounding is 1e-16.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,27 @@ _NOTHING = 1e-5
 
 # Rows or columns that are multiplied in float64 at a time.
 _BLOCK = 1 << 8
+
+# The shorter side of a matrix in a stack, at least: what is smaller is the kernel of a convolution.
+_SIDE = 16
+
+
+def each_matrix(merge: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a method of matrices merge a tensor that is a stack of them, one by one.
+
+    A mixture of experts stores the matrices of all its experts in one tensor, shape (experts, rows, columns).
+    """
+
+    @functools.wraps(merge)
+    def merged(task_vectors: Tensor, **parameters: object) -> Tensor:
+        if task_vectors.dim() != 4 or min(task_vectors.shape[2:]) < _SIDE:
+            return merge(task_vectors, **parameters)
+        out = torch.empty_like(task_vectors[0])
+        for place, matrix in enumerate(out):
+            matrix.copy_(merge(task_vectors[:, place], **parameters))
+        return out
+
+    return merged
 
 
 def components(

@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components
+from selfdev.algorithms.library.spectrum import components, each_matrix
 from selfdev.errors import UserError
 
 # The share of the sum's response below which an expert has none of its own in a direction.
 _ABSENT = 1e-5
 
 
+@each_matrix
 def svc(task_vectors: Tensor, *, floor: float = 1.0, scale: float = 1.0) -> Tensor:
     """Calibrate the singular values of the sum (Li et al. 2026, arXiv 2602.05536).
 

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import components, orthogonal
+from selfdev.algorithms.library.spectrum import components, each_matrix, orthogonal
 
 
+@each_matrix
 def tsv_m(task_vectors: Tensor, *, scale: float = 1.0) -> Tensor:
     """Keep 1 / experts of each expert's singular components, orthogonalise, add (arXiv 2412.00081).
 

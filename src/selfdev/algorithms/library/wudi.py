@@ -5,13 +5,14 @@ from torch import Tensor
 
 from selfdev.algorithms.library.blocks import in_blocks
 from selfdev.algorithms.library.specification import Method, Paper, Parameter
-from selfdev.algorithms.library.spectrum import eigen
+from selfdev.algorithms.library.spectrum import each_matrix, eigen
 from selfdev.errors import UserError
 
 # Entries that are merged at a time, in whole rows.
 _BLOCK = 1 << 18
 
 
+@each_matrix
 def wudi(task_vectors: Tensor, *, cutoff: float = 0.01, scale: float = 1.0) -> Tensor:
     """Minimise the interference on the experts' row spaces (Cheng et al. 2025, arXiv 2503.08099).
 
