@@ -96,6 +96,25 @@ def test_what_does_not_go_together_is_named(changes: list[str], says: str) -> No
     assert load_config("quickstart", [*changes[:1], "controls=[]"]).programs == 56
 
 
+def test_a_chat_template_is_told_where_it_is_applied(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"prompt\.template: the short form is continued without a chat template"
+    ):
+        load_config("quickstart", ["prompt.template={enable_thinking: false}"])
+    assert load_config(
+        "paper", ["task.name=nano", "prompt.template={enable_thinking: false}"]
+    ).prompt.template == {"enable_thinking": False}
+    served = [
+        "factory.model=endpoint:x",
+        "factory.endpoint.url=http://localhost/v1",
+        "refinement.refit=never",
+    ]
+    with pytest.raises(UserError, match=r"prompt\.template: a server applies.*chat_template_kwargs"):
+        load_config(
+            "paper", [*served, "task.name=nano", "controls=[]", "prompt.template={enable_thinking: false}"]
+        )
+
+
 def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(

@@ -11,7 +11,8 @@ from scripted import scripted_config
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import OPENING, Form, wrap_short
 from selfdev.factory.factory import LocalFactory
-from selfdev.factory.prompt import STOP, ask, base_of, correcting, deal, showing
+from selfdev.factory.prompt import STOP, ask, base_of, correcting, deal, prompts_of, showing
+from selfdev.settings import PromptSettings
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
@@ -107,6 +108,12 @@ def test_a_message_is_asked_in_the_chat_template_where_there_is_one() -> None:
     contract, short = (ask(("vote",), examples(), form) for form in (Form.CONTRACT, Form.SHORT))
     assert plain.decode(contract.tokens(plain)) == contract.text
     assert chatty.decode(contract.tokens(chatty)) == f"[user]{contract.text}[end][assistant]"
+    thinking = PromptSettings(names=("vote",), template={"enable_thinking": False})
+    chatty.chat_template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}"
+    [told] = prompts_of(thinking, examples(), 0, 0)
+    assert chatty.decode(told.tokens(chatty)) == f"[user]{contract.text}[end][assistant]<think></think>"
+    [shown] = showing([told], {"a": wrap_short(examples()["clipped"])}, examples())
+    assert chatty.decode(shown.tokens(chatty)).endswith("[assistant]<think></think>")
     # The short form is a text to be continued, template or not.
     assert short.tokens(plain) == short.tokens(chatty) == plain(short.text).input_ids
 

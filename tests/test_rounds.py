@@ -183,7 +183,9 @@ class Endless(ScriptedFactory):
         return [replace(s, finished=False) for s in super().write(*arguments)]
 
 
-def test_a_factory_that_always_runs_to_the_limit_ends_with_an_honest_nothing(tmp_path: Path) -> None:
+def test_a_factory_that_always_runs_to_the_limit_ends_with_an_honest_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = "    s = s + deltas[0]\n"
     begun = "a(deltas):\n    s = deltas[0]\n" + line * 20
     texts = [begun, begun + "    s = s +", "again and again " * 20]
@@ -194,6 +196,9 @@ def test_a_factory_that_always_runs_to_the_limit_ends_with_an_honest_nothing(tmp
         assert (cut, prose) == ("SyntaxError", "NoFunction")
         assert whole not in ("new", "trivial", "known", "repeated")  # it returns nothing
     assert not any(c.finished for c in found.archive.candidates("learning"))
+    assert "most of these programs were cut off at factory.max_new_tokens" in caplog.text
+    assert main(["show", str(found.folder)]) == 0
+    assert "were cut off at factory.max_new_tokens" in " ".join(capsys.readouterr().out.split())
     assert found.archive.run.status == "done"
     assert found.best is None
     assert "no new program" in found.verdict["headline"]

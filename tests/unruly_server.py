@@ -41,7 +41,11 @@ class UnrulyServer:
         self.refused: set[int] = set()
         """Seeds of requests that it answers with 400, always."""
         self.counts = True
+        self.unknown_fields: set[str] = set()
+        self.only_messages = False
         self.asked: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
+        """Requests for one token."""
         self.arrived: list[float] = []
         self.answered: list[dict[str, Any]] = []
         self.adapters: dict[str, str] = {}
@@ -105,6 +109,11 @@ class UnrulyServer:
         if to.path.endswith("lora_adapter") and not self.refuses_adapters:
             self.adapt(to, body)
         elif to.path.endswith("completions"):
+            if 1 in (body.get("max_tokens"), body.get("max_completion_tokens")):
+                self.probes.append(body)
+                if not self.misbehave(to, self.understands(to.path, body)):
+                    self.complete(to, body)
+                return
             self.asked.append(body)
             self.arrived.append(time.monotonic())
             misdeed = self.misdeeds.pop(0) if self.misdeeds else ""
@@ -113,6 +122,12 @@ class UnrulyServer:
                 self.complete(to, body)
         else:
             reply(to, 404, {"detail": "Not Found"})
+
+    def understands(self, path: str, body: dict[str, Any]) -> str:
+        """The misdeed with which it answers what is not its dialect; none if it is."""
+        if self.only_messages and not path.endswith("chat/completions"):
+            return "404"
+        return "400" if self.unknown_fields & body.keys() else ""
 
     def admits(self, to: BaseHTTPRequestHandler) -> bool:
         if not to.path.startswith("/v1/"):
@@ -192,7 +207,8 @@ class UnrulyServer:
                 "prompt_tokens": len(self.tokenizer(body["prompt"]).input_ids),
                 "completion_tokens": len(ids),
             }
-        self.answered.append(body)
+        if not any(body is probe for probe in self.probes):
+            self.answered.append(body)
         reply(to, 200, {"choices": [choice], **({"usage": usage} if self.counts else {})})
 
 

@@ -105,6 +105,11 @@ class Config(Section):
                 "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
                 "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
             )
+        if self.prompt.template and self.prompt.form is not Form.CONTRACT:
+            raise ValueError(
+                "prompt.template: the short form is continued without a chat template; leave it out, or set "
+                "prompt.form: contract"
+            )
         if self.factory.repair_turn and min(self.budgets) < 2:
             raise ValueError(
                 f"factory.repair_turn: half of the programs come before it, and programs is {min(self.budgets)}; set "
@@ -182,6 +187,11 @@ class Config(Section):
             )
         if server is None:
             return
+        if self.prompt.template and not self.factory.weights_here:
+            raise ValueError(
+                "prompt.template: a server applies the chat template; give it factory.endpoint.request: "
+                "{chat_template_kwargs: ...} instead"
+            )
         if learns and self.refinement.train == "full":
             raise ValueError(
                 "refinement.train: a server is given LoRA adapters and no whole model; set it to lora"

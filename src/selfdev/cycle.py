@@ -3,6 +3,7 @@
 Every step asks the archive first whether it is done, so the same code begins a run and resumes it.
 """
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from selfdev.learning import Learning
 from selfdev.roles import Factory, Screener
 from selfdev.watcher import Watcher
 from selfdev.writing import Writing
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ class Cycle:
                 return
             writing = Writing(self.config, self.factory, self.screen, arm, t, adapters, tick)
             asked, written = writing.write(prompts)
+            if 4 * sum(not c.finished for c in written) > 3 * len(written):
+                log.warning(
+                    "most of these programs were cut off at factory.max_new_tokens: %s. A model that thinks aloud "
+                    "needs more, or is to think less (docs/sampling.md)",
+                    self.config.factory.max_new_tokens,
+                )
         texts = tuple(prompt.text for prompt in asked)
         self.archive.add_written(Iteration(arm, t, writing.temperature, texts, tick.seconds), written)
 

@@ -5,15 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = "lock"
+"""The empty file by which a folder is held."""
+
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Hold a folder that exists, by its empty file ``lock``, which stays.
+    """Hold a folder that exists, by its file `LOCK`, which stays.
 
     Raises:
         BlockingIOError: another process holds it.
     """
-    with (folder / "lock").open("a") as file:
+    with (folder / LOCK).open("a") as file:
         _lock(file.fileno())
         yield
 
@@ -21,7 +24,7 @@ def held(folder: Path) -> Iterator[None]:
 def is_held(folder: Path) -> bool:
     """Whether a process holds a folder; not known, and False, where the lock cannot be read."""
     try:
-        with (folder / "lock").open("rb") as file:
+        with (folder / LOCK).open("rb") as file:
             _lock(file.fileno(), shared=True)
     except BlockingIOError:
         return True

@@ -14,6 +14,7 @@ from selfdev.evaluation.diversity import diversity
 from selfdev.evaluation.evaluator import DISTANCE, ORDER
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new, repairs_of, scores_on_first
+from selfdev.factory.journal import spent_in
 from selfdev.factory.prompt import base_of
 from selfdev.session import told
 
@@ -114,6 +115,7 @@ class Run:
             "folder": str(self.folder),
             "warm_start": self.config.factory.warm_start.steps,
             "unsafe_sandbox": bool(record.facts.get("unsafe_sandbox")),
+            "server": self._server(),
             "test_opened": [opening.opened for opening in openings],
             "test_opened_again": [
                 {"opened": o.opened, "headline_before": (o.before or {}).get("headline")}
@@ -121,6 +123,13 @@ class Run:
                 if o.again
             ],
         }
+
+    def _server(self) -> dict[str, Any] | None:
+        """What a server has read and written for the run, requests without an answer at their most, and its price."""
+        spent, settings = spent_in(self.folder), self.config.factory.endpoint
+        if spent is None or settings is None:
+            return None
+        return {**asdict(spent), "price": settings.price(spent.tokens_in, spent.tokens_out)}
 
     def _iterations(self) -> list[dict[str, Any]]:
         """What every iteration of every arm came to, in the order in which they were written."""

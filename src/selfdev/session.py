@@ -1,6 +1,7 @@
 """What a process needs that works on a run's folder: the folder for itself, limits, and errors that say the way out."""
 
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,7 @@ import selfdev
 from selfdev.archive import ARCHIVE, Archive, ArchiveError, Run
 from selfdev.config import Config
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
-from selfdev.lock import held
+from selfdev.lock import LOCK, held
 from selfdev.sandbox import SandboxUnavailable
 
 TRANSFER = "transfer"
@@ -103,7 +104,11 @@ def told(folder: Path, flags: str = "", go_on: str = "") -> Iterator[None]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Hold the run's folder against a second process; the kernel lets go of it however this one ends."""
+    """Hold the run's folder against a second process; the kernel lets go of it however this one ends.
+
+    A folder in which nothing was begun is not left behind.
+    """
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
@@ -112,4 +117,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it, or stop it"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if new and [each.name for each in folder.iterdir()] == [LOCK]:
+                shutil.rmtree(folder, ignore_errors=True)

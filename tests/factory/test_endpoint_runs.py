@@ -50,7 +50,10 @@ def test_a_run_that_only_searches_says_so(tmp_path: Path, capsys: pytest.Capture
     assert finished.best is not None
     assert finished.archive.run.facts["factory"] == {"model": "endpoint:unruly", "served": "unruly"}
     assert main(["show", str(tmp_path / "run")]) == 0
-    assert "nothing was learned" in capsys.readouterr().out
+    page = " ".join(capsys.readouterr().out.split())
+    assert "nothing was learned" in page
+    assert "360 tokens read, 120 written" in page  # 30 and 10 a program
+    assert finished.summary()["run"]["server"] == {"tokens_in": 360, "tokens_out": 120, "price": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from selfdev.factory.endpoint import EndpointFactory
 from selfdev.factory.journal import Answer, Usage
 from selfdev.factory.protocol import Completion
 from selfdev.factory.sampling import Sample
+from selfdev.runs import run
 from selfdev.streams import stream_seed
 from unruly_server import TOKENS, UnrulyServer
 
@@ -295,8 +296,26 @@ def test_no_server_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> N
 def test_a_model_that_the_server_does_not_know_is_refused(server: UnrulyServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no word from 'tame'.*does not exist.*it lists unruly"):
         factory_of(server, tmp_path, model="tame", request={"max_tokens": None, "max_completion_tokens": 200})
-    [probe] = server.asked
+    [probe] = server.probes
     assert (probe["max_completion_tokens"], "max_tokens" in probe) == (1, False)
+
+
+def test_a_server_of_another_dialect_is_refused_before_the_run_begins(
+    server: UnrulyServer, tmp_path: Path
+) -> None:
+    server.unknown_fields = {"max_tokens"}
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match=r"refuses what it is asked: .* 400: .*\n.*factory.endpoint.request"):
+        run(searching_config(server.url), folder)
+    assert not folder.exists()
+    # In its dialect it writes.
+    own = {"max_tokens": None, "max_completion_tokens": 200}
+    assert len(write(factory_of(server, tmp_path, request=own))) == 12
+    server.only_messages = True
+    with pytest.raises(
+        UserError, match=r"(?s)404: .*set factory.endpoint.chat: true or prompt.form: contract"
+    ):
+        factory_of(server, tmp_path / "other", request=own)
 
 
 def test_an_address_that_is_no_server_of_the_protocol_is_refused(

@@ -71,8 +71,7 @@ class Budget:
 
     def price(self, usage: Usage) -> float:
         """What tokens cost, in the unit of the prices."""
-        settings = self.settings
-        return (usage.tokens_in * settings.price_in + usage.tokens_out * settings.price_out) / 1e6
+        return self.settings.price(usage.tokens_in, usage.tokens_out)
 
     def note(self) -> str:
         """The account in a few words, for the display."""

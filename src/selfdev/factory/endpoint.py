@@ -24,7 +24,7 @@ from selfdev.config import Config
 from selfdev.errors import Halted, SelfdevError, UserError
 from selfdev.factory.budget import Budget
 from selfdev.factory.factory import LocalFactory
-from selfdev.factory.journal import Answer, Journal, Usage
+from selfdev.factory.journal import JOURNAL, Answer, Journal, Usage
 from selfdev.factory.prompt import STOP, Prompt, prompts_of
 from selfdev.factory.sampling import Sample
 from selfdev.factory.served_adapters import ServedAdapters, check_runtime_adapters
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-JOURNAL = "written.db"
 _TEMPLATE = 64
 """Tokens that a chat template puts around a message, at most."""
 
@@ -291,7 +290,7 @@ class EndpointFactory:
     # --- before anything is asked for
 
     async def _check_server(self) -> None:
-        """Make sure that the server is there, and serves the model."""
+        """Make sure that the server is there, serves the model, and understands what it is asked."""
         names: list[str] = []
         async with Server(self.settings) as server:
             try:
@@ -303,11 +302,20 @@ class EndpointFactory:
                     ) from error
                 if error.status in (401, 403):
                     raise UserError(str(error)) from error
-            if self.model in names:
-                return
-            try:  # a server that lists no models, or not all, shows it by writing one token
+            try:
                 await self._word(server, "def")
             except NoAnswer as error:
+                if self.model in names and error.again:
+                    return  # it is busy, and is asked again by the run
+                if self.model in names:
+                    ways = (
+                        "Add what it wants under factory.endpoint.request, or leave a field out there by null"
+                    )
+                    if error.status == 404 and not self.chat:
+                        ways += "; if it takes messages alone, set factory.endpoint.chat: true or prompt.form: contract"
+                    raise UserError(
+                        f"factory.endpoint: the server refuses what it is asked: {error}\n{ways}"
+                    ) from error
                 listed = f"; it lists {', '.join(names[:20])}" if names else ""
                 raise UserError(
                     f"factory.endpoint.model: no word from '{self.model}': {error}{listed}"

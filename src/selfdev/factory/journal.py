@@ -8,6 +8,7 @@ its most: the server may have billed it. The same question is answered from here
 import secrets
 import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,12 @@ CREATE TABLE IF NOT EXISTS request (
 CREATE UNIQUE INDEX IF NOT EXISTS answered ON request (question) WHERE answer IS NOT NULL;
 CREATE TABLE IF NOT EXISTS journal (tag TEXT NOT NULL) STRICT;
 """
+
+
+_SPENT = "SELECT coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) FROM request"
+
+JOURNAL = "written.db"
+"""Of the file in a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,13 @@ class Journal:
 
     def spent(self) -> Usage:
         """What the run has cost so far, requests without an answer at their most."""
-        row = self._db.execute(
-            "SELECT coalesce(sum(tokens_in), 0), coalesce(sum(tokens_out), 0) FROM request"
-        ).fetchone()
-        return Usage(*row)
+        return Usage(*self._db.execute(_SPENT).fetchone())
+
+
+def spent_in(folder: Path) -> Usage | None:
+    """What the run in a folder has cost so far, read without writing; None where no server wrote."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return None
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        return Usage(*db.execute(_SPENT).fetchone())

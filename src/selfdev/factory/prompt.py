@@ -84,17 +84,21 @@ class Prompt:
         text: the whole text that the factory continues (before any chat template).
         examples: names of the worked examples in it.
         form: the form of the answer.
+        template: what the chat template is given beside the message.
     """
 
     text: str
     examples: tuple[str, ...]
     form: Form
+    template: tuple[tuple[str, bool | int | float | str], ...] = ()
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the prompt: in the chat template where the answer is a message and there is one."""
         if self.form is Form.CONTRACT and tokenizer.chat_template:
             message = [{"role": "user", "content": self.text}]
-            ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=False, **dict(self.template)
+            )
             return [int(i) for i in ids]
         return [int(i) for i in tokenizer(self.text).input_ids]
 
@@ -124,10 +128,11 @@ def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, ite
         seed: the run's.
         iteration: names the random stream of the deal.
     """
-    if settings.examples == "fixed":
-        return [ask(settings.names, sources, settings.form)]
-    hands = deal(sources, settings.prompts, settings.shown, stream_seed(seed, "prompts", iteration))
-    return [ask(names, sources, settings.form) for names in hands]
+    hands: Sequence[Sequence[str]] = [settings.names]
+    if settings.examples == "drawn":
+        hands = deal(sources, settings.prompts, settings.shown, stream_seed(seed, "prompts", iteration))
+    template = tuple(settings.template.items())
+    return [replace(ask(names, sources, settings.form), template=template) for names in hands]
 
 
 def showing(
@@ -145,7 +150,8 @@ def showing(
         return list(prompts)
     known = {**sources, **{name: unwrap_short(source) for name, source in programs.items()}}
     names = itertools.cycle(programs)
-    return [ask((*prompt.examples[:-1], next(names)), known, prompt.form) for prompt in prompts]
+    shown = [ask((*prompt.examples[:-1], next(names)), known, prompt.form) for prompt in prompts]
+    return [replace(new, template=prompt.template) for new, prompt in zip(shown, prompts, strict=True)]
 
 
 def correcting(prompt: Prompt, program: str, error: str) -> Prompt:

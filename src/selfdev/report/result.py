@@ -117,11 +117,13 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
     failures = Counter(c.failure for c in run.candidates(LEARNING) if c.failure)
     common = ", ".join(f"{visible(name)} {times}" for name, times in failures.most_common(_SHOWN))
     why = "no new program keeps the floors (task.floors)" if summary["pareto"] else "no new program was found"
+    unfinished = sum(not c.finished for c in run.candidates(LEARNING))
+    cut_off = f" {unfinished} were cut off at factory.max_new_tokens." if unfinished else ""
     return (
         f"There is no winner: {why}. "
         f"The learning factory wrote {count['written']} programs. {count['working']} of them work: "
         f"{count['trivial']} trivial, {count['known']} known, {count['repeated']} repeated, "
-        f"{count['new']} new." + (f" Most of the others failed by {common}." if common else "")
+        f"{count['new']} new." + (f" Most of the others failed by {common}." if common else "") + cut_off
     )
 
 
@@ -297,6 +299,9 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
         rows["learning"] = (
             "none: nothing was learned from the programs (refinement.refit: never); this is a search"
         )
+    if (server := record["server"]) is not None:
+        price = f", at a price of {server['price']:.4g}" if server["price"] else ""
+        rows["server"] = f"{server['tokens_in']:,} tokens read, {server['tokens_out']:,} written{price}"
     if record["status"] != "done":
         unsafe = " --unsafe-sandbox" if summary["run"]["unsafe_sandbox"] else ""
         rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")

@@ -79,6 +79,10 @@ class Endpoint(Section):
     price_in: float = Field(0.0, ge=0, description="Of a million tokens read.")
     price_out: float = Field(0.0, ge=0, description="Of a million tokens written.")
 
+    def price(self, tokens_in: int, tokens_out: int) -> float:
+        """What tokens cost that were read and written, in the unit of the prices."""
+        return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
+
     @field_validator("url")
     @classmethod
     def _address(cls, value: str) -> str:
@@ -225,3 +229,8 @@ class PromptSettings(Section):
     )
     shown: int = Field(3, ge=1, description="Worked examples in a drawn prompt.")
     prompts: int = Field(4, ge=1, description="Drawn prompts in each iteration.")
+    template: dict[str, bool | int | float | str] = Field(
+        {},
+        description="Given to the factory's chat template, such as {enable_thinking: false}. A server is told so by "
+        "`factory.endpoint.request` (`chat_template_kwargs`).",
+    )
