@@ -88,6 +88,7 @@ def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says:
         (["preferences.pairs=0", "refinement.imitation.passes=0"], "nothing could be learned"),
         (["refinement.refit=never", "controls=[frozen]"], "its own frozen control"),
         (["refinement.refit=never", "controls=[learning_feedback]"], "set 'feedback'"),
+        (["prompt.feedback=true", "controls=[learning_feedback]"], "its own learning_feedback control"),
     ],
 )
 def test_what_does_not_go_together_is_named(changes: list[str], says: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, killed, scripted_config
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Archive, Evaluation, TestSealed
+from selfdev.cli import main
 from selfdev.errors import Interrupted, UserError
 from selfdev.evaluation.evaluator import Evaluator, Refused, norm_of
 from selfdev.evaluation.evidence import Evidence
@@ -436,6 +437,26 @@ def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> 
         assert unwrap_short(best.source or "") in prompt
     assert not ended.archive.refinements("feedback")
     assert {row["kind"] for row in ended.verdict["table"]} == {"seed", "control", "discovered"}
+
+
+def test_a_search_by_prompt_feedback_can_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = scripted_config(
+        controls=["frozen"],
+        rivals=[],
+        refinement={"refit": "never"},
+        prompt={"form": "short", "names": ["vote"], "feedback": True},
+    )
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory())
+    searching, frozen = (ended.archive.iterations(arm) for arm in ("learning", "frozen"))
+    assert searching[0].prompts == frozen[0].prompts == frozen[1].prompts != searching[1].prompts
+    [best, *_] = [c for c, _ in ranked_new(ended.archive, "learning", tuned=False) if c.iteration == 0]
+    assert unwrap_short(best.source or "") in searching[1].prompts[0]
+    assert not ended.archive.refinements("learning")
+    assert main(["show", str(tmp_path / "run")]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "this is a search, its prompts showing its own best ones" in page
+    assert "found by sampling alone" in page
+    assert "learning adds" not in page
 
 
 def test_the_combined_control_learns_from_its_own_programs_and_is_shown_its_best_ones(tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def shows_programs(self) -> bool:
+        """Whether prompts of any arm show programs that were written."""
+        return self.prompt.feedback or any("feedback" in name for name in self.controls)
+
     def load_task(self) -> Task:
         """The task that it names, which has what is asked of it.
 
@@ -176,9 +181,15 @@ class Config(Section):
     def _check_endpoint(self) -> None:
         """What a server that samples asks of the other sections."""
         server, learns = self.factory.endpoint, self.refinement.refit != "never"
-        if not learns and "frozen" in self.controls:
+        shows = self.prompt.feedback
+        own = {(True, True): "learning_feedback", (False, True): "feedback", (False, False): "frozen"}
+        if (control := own.get((learns, shows))) in self.controls:
+            settings = [
+                *([] if learns else ["refinement.refit: never"]),
+                *(["prompt.feedback: true"] if shows else []),
+            ]
             raise ValueError(
-                "controls: with refinement.refit: never the run is its own frozen control; leave 'frozen' out"
+                f"controls: with {' and '.join(settings)} the run is its own {control} control; leave '{control}' out"
             )
         if not learns and "learning_feedback" in self.controls:
             raise ValueError(

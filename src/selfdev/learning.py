@@ -45,7 +45,8 @@ class Learning:
     def prompts(self, t: int) -> list[Prompt]:
         """What the arm's factory is asked in iteration t; afterwards, what it was asked."""
         prompts = self.factory.prompts(t)
-        if self.arm not in (FEEDBACK, COMBINED):
+        shows = self.arm in (FEEDBACK, COMBINED) or (self.arm == LEARNING and self.config.prompt.feedback)
+        if not shows:
             return prompts
         earlier = [c for c, _ in ranked_new(self.archive, self.arm, tuned=False) if c.iteration < t]
         best = {c.name: c.source or "" for c in earlier[: len(prompts)]}

@@ -62,7 +62,7 @@ class LocalFactory:
 
     def _most_tokens(self) -> list[int]:
         """The most tokens that each prompt of an iteration may have, whichever iteration and arm it is of."""
-        settings, shows = self.config.factory, any("feedback" in name for name in self.config.controls)
+        settings, shows = self.config.factory, self.config.shows_programs
         most: dict[int, int] = {}
         for t in range(self.config.iterations):
             for place, prompt in enumerate(self.prompts(t)):

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import FACTOR, in_nats
+from selfdev.config import Config
 from selfdev.evaluation.standing import LEARNING
 from selfdev.lock import is_held
 from selfdev.report.terminal import duration, facts, percent, points, python, table, visible
@@ -71,7 +72,7 @@ def headline(summary: dict[str, Any], run: "Run") -> RenderableType:
         lines.append((_no_winner(summary, run), "bold yellow"))
     else:
         lines.append((visible(f"{summary['headline']}."), "bold"))
-        lines += [(visible(f"\n{line}"), "") for line in _gains(summary)]
+        lines += [(visible(f"\n{line}"), "") for line in _gains(summary, run.config)]
     return Text.assemble(*lines)
 
 
@@ -86,19 +87,22 @@ def _how_far(summary: dict[str, Any], run: "Run") -> str:
     return f"{going}: iteration {len(written)} of {run.config.iterations} is the last that is written."
 
 
-def _gains(summary: dict[str, Any]) -> Iterator[str]:
+def _gains(summary: dict[str, Any], config: Config) -> Iterator[str]:
     """Which part of the gain over the seed is sampling, and which is learning; a verdict of an older run has none."""
     gains = summary["gains"]
     if not gains or not gains["over_seed"] or not gains["controls"]:
         return
     unit = "hundredths of a nat a token" if _in_nats(summary) else "points"
-    first = " It was written before anything was learned." if gains["iteration"] == 1 else ""
+    shown, learns = config.prompt.feedback, config.refinement.refit != "never"
+    ours = " and ".join([*(["learning"] if learns else []), *(["prompt feedback"] if shown else [])])
+    before = f" It was written before anything was {'learned' if learns else 'shown'}."
+    first = before if gains["iteration"] == 1 else ""
     yield f"Gain over the seed on test: {points(gains['over_seed']['difference'])} {unit}.{first}"
     for control in gains["controls"]:
         more = control["best_minus_control"]
         if not more or not control["over_seed"]:
             continue  # not measured, as a note under the table says
-        adds = "learning adds" if control["arm"] == "frozen" else "the difference is"
+        adds = f"{ours} adds" if control["arm"] == "frozen" else "the difference is"
         sure = "" if more["low"] > 0 or more["high"] < 0 else ": no difference shown"
         yield (
             f"  {control['candidate']}, {_FOUND_BY[control['arm']]}, gains "
@@ -296,8 +300,9 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     lies = f"{folder}: archive.db (everything){learned}"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
     if run.config.refinement.refit == "never":
+        shown = ", its prompts showing its own best ones" if run.config.prompt.feedback else ""
         rows["learning"] = (
-            "none: nothing was learned from the programs (refinement.refit: never); this is a search"
+            f"none: nothing was learned from the programs (refinement.refit: never); this is a search{shown}"
         )
     if (server := record["server"]) is not None:
         price = f", at a price of {server['price']:.4g}" if server["price"] else ""

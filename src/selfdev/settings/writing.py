@@ -229,6 +229,11 @@ class PromptSettings(Section):
     )
     shown: int = Field(3, ge=1, description="Worked examples in a drawn prompt.")
     prompts: int = Field(4, ge=1, description="Drawn prompts in each iteration.")
+    feedback: bool = Field(
+        False,
+        description="Whether what the run searches by shows its own best programs, each in the place of a prompt's "
+        "last example, as systems do that evolve programs.",
+    )
     template: dict[str, bool | int | float | str] = Field(
         {},
         description="Given to the factory's chat template, such as {enable_thinking: false}. A server is told so by "
