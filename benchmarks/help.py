@@ -35,9 +35,9 @@ from selfdev.config import load_config
 from selfdev.evaluation.evaluator import Evaluator, Refused
 from selfdev.evaluation.tasks import load_task
 from selfdev.factory.factory import LocalFactory
+from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models import shared_prefix
-from selfdev.models.sources import resolve
 from selfdev.sandbox import Sandbox
 from selfdev.watcher import Tick
 from selfdev.writing import Writing
@@ -146,13 +146,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with ExitStack() as stack:
         config = load_config("quickstart")
-        box = stack.enter_context(Sandbox(config.jail.limits))
-        folder = resolve(config.merge.seed)
-        experts = {name: resolve(source) for name, source in config.merge.experts.items()}
-        vectors = read_task_vectors(folder, experts, config.merge.targets)
+        box = stack.enter_context(Sandbox(config.jail.limits, workers=config.jail.workers))
+        found = find_relatives(config.merge.seed, config.merge.experts)
+        vectors = read_task_vectors(found.seed, found.experts, config.merge.targets)
         task = load_task(config.task.name)
         judge = Judge(
-            Screen(box), Evaluator(folder, vectors, task, config.task.development, box, config.seed)
+            Screen(box), Evaluator(found.seed, vectors, task, config.task.development, box, config.seed)
         )
         for temperature in arguments.temperatures:
             tallies = {way: Tally() for way in WAYS}

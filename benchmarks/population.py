@@ -24,8 +24,8 @@ from selfdev.archive import FACTOR, Candidate
 from selfdev.evaluation.evaluator import Evaluator, score_again
 from selfdev.evaluation.standing import NORMED
 from selfdev.evaluation.tasks import load_task
+from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import read_task_vectors
-from selfdev.models.sources import resolve
 from selfdev.results import Run, open_run
 from selfdev.sandbox import Sandbox
 from selfdev.zoo import zoo_models
@@ -86,18 +86,17 @@ def evaluator(run: Run, place: str, box: Sandbox, development: int | None = None
     else:
         seed, task = "zoo:nano2/seed", "nano2"
         experts = {name: f"zoo:nano2/{name}" for name in zoo_models("nano2")["experts"]}
-    folder = resolve(seed)
-    folders = {name: resolve(source) for name, source in experts.items()}
-    vectors = read_task_vectors(folder, folders, run.config.merge.targets)
+    found = find_relatives(seed, experts)
+    vectors = read_task_vectors(found.seed, found.experts, run.config.merge.targets)
     development = development or len(load_task(task).groups)
-    found = Evaluator(folder, vectors, load_task(task), development, box, run.config.seed)
-    found.open_test(QUESTIONS, AfterTheVerdict(run))
-    return found
+    judge = Evaluator(found.seed, vectors, load_task(task), development, box, run.config.seed)
+    judge.open_test(QUESTIONS, AfterTheVerdict(run))
+    return judge
 
 
 def score(run: Run, done: Scores) -> Iterator[Scores]:
     """Score what is not `done` yet; gives everything after each program."""
-    with Sandbox(run.config.jail.limits) as box:
+    with Sandbox(run.config.jail.limits, workers=run.config.jail.workers) as box:
         for place in (HOME, AWAY):
             scores = done.setdefault(place, {})
             programs = [each for its in new_ones(run).values() for each in its]

@@ -27,10 +27,10 @@ from typing import Any
 
 from population import HOME, LEAST, evaluator
 from quickstart import interval
-from selfdev.algorithms.screening import REAL_TOLERANCE, History, Novelty, Screen
+from selfdev.algorithms.screening import History, Novelty, Screen
 from selfdev.archive import FACTOR, Candidate
 from selfdev.candidates import read_candidate, remember, screened
-from selfdev.evaluation.evaluator import DISTANCE, Evaluator, Refused, score_again
+from selfdev.evaluation.evaluator import Evaluator, Refused, Trivial, score_again
 from selfdev.evaluation.standing import NORMED, repairs_of
 from selfdev.factory.factory import LocalFactory
 from selfdev.results import Run, open_run
@@ -65,14 +65,9 @@ def adapters_before(run: Run, arm: str) -> list[Path]:
     return rounds[-1:] if run.config.refinement.refit == "fresh" else rounds
 
 
-def gain(judge: Evaluator, candidate: Candidate, norm: float | None, base: float) -> float | None:
-    """A new program's gain over the seed on the sealed test, in points, at its better scale of development.
-
-    None if it is a linear combination on the real tensors.
-    """
+def gain(judge: Evaluator, candidate: Candidate, norm: float | None, base: float) -> float:
+    """A new program's gain over the seed on the sealed test, in points, at its better scale of development."""
     tried = [judge.candidate(candidate, "development")]
-    if tried[0].parameters[DISTANCE] <= REAL_TOLERANCE:
-        return None
     if norm is not None:
         tried.append(score_again(judge, candidate, "development", NORMED, 1.0, norm))
     best = max(tried, key=lambda each: each.score or 0.0)
@@ -107,14 +102,10 @@ def measure(
             candidate = screened(candidate, found)
             if found.novelty is Novelty.NEW:
                 try:
-                    gained = gain(judge, candidate, run.config.scaling.norm, base)
-                except Refused:
-                    candidate = replace(candidate, status="failed")
-                else:
-                    if gained is None:
-                        candidate = replace(candidate, status="trivial")
-                    else:
-                        gains.append(gained)
+                    gains.append(gain(judge, candidate, run.config.scaling.norm, base))
+                except Refused as refused:
+                    status = "trivial" if isinstance(refused, Trivial) else "failed"
+                    candidate = replace(candidate, status=status)
             remember(history, candidate)
         cell[candidate.status or "failed"] += 1
     return {**cell, "gains": gains}
@@ -142,7 +133,7 @@ def measured(
         return
     run = open_run(folder)
     factory = LocalFactory(run.config)
-    with Sandbox(run.config.jail.limits) as box:
+    with Sandbox(run.config.jail.limits, workers=run.config.jail.workers) as box:
         screen, judge = Screen(box), evaluator(run, HOME, box, run.config.task.development)
         for arm, temperature, number in wanted:
             cells[key(arm, temperature, number)] = measure(

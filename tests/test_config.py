@@ -89,6 +89,14 @@ def test_what_cannot_be_is_named_before_any_work(preset: str, change: str, says:
         (["refinement.refit=never", "controls=[frozen]"], "its own frozen control"),
         (["refinement.refit=never", "controls=[learning_feedback]"], "set 'feedback'"),
         (["prompt.feedback=true", "controls=[learning_feedback]"], "its own learning_feedback control"),
+        (
+            ["prompt.feedback=true", "refinement.refit=never", "controls=[feedback]"],
+            "its own feedback control",
+        ),
+        (
+            ["prompt.feedback=true", "refinement.refit=never", "controls=[learning_feedback]"],
+            "leave 'learning_feedback' out",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_named(changes: list[str], says: str) -> None:

@@ -24,6 +24,7 @@ from selfdev.report.dataset import export_pairs
 from selfdev.results import Run
 from selfdev.runs import resume, run
 from selfdev.sandbox import Sandbox
+from selfdev.transfers import transfer
 from selfdev.watcher import Silent
 from selfdev.zoo import zoo_models
 
@@ -255,6 +256,34 @@ def test_a_program_that_is_the_mean_on_real_tensors_is_trivial(tmp_path: Path) -
     assert ended.best is None
 
 
+def test_a_run_that_ends_before_it_has_begun_leaves_no_folder(tmp_path: Path) -> None:
+    class Unprepared(ScriptedFactory):
+        def prepare(self, tick: Any) -> None:
+            (tmp_path / "new" / "written.db").touch()  # as the journal of a server
+            raise UserError("no memory for the warm start")
+
+    with pytest.raises(UserError, match="no memory"):
+        run(scripted_config(), tmp_path / "new", factory=Unprepared())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()  # the user's own stays
+    with pytest.raises(UserError, match="no memory"):
+        run(scripted_config(), tmp_path / "new", factory=Unprepared())
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_program_is_merged_in_as_many_processes_as_the_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, boxes = Sandbox.__enter__, list[Sandbox]()
+    monkeypatch.setattr(Sandbox, "__enter__", lambda self: boxes.append(self) or entered(self))
+    config = scripted_config(programs=4, iterations=1, controls=[], rivals=[], jail={"workers": 2})
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory(PROGRAMS[:4]))
+    assert ended.best is not None
+    experts = {name: f"zoo:nano2/{name}" for name in ("tri", "tot")}
+    transfer(tmp_path / "run", "zoo:nano2/seed", experts, "nano2")
+    assert [box.workers for box in boxes] == [2, 2]
+
+
 def test_too_little_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
@@ -454,9 +483,9 @@ def test_a_search_by_prompt_feedback_can_win(tmp_path: Path, capsys: pytest.Capt
     assert not ended.archive.refinements("learning")
     assert main(["show", str(tmp_path / "run")]) == 0
     page = " ".join(capsys.readouterr().out.split())
-    assert "this is a search, its prompts showing its own best ones" in page
-    assert "found by sampling alone" in page
-    assert "learning adds" not in page
+    assert "this is a search, whose prompts show its own best programs" in page
+    assert "prompt feedback adds" in page
+    assert ended.best is not None
 
 
 def test_the_combined_control_learns_from_its_own_programs_and_is_shown_its_best_ones(tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ class UnrulyServer:
         self.counts = True
         self.unknown_fields: set[str] = set()
         self.only_messages = False
+        self.wants_room = False
+        """Whether one token is too few for its thoughts."""
         self.asked: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
         """Requests for one token."""
@@ -114,6 +116,11 @@ class UnrulyServer:
                 if not self.misbehave(to, self.understands(to.path, body)):
                     self.complete(to, body)
                 return
+            if body.get("prompt") == "def" or (body.get("messages") or [{}])[0].get("content") == "def":
+                self.probes.append(body)  # with all the room that a program has
+                if not self.misbehave(to, "" if self.wants_room else self.understands(to.path, body)):
+                    self.complete(to, body)
+                return
             self.asked.append(body)
             self.arrived.append(time.monotonic())
             misdeed = self.misdeeds.pop(0) if self.misdeeds else ""
@@ -125,6 +132,8 @@ class UnrulyServer:
 
     def understands(self, path: str, body: dict[str, Any]) -> str:
         """The misdeed with which it answers what is not its dialect; none if it is."""
+        if self.wants_room:
+            return "400"
         if self.only_messages and not path.endswith("chat/completions"):
             return "404"
         return "400" if self.unknown_fields & body.keys() else ""

@@ -56,7 +56,7 @@ class Config(Section):
     rivals: tuple[str, ...] = Field((), description="Human-designed methods, tuned on the development split.")
     controls: tuple[Literal["frozen", "feedback", "learning_feedback"], ...] = Field(
         ("frozen",),
-        description="`frozen`: the same without learning. `feedback`: without learning too, but each prompt shows one "
+        description="`frozen`: without learning, and under the usual prompts. `feedback`: without learning too, but each prompt shows one "
         "of the arm's own best programs in the place of its last example, as systems do that evolve programs. "
         "`learning_feedback`: both at once, learning from its own programs.",
     )
@@ -193,8 +193,12 @@ class Config(Section):
             )
         if not learns and "learning_feedback" in self.controls:
             raise ValueError(
-                "controls: with refinement.refit: never nothing learns; in the place of 'learning_feedback' set "
-                "'feedback'"
+                "controls: with refinement.refit: never nothing learns; "
+                + (
+                    "leave 'learning_feedback' out"
+                    if shows
+                    else "in the place of 'learning_feedback' set 'feedback'"
+                )
             )
         if server is None:
             return
@@ -216,7 +220,8 @@ class Config(Section):
                 )
             )
             raise ValueError(
-                f"refinement.refit: {why}. A run that only searches has refinement.refit: never and no control 'frozen'"
+                f"refinement.refit: {why}. A run that only searches has refinement.refit: never, and no control 'frozen' "
+                "unless prompt.feedback is true"
             )
         if server.chat and self.prompt.form is Form.SHORT:
             raise ValueError(
@@ -265,7 +270,8 @@ def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
         UserError: as in `load_config`, or a run must go on with what it began with in this field.
     """
     data = config.model_dump(mode="json")
-    free = ["factory.device", "task.device"]  # where it is the same device under another name
+    # Of the devices it is the same under another name that is taken.
+    free = ["jail.workers", "factory.device", "task.device"]
     free += [f"factory.endpoint.{name}" for name in Endpoint.CHANGEABLE] if config.factory.endpoint else []
     for change in changes:
         key, value = _split(change)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from selfdev.algorithms.screening import REAL_TOLERANCE, History, Novelty
+from selfdev.algorithms.screening import History, Novelty
 from selfdev.archive import Archive, Candidate, Evaluation, Iteration
 from selfdev.candidates import candidate_name, history_of, remember, screened, unscreened
 from selfdev.config import Config
 from selfdev.evaluation.course import DEVELOPMENT, Course
-from selfdev.evaluation.evaluator import DISTANCE, Refused, Scorer, score_again, score_seed
+from selfdev.evaluation.evaluator import Refused, Scorer, Trivial, score_again, score_seed
 from selfdev.evaluation.rivals import spent_on_candidates, tune_rivals
 from selfdev.evaluation.standing import LEARNING, NORMED, is_written, ranked_new, repairs_of
 from selfdev.evaluation.verdict import finalists, reach_verdict
@@ -79,10 +79,10 @@ class Cycle:
                 return
             writing = Writing(self.config, self.factory, self.screen, arm, t, adapters, tick)
             asked, written = writing.write(prompts)
-            if 4 * sum(not c.finished for c in written) > 3 * len(written):
+            if 4 * sum(c.cut_off for c in written) > 3 * len(written):
                 log.warning(
-                    "most of these programs were cut off at factory.max_new_tokens: %s. A model that thinks aloud "
-                    "needs more, or is to think less (docs/sampling.md)",
+                    "most of these programs were cut off at factory.max_new_tokens, %s; docs/sampling.md says what "
+                    "helps a model that thinks aloud",
                     self.config.factory.max_new_tokens,
                 )
         texts = tuple(prompt.text for prompt in asked)
@@ -166,12 +166,10 @@ class Cycle:
         """Score a program that is new; it is not, if that fails or the real tensors show otherwise."""
         try:
             evaluation = ask(self.scorer, candidate)
+        except Trivial as trivial:
+            return replace(candidate, status="trivial", error=trivial.error), None
         except Refused as refused:
-            failed = replace(candidate, status="failed", failure=refused.failure, error=refused.error)
-            return failed, None
-        if (distance := evaluation.parameters.get(DISTANCE, 1.0)) <= REAL_TOLERANCE:
-            why = f"on the real tensors a linear combination, to {distance:.1e}"
-            return replace(candidate, status="trivial", error=why), None
+            return replace(candidate, status="failed", failure=refused.failure, error=refused.error), None
         if evaluation.failure is not None:
             candidate = replace(candidate, status="failed", failure="ScoringError", error=evaluation.failure)
         return candidate, evaluation

@@ -132,7 +132,7 @@ class Run:
         return {**asdict(spent), "price": settings.price(spent.tokens_in, spent.tokens_out)}
 
     def _iterations(self) -> list[dict[str, Any]]:
-        """What every iteration of every arm came to, in the order in which they were written."""
+        """What every iteration of every arm came to, sorted by iteration and arm."""
         first, evidence = scores_on_first(self.archive), Evidence(self.archive)
         scoring: dict[str, float] = {}
         for each in self.archive.evaluations("candidate") + self.archive.evaluations("scaled"):

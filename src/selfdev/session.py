@@ -17,7 +17,7 @@ import selfdev
 from selfdev.archive import ARCHIVE, Archive, ArchiveError, Run
 from selfdev.config import Config
 from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
-from selfdev.lock import LOCK, held
+from selfdev.lock import held
 from selfdev.sandbox import SandboxUnavailable
 
 TRANSFER = "transfer"
@@ -120,5 +120,5 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if new and [each.name for each in folder.iterdir()] == [LOCK]:
+            if new and not (folder / ARCHIVE).exists():  # nothing in it is paid for before
                 shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,16 @@ KEY = "sk-very-secret-0123456789"
 QUICK = [program for program in PROGRAMS if "while True" not in program and "torch.seed" not in program]
 
 
+CUT_OFF = """
+import os, sqlite3, sys
+account = sqlite3.connect(sys.argv[1], isolation_level=None)
+account.execute("PRAGMA cache_size = 1")
+account.execute("BEGIN IMMEDIATE")
+account.execute("UPDATE request SET tokens_in = 99, answer = hex(randomblob(20000))")
+os._exit(0)
+"""
+
+
 def test_killed_in_the_middle_nothing_is_paid_for_twice_but_what_was_in_flight(tmp_path: Path) -> None:
     with UnrulyServer(QUICK) as server:
         command = [sys.executable, endpoint_runs.__file__, str(tmp_path / "run"), server.url, "write:6"]
@@ -53,7 +63,13 @@ def test_a_run_that_only_searches_says_so(tmp_path: Path, capsys: pytest.Capture
     page = " ".join(capsys.readouterr().out.split())
     assert "nothing was learned" in page
     assert "360 tokens read, 120 written" in page  # 30 and 10 a program
-    assert finished.summary()["run"]["server"] == {"tokens_in": 360, "tokens_out": 120, "price": 0.0}
+    server = {"tokens_in": 360, "tokens_out": 120, "price": 0.0}
+    assert finished.summary()["run"]["server"] == server
+    # A process that is killed in a step of its account leaves a journal of SQLite's own, which takes that step back.
+    written = tmp_path / "run" / "written.db"
+    subprocess.run([sys.executable, "-c", CUT_OFF, str(written)], check=True)
+    assert Path(f"{written}-journal").is_file()
+    assert open_run(tmp_path / "run").summary()["run"]["server"] == server
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,10 @@ def test_a_server_of_another_dialect_is_refused_before_the_run_begins(
     # In its dialect it writes.
     own = {"max_tokens": None, "max_completion_tokens": 200}
     assert len(write(factory_of(server, tmp_path, request=own))) == 12
-    server.only_messages = True
+    server.unknown_fields, server.wants_room = set(), True
+    folder.mkdir()
+    assert len(write(factory_of(server, folder))) == 12
+    server.only_messages, server.wants_room = True, False
     with pytest.raises(
         UserError, match=r"(?s)404: .*set factory.endpoint.chat: true or prompt.form: contract"
     ):

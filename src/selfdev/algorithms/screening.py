@@ -366,13 +366,15 @@ def explained_by_combination(
 ) -> float:
     """Distance of real merged tensors from one constant linear combination of the real task vectors.
 
+    A tensor at a time is held in double precision.
+
     Args:
         merged: parameter name -> merged task vector.
         task_vectors: parameter name -> expert -> task vector.
 
     Returns:
         The largest relative residual over the tensors; a candidate within `REAL_TOLERANCE` is trivial where it
-        counts, whatever it does on probes. A tensor at a time is held in double precision.
+        counts, whatever it does on probes.
     """
 
     def scaled(name: str) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,11 @@ class Candidate:
     screening: float | None = field(default=None, compare=False)
 
     @property
+    def cut_off(self) -> bool:
+        """Whether the limit on new tokens ended it; of what a server refused to write there is no text."""
+        return not self.finished and bool(self.text)
+
+    @property
     def works(self) -> bool:
         """Whether it ran on every probe."""
         return self.status is not None and self.status != "failed"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from selfdev.algorithms.library import method
-from selfdev.algorithms.screening import Box, explained_by_combination
+from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
 from selfdev.archive import FACTOR, Archive, Candidate, Evaluation, TestSealed
 from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.objective import Objective
@@ -50,6 +50,10 @@ class Refused(Exception):
     def __init__(self, failure: str, error: str):
         super().__init__(f"{failure}: {error}")
         self.failure, self.error = failure, error
+
+
+class Trivial(Refused):
+    """A candidate is a constant linear combination of the real task vectors."""
 
 
 class Scorer(Protocol):
@@ -194,10 +198,13 @@ class Evaluator:
 
         Raises:
             Refused: it fails on the real tensors.
+            Trivial: it is a linear combination of them, and would be scored as new: as it was written, on development.
         """
         began = time.perf_counter()
         merged = self._merged(candidate)
         facts = self._noted(candidate, merged)
+        if number == 0 and split == "development" and facts[DISTANCE] <= REAL_TOLERANCE:
+            raise Trivial("", f"on the real tensors a linear combination, to {facts[DISTANCE]:.1e}")
         if number == 0:
             return self._evaluation("candidate", candidate.name, 0, split, facts, merged, began, asked)
         if norm is not None:

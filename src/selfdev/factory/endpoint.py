@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx2
+
 from selfdev.algorithms.examples import examples
 from selfdev.algorithms.source import Form
 from selfdev.config import Config
@@ -303,7 +305,15 @@ class EndpointFactory:
                 if error.status in (401, 403):
                     raise UserError(str(error)) from error
             try:
-                await self._word(server, "def")
+                try:
+                    await self._word(server, "def")
+                except NoAnswer as error:
+                    if error.status != httpx2.codes.BAD_REQUEST:
+                        raise
+                    # A model that thinks aloud may say that one token is too few.
+                    await server.complete(
+                        self.chat, self._body(self.model, "def", self.config.factory.max_new_tokens)
+                    )
             except NoAnswer as error:
                 if self.model in names and error.again:
                     return  # it is busy, and is asked again by the run

@@ -68,7 +68,7 @@ class LocalFactory:
             for place, prompt in enumerate(self.prompts(t)):
                 asked = [len(prompt.tokens(self.tokenizer))]
                 if shows:  # a program that was written, in the place of the last example
-                    rest = ask(prompt.examples[:-1], self._sources, prompt.form)
+                    rest = ask(prompt.examples[:-1], self._sources, prompt.form, prompt.template)
                     asked.append(len(rest.tokens(self.tokenizer)) + settings.max_new_tokens)
                 most[place] = max(most.get(place, 0), *asked)
         return list(most.values())

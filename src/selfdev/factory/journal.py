@@ -5,6 +5,7 @@ Every step is on the disk before the next one begins. What a killed process had 
 its most: the server may have billed it. The same question is answered from here ever after.
 """
 
+import os
 import secrets
 import sqlite3
 from collections.abc import Iterable
@@ -145,9 +146,14 @@ class Journal:
 
 
 def spent_in(folder: Path) -> Usage | None:
-    """What the run in a folder has cost so far, read without writing; None where no server wrote."""
+    """What the run in a folder has cost so far; None where no server wrote, or where it cannot be read."""
     path = folder / JOURNAL
     if not path.is_file():
         return None
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-        return Usage(*db.execute(_SPENT).fetchone())
+    try:
+        # One that was killed in a step of its account is mended by whoever opens it and may write.
+        mode = "rw" if os.access(path, os.W_OK) and os.access(folder, os.W_OK) else "ro"
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as db:
+            return Usage(*db.execute(_SPENT).fetchone())
+    except sqlite3.OperationalError:
+        return None

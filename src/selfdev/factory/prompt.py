@@ -76,6 +76,10 @@ STOP = {
 """What ends a program, searched for in all that was written: the function's end, or that of the first code block."""
 
 
+Template = tuple[tuple[str, bool | int | float | str], ...]
+"""Names and values."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One question to the factory.
@@ -90,7 +94,7 @@ class Prompt:
     text: str
     examples: tuple[str, ...]
     form: Form
-    template: tuple[tuple[str, bool | int | float | str], ...] = ()
+    template: Template = ()
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Token ids of the prompt: in the chat template where the answer is a message and there is one."""
@@ -103,20 +107,21 @@ class Prompt:
         return [int(i) for i in tokenizer(self.text).input_ids]
 
 
-def ask(names: Sequence[str], sources: Mapping[str, str], form: Form) -> Prompt:
+def ask(names: Sequence[str], sources: Mapping[str, str], form: Form, template: Template = ()) -> Prompt:
     """Build the prompt that shows the named examples.
 
     Args:
         names: which examples, in this order.
         sources: of every known example, in the short form; in the contract's form also in that.
         form: what is asked for.
+        template: what the chat template is given beside the message.
     """
     if form is Form.SHORT:
         shown = "\n\n".join(sources[name] for name in names)
-        return Prompt(f"{SHORT_HEAD}{shown}\n\n{OPENING}", tuple(names), form)
+        return Prompt(f"{SHORT_HEAD}{shown}\n\n{OPENING}", tuple(names), form, template)
     whole = [sources[name] for name in names]
     shown = "```\n\n```python\n".join(s if f"def {ENTRY}(" in s else wrap_short(s) for s in whole)
-    return Prompt(CONTRACT_TASK.format(example=shown), tuple(names), form)
+    return Prompt(CONTRACT_TASK.format(example=shown), tuple(names), form, template)
 
 
 def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, iteration: int) -> list[Prompt]:
@@ -132,7 +137,7 @@ def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, ite
     if settings.examples == "drawn":
         hands = deal(sources, settings.prompts, settings.shown, stream_seed(seed, "prompts", iteration))
     template = tuple(settings.template.items())
-    return [replace(ask(names, sources, settings.form), template=template) for names in hands]
+    return [ask(names, sources, settings.form, template) for names in hands]
 
 
 def showing(
@@ -150,8 +155,9 @@ def showing(
         return list(prompts)
     known = {**sources, **{name: unwrap_short(source) for name, source in programs.items()}}
     names = itertools.cycle(programs)
-    shown = [ask((*prompt.examples[:-1], next(names)), known, prompt.form) for prompt in prompts]
-    return [replace(new, template=prompt.template) for new, prompt in zip(shown, prompts, strict=True)]
+    return [
+        ask((*prompt.examples[:-1], next(names)), known, prompt.form, prompt.template) for prompt in prompts
+    ]
 
 
 def correcting(prompt: Prompt, program: str, error: str) -> Prompt:

@@ -27,14 +27,15 @@ _BROKEN_FOLDER = (OSError, ValueError, KeyError, TypeError, RuntimeError, Import
 def weights_hash(folder: Path, adapter: Path | None = None) -> str:
     """The identity of a model's weights, 64 hex digits.
 
-    It is the sha256 of the safetensors files one after the other, in the order of their names: for a single
+    It is the sha256 of its safetensors files one after the other, in the order of their names: for a single
     file what `sha256sum` prints; where there are none, of `pytorch_model*.bin`. Those of a LoRA adapter and its config
     come after those of its base. Files that stay as they are, by size and time, are read once.
 
     Raises:
         UserError: a folder holds no weights.
     """
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "*.safetensors")
+    files: list[Path] = next(filter(None, (sorted(folder.glob(kind)) for kind in kinds)), [])
     if not files:
         raise UserError(f"'{folder}' holds no *.safetensors file; save the model with save_pretrained")
     if adapter is not None:
@@ -90,7 +91,13 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32, adapter: Path |
 def _add(adapter: Adapter, model: Any) -> None:
     """Make the base of an adapter the model that the two are."""
     parameters = dict(model.named_parameters())
-    adapter.attach({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    try:
+        adapter.attach({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    except UserError as error:
+        raise UserError(
+            f"{error}\nIf it has rows for tokens that were added, make one model of both first: `selfdev merge "
+            "--method linear --targets all --seed BASE --expert lora=ADAPTER --out DIR`"
+        ) from error
     for name, parameter in parameters.items():
         if adapter.changes(name):
             whole = adapter.replacement(name)

@@ -46,7 +46,8 @@ _HUB_FILES = [
 _NOT_HUB_FILES = ["consolidated*", *(f"*/{pattern}" for pattern in _HUB_FILES)]
 _CHAT_TEMPLATES = ["*.jinja"]  # in a subfolder too
 # What is fetched beside them where there is no safetensors, for readers that open it with the weights-only loader.
-_PICKLED_FILES = ["pytorch_model*.bin", "adapter_model.bin"]
+_PICKLED_ADAPTER = "adapter_model.bin"
+_PICKLED_FILES = ["pytorch_model*.bin", _PICKLED_ADAPTER]
 
 
 def cache_dir() -> Path:
@@ -70,7 +71,11 @@ def resolve(source: str, *, cache: Path | None = None, pickled: bool = False) ->
         UserError: the source is of no kind, names nothing that exists, cannot be fetched, or is no model's
             folder.
     """
-    folder = _located(source, cache, pickled)
+    return _whole(source, _located(source, cache, pickled))
+
+
+def _whole(source: str, folder: Path) -> Path:
+    """A folder, if it holds a whole model."""
     if is_adapter(folder):
         raise UserError(
             f"'{source}' is a LoRA adapter and a whole model is needed here; `selfdev merge --method linear --targets "
@@ -128,7 +133,7 @@ def locate(
     adapter, plus, base = source.partition("+")
     if os.path.exists(os.path.expanduser(source)) or _PYPI.fullmatch(source) or not plus:
         adapter, base = source, ""
-    folder = _located(adapter, cache, pickled=True)
+    folder = _located(adapter, cache, pickled)
     if base and not is_adapter(folder) and is_adapter(Path(os.path.expanduser(base))):
         folder, adapter, base = Path(os.path.expanduser(base)), base, adapter
     if not is_adapter(folder):
@@ -137,7 +142,7 @@ def locate(
                 f"'{adapter}' has no {ADAPTER_CONFIG}, so it has no base; give it without '+{base}', or the adapter "
                 "first (ADAPTER+BASE)"
             )
-        return Located(resolve(source, cache=cache, pickled=pickled))
+        return Located(_whole(source, folder))
     base = base or adapter_base(folder) or seed or ""
     if not base:
         raise UserError(f"adapter '{adapter}' does not say what it was trained on; name it as {adapter}+BASE")
@@ -209,9 +214,10 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
                 ignore_patterns=_NOT_HUB_FILES,
             )
         )
-        if pickled and not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("*.safetensors")) and (pickled or (folder / ADAPTER_CONFIG).is_file()):
+            wanted_files = _PICKLED_FILES if pickled else [_PICKLED_ADAPTER]
             snapshot_download(
-                name, revision=revision, allow_patterns=_PICKLED_FILES, ignore_patterns=_NOT_HUB_FILES
+                name, revision=revision, allow_patterns=wanted_files, ignore_patterns=_NOT_HUB_FILES
             )
     except errors.GatedRepoError as error:
         raise UserError(
@@ -239,6 +245,8 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
         if had_bars:
             enable_progress_bars()
     if any(folder.glob("*.safetensors")) or (pickled and any(folder.glob("*.bin"))):
+        return folder
+    if (folder / _PICKLED_ADAPTER).is_file():
         return folder
     raise UserError(
         f"{wanted} has no *.safetensors file on the Hub; "

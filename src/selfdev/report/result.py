@@ -94,7 +94,7 @@ def _gains(summary: dict[str, Any], config: Config) -> Iterator[str]:
         return
     unit = "hundredths of a nat a token" if _in_nats(summary) else "points"
     shown, learns = config.prompt.feedback, config.refinement.refit != "never"
-    ours = " and ".join([*(["learning"] if learns else []), *(["prompt feedback"] if shown else [])])
+    ours = " with ".join([*(["learning"] if learns else []), *(["prompt feedback"] if shown else [])])
     before = f" It was written before anything was {'learned' if learns else 'shown'}."
     first = before if gains["iteration"] == 1 else ""
     yield f"Gain over the seed on test: {points(gains['over_seed']['difference'])} {unit}.{first}"
@@ -121,7 +121,7 @@ def _no_winner(summary: dict[str, Any], run: "Run") -> str:
     failures = Counter(c.failure for c in run.candidates(LEARNING) if c.failure)
     common = ", ".join(f"{visible(name)} {times}" for name, times in failures.most_common(_SHOWN))
     why = "no new program keeps the floors (task.floors)" if summary["pareto"] else "no new program was found"
-    unfinished = sum(not c.finished for c in run.candidates(LEARNING))
+    unfinished = sum(c.cut_off for c in run.candidates(LEARNING))
     cut_off = f" {unfinished} were cut off at factory.max_new_tokens." if unfinished else ""
     return (
         f"There is no winner: {why}. "
@@ -300,7 +300,7 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     lies = f"{folder}: archive.db (everything){learned}"
     rows: dict[str, RenderableType] = {"warm_start": warm, "lies_in": Text(visible(lies))}
     if run.config.refinement.refit == "never":
-        shown = ", its prompts showing its own best ones" if run.config.prompt.feedback else ""
+        shown = ", whose prompts show its own best programs" if run.config.prompt.feedback else ""
         rows["learning"] = (
             f"none: nothing was learned from the programs (refinement.refit: never); this is a search{shown}"
         )

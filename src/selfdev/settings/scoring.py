@@ -95,7 +95,8 @@ class Jail(Section):
         1,
         ge=1,
         description="Processes in which a program merges tensors at once, a core and `memory_mb` for each. They change "
-        "the time alone. Up to 32 tensors share a process, while they take less than 64 MB.",
+        "the time alone. Up to 32 tensors share a process, while they take less than 64 MB. Of runs and transfers; a "
+        "merge runs a program in one.",
     )
 
     @property
