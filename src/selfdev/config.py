@@ -56,8 +56,9 @@ class Config(Section):
     rivals: tuple[str, ...] = Field((), description="Human-designed methods, tuned on the development split.")
     controls: tuple[Literal["frozen", "feedback", "learning_feedback"], ...] = Field(
         ("frozen",),
-        description="`frozen`: without learning, and under the usual prompts. `feedback`: without learning too, but each prompt shows one "
-        "of the arm's own best programs in the place of its last example, as systems do that evolve programs. "
+        description="`frozen`: without learning, and under the usual prompts. `feedback`: without learning too, but "
+        "each prompt shows one of the arm's own best programs in the place of its last example, as systems do that "
+        "evolve programs. "
         "`learning_feedback`: both at once, learning from its own programs.",
     )
     scaling: Scaling = Scaling()
@@ -220,8 +221,8 @@ class Config(Section):
                 )
             )
             raise ValueError(
-                f"refinement.refit: {why}. A run that only searches has refinement.refit: never, and no control 'frozen' "
-                "unless prompt.feedback is true"
+                f"refinement.refit: {why}. A run that only searches has refinement.refit: never, and the control "
+                "'frozen' with prompt.feedback alone"
             )
         if server.chat and self.prompt.form is Form.SHORT:
             raise ValueError(
