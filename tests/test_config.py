@@ -170,5 +170,7 @@ def test_a_run_goes_on_with_what_it_began_with_but_for_the_names_of_its_devices(
     config = load_config("quickstart")
     changed = change_config(config, ["task.device=cpu", "factory.device=cpu"], "here")
     assert (changed.task.device, changed.factory.device) == ("cpu", "cpu")
-    with pytest.raises(UserError, match=r"--set seed: .*only factory\.device, task\.device may change"):
+    with pytest.raises(
+        UserError, match=r"--set seed: .*only factory\.device, task\.device, jail\.workers may change"
+    ):
         change_config(config, ["seed=2"], "here")

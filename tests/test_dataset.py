@@ -220,3 +220,17 @@ def test_the_guides_example_trains_by_trl(run: Path, tmp_path: Path, monkeypatch
     exec(example.replace("beta=0.1", "beta=0.1, use_cpu=True, bf16=False"), done)  # for want of a GPU
     assert done["trainer"].state.global_step == 3  # one pair by score, three epochs
     assert len(done["trainer"].train_dataset) == 1
+
+
+def test_exports_of_one_name_are_not_taken_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` keeps what it has read of a folder under the folder's name."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    for refit in ("fresh", "continue"):
+        (tmp_path / refit).mkdir()
+        monkeypatch.chdir(tmp_path / refit)
+        export_pairs(open_run(two_rounds(tmp_path / refit / "run", refit)), tmp_path / refit / "pairs")
+        loaded = datasets.load_dataset("./pairs", split="train", cache_dir=str(tmp_path / "cache"))
+        assert loaded["run"] == [row["run"] for row in rows(tmp_path / refit / "pairs")]
+        assert len(loaded) == len(rows(tmp_path / refit / "pairs"))

@@ -272,7 +272,7 @@ def change_config(config: Config, changes: Sequence[str], where: str) -> Config:
     """
     data = config.model_dump(mode="json")
     # Of the devices it is the same under another name that is taken.
-    free = ["jail.workers", "factory.device", "task.device"]
+    free = ["factory.device", "task.device", "jail.workers"]
     free += [f"factory.endpoint.{name}" for name in Endpoint.CHANGEABLE] if config.factory.endpoint else []
     for change in changes:
         key, value = _split(change)

@@ -1,5 +1,6 @@
 """The preference pairs of a run as a Hugging Face dataset, in TRL's columns, with where every program came from."""
 
+import hashlib
 import json
 import os
 import re
@@ -46,11 +47,12 @@ _CARD = """\
 pretty_name: Preference pairs of the run {name}
 tags: [preference, dpo, model-merging, selfdev]
 configs:
-- config_name: default
+- config_name: {config}
   data_files:
   - split: train
     path: data/*.jsonl
 dataset_info:
+  config_name: {config}
   features:
 {features}
 ---
@@ -112,11 +114,13 @@ def export_pairs(run: "Run", out: Path) -> int:
         raise UserError(f"the run '{run.archive.run.name}' has no preference pairs (yet)")
     try:
         (aside / "data").mkdir(parents=True)
+        digest = hashlib.sha256()
         for t, rows in rounds.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (aside / "data" / f"round-{t + 1:02d}.jsonl").write_text(lines)
+            digest.update(lines.encode())
         (aside / "provenance.json").write_text(json.dumps(_provenance(run), indent=2) + "\n")
-        (aside / "README.md").write_text(_card(run, count, len(rounds)))
+        (aside / "README.md").write_text(_card(run, count, len(rounds), digest.hexdigest()[:8]))
         aside.rename(out)
     except OSError as error:
         raise SelfdevError(f"'{out}' cannot be written: {error}; nothing of it is kept") from error
@@ -138,8 +142,10 @@ def _provenance(run: "Run") -> dict[str, Any]:
     }
 
 
-def _card(run: "Run", count: int, rounds: int) -> str:
+def _card(run: "Run", count: int, rounds: int, digest: str) -> str:
     return _CARD.format(
+        # Of local folders `datasets` keeps what it has read under the names of folder and config, whatever is in it.
+        config=f"pairs-{digest}",
         name=run.archive.run.name,
         count=count,
         rounds=rounds,
