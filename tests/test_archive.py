@@ -229,3 +229,11 @@ def test_bad_files_are_named_with_the_way_out(archive: Archive, tmp_path: Path) 
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(ArchiveError, match="install a newer selfdev"):
         Archive.open(archive.path)
+
+
+def test_thoughts_that_are_cut_off_are_told_from_what_a_server_refused() -> None:
+    nothing = Candidate("learning/1/001", "learning", 0, 0, 0, "", finished=False)
+    assert not nothing.cut_off  # refused: no text, and no time
+    assert replace(nothing, seconds=1.5).cut_off  # all of it was thought
+    assert replace(nothing, text="def").cut_off
+    assert not replace(nothing, text="def", finished=True).cut_off

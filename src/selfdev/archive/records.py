@@ -76,8 +76,11 @@ class Candidate:
 
     @property
     def cut_off(self) -> bool:
-        """Whether the limit on new tokens ended it; of what a server refused to write there is no text."""
-        return not self.finished and bool(self.text)
+        """Whether the limit on new tokens ended it, maybe in thoughts that are no text.
+
+        What a server refused to write took no time.
+        """
+        return not self.finished and (bool(self.text) or self.seconds is not None)
 
     @property
     def works(self) -> bool:

@@ -200,10 +200,12 @@ class EndpointFactory:
         body |= self.settings.request
         return {field: value for field, value in body.items() if value is not None}
 
-    async def _word(self, server: Server, text: str) -> Answer:
-        """Have the server write one token, whatever `factory.endpoint.request` allows."""
+    async def _word(self, server: Server, text: str, *, once: bool = False) -> Answer:
+        """Have the server write one token, whatever `factory.endpoint.request` allows; asked `once`, or patiently."""
         body = self._body(self.model, text, 1)
         body |= {field: 1 for field in ("max_tokens", "max_completion_tokens") if field in body}
+        if once:
+            return await server.complete(self.chat, body)
         return await patiently(self.settings, lambda: server.complete(self.chat, body))
 
     async def _ask(
@@ -306,7 +308,7 @@ class EndpointFactory:
                     raise UserError(str(error)) from error
             try:
                 try:
-                    await self._word(server, "def")
+                    await self._word(server, "def", once=self.model in names)
                 except NoAnswer as error:
                     if error.status != httpx2.codes.BAD_REQUEST:
                         raise

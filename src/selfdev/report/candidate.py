@@ -61,6 +61,7 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "log_prob": candidate.log_prob,
         "seconds": candidate.seconds,
         "finished": candidate.finished,
+        "cut_off": candidate.cut_off,
         "evaluations": [_evaluation(run, e) for e in scored],
         "pairs": {
             "chosen": sum(pair.chosen == name for pair in pairs),
@@ -156,7 +157,7 @@ def page(known: dict[str, Any]) -> RenderableType:
     told = "tokens that the server did not tell" if known["tokens"] is None else f"{known['tokens']} tokens"
     rows["text"] = told + ("" if known["finished"] else ", cut off at the limit")
     if not known["text"]:
-        rows["text"] = "none: nothing was written"
+        rows["text"] = "none: " + ("cut off before its answer" if known["cut_off"] else "nothing was written")
     if known["log_prob"] is not None:
         rows["log_prob"] = f"{known['log_prob']:.1f} nats"
     if known["seconds"] is not None:
