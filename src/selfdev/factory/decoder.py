@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from selfdev.models.cache import LayerCache, layers, read
 from selfdev.models.limits import WINDOW, context_limit
 from selfdev.models.output_head import head_in_blocks
-from selfdev.models.shared_prefix import OTHER_ARCHITECTURE, LayerCache, SharedPrefix, alike, attending
+from selfdev.models.shared_prefix import OTHER_ARCHITECTURE, SharedPrefix, alike, attending
 
 log = logging.getLogger(__name__)
 
@@ -179,21 +180,19 @@ def _prefill(
     common = _alike(*prompts) if len(prompts) > 1 else 0
     past: Any = None
     if common:
-        begin = torch.tensor([list(prompts[0][:common])], device=model.device)
-        past = model(begin, use_cache=True, logits_to_keep=1).past_key_values
+        _, past = read(model, prompts[0][:common])
     caches, logits = [], []
-    read, before = past, list[int]()
+    latest, before = past, list[int]()
     for prompt in prompts:
         known, begun = common, copy.deepcopy(past)
         # Prompts of a repair turn begin with one usual prompt; the few words that usual ones share are left alone.
         if (alike := _alike(prompt, before)) > (common + len(prompt)) / 2:
-            known, begun = alike, copy.deepcopy(read)
+            known, begun = alike, copy.deepcopy(latest)
             begun.crop(alike - len(before))
-        ids = torch.tensor([list(prompt[known:])], device=model.device)
-        out = model(ids, past_key_values=begun, use_cache=True, logits_to_keep=1)
-        read, before = out.past_key_values, list(prompt)
-        caches.append([(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers])
-        logits.append(out.logits[:, -1])
+        after, latest = read(model, prompt[known:], behind=begun)
+        before = list(prompt)
+        caches.append(layers(latest))
+        logits.append(after)
     return caches, logits
 
 

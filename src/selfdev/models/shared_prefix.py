@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-IMPLEMENTATION = "selfdev_shared_prefix"
+from selfdev.models.cache import LayerCache
 
-LayerCache = tuple[Tensor, Tensor]
-"""One layer's keys and values, each of shape (..., kv heads, tokens, head size)."""
+IMPLEMENTATION = "selfdev_shared_prefix"
 
 
 class SharedPrefix:

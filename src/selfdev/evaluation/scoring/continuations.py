@@ -21,14 +21,12 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from selfdev.errors import UserError
 from selfdev.models import shared_prefix
+from selfdev.models.cache import LayerCache, layers, read
 
 IMPLEMENTATION = "selfdev_continuations"
 
 QUERIES = 512
 """Tokens of a prompt that attend at once: it bounds the mask, and skips most of what the later ones alone may see."""
-
-LayerCache = tuple[Tensor, Tensor]
-"""One layer's keys and values, each of shape (..., kv heads, tokens, head size)."""
 
 
 class Continuations:
@@ -210,8 +208,7 @@ def attending(model: PreTrainedModel) -> AbstractContextManager[None]:
 @torch.inference_mode()
 def prefill(model: Any, tokens: Sequence[int]) -> list[LayerCache]:
     """The keys and values of at least one token, layer by layer, shape (kv heads, tokens, head size)."""
-    out = model(torch.tensor([tokens], device=model.device), use_cache=True, logits_to_keep=1)
-    return [(layer.keys[0], layer.values[0]) for layer in out.past_key_values.layers]
+    return layers(read(model, tokens)[1])
 
 
 @torch.inference_mode()

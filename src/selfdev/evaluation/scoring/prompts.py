@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from selfdev.errors import UserError
-from selfdev.evaluation.scoring.continuations import LayerCache, prefill
+from selfdev.evaluation.scoring.continuations import prefill
 from selfdev.evaluation.tasks import Question
+from selfdev.models.cache import LayerCache
 from selfdev.models.limits import CONTEXT, WINDOW, context_limit
 
 
