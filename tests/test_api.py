@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import selfdev
+from selfdev.errors import UserError
 
 
 def test_importing_the_package_does_not_wait_for_torch() -> None:
@@ -16,6 +18,11 @@ def test_importing_the_package_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize("name", selfdev.__all__)
 def test_every_offered_name_is_there(name: str) -> None:
     assert getattr(selfdev, name) is not None
+
+
+def test_experts_without_names_are_told_how_they_are_given(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'as \{"math": "./math", "code": "./code"\}'):
+        selfdev.merge("linear", "./seed", ["./math", "./code"], out=tmp_path / "out")  # type: ignore[arg-type]
 
 
 def test_an_unknown_name_is_named() -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from selfdev.errors import SelfdevError
+from selfdev.errors import SelfdevError, UserError
 from selfdev.merging.algorithm import Algorithm
 from selfdev.merging.aside import check_out, remove_left, written_aside
 from selfdev.merging.head_start import HeadStart
@@ -149,6 +149,8 @@ def merge(
         UserError: something cannot be merged as asked; nothing has been written.
         SelfdevError: the algorithm fails, or the folder cannot be written.
     """
+    if not isinstance(experts, Mapping):
+        raise UserError('experts are given with their names, as {"math": "./math", "code": "./code"}')
     sources = {name: str(source) for name, source in experts.items()}
     return merge_checkpoints(
         Recipe(str(method), str(seed), sources, parameters, targets, dtype, embeddings, trust), Path(out)
