@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.table import Table
+from rich.text import Text
 
 from selfdev.algorithms.library import methods
 from selfdev.algorithms.source import wrap_short
@@ -466,6 +468,17 @@ def test_every_line_of_an_unsafe_command_says_so() -> None:
         judge(progress)
         progress.terminal.say("one\ntwo", progress.display())
     assert all(line.startswith(UNSAFE_MARK) for line in file.getvalue().splitlines())
+
+
+def test_whatever_is_printed_moves_no_cursor() -> None:
+    file = io.StringIO()
+    table = Table("name")
+    table.add_row(Text("\x1b]0;title\x07\x1b[2Jarm"))
+    Terminal(file=file, width=80).say(table, "\u202eevil", Text("plain"))
+    printed = file.getvalue()
+    assert not set("\x1b\x07\u202e") & set(printed)
+    assert "\\x1b]0;title" in printed  # rich leaves the bell out
+    assert printed.endswith("\\u202eevil\nplain\n")
 
 
 @given(st.text())

@@ -166,6 +166,16 @@ def test_a_file_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
         load_config(str(file))
 
 
+def test_a_race_goes_by_what_was_written_and_so_not_with_a_norm() -> None:
+    with pytest.raises(
+        UserError, match=r"race: programs race as they were written, .* set scaling\.norm: null"
+    ):
+        load_config("quickstart", ["race=on"])
+    assert load_config("quickstart", ["race=on", "scaling.norm=null"]).race is not None
+    with pytest.raises(UserError, match=r"scaling\.factors: .* greater than 0"):
+        load_config("quickstart", ["scaling.factors=[0.5,0]"])
+
+
 def test_a_run_goes_on_with_what_it_began_with_but_for_the_names_of_its_devices() -> None:
     config = load_config("quickstart")
     changed = change_config(config, ["task.device=cpu", "factory.device=cpu"], "here")

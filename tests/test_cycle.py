@@ -356,6 +356,46 @@ def test_a_scale_that_cannot_be_tried_has_a_failure_and_no_score(
     assert ended.verdict["table"][1]["test"]["questions"] == 240
 
 
+def test_a_program_that_fails_for_a_moment_is_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, failed = Evaluator.candidate, list[str]()
+
+    def trouble(self, candidate, split, *rest, **scale):  # type: ignore[no-untyped-def]
+        if split == "test" and candidate.name not in failed:
+            failed.append(candidate.name)
+            raise Refused("Timeout", "too slow just now")
+        return score(self, candidate, split, *rest, **scale)
+
+    monkeypatch.setattr(Evaluator, "candidate", trouble)
+    config = scripted_config(programs=2, iterations=1, controls=[], rivals=[])
+    ended = run(config, tmp_path / "run", factory=ScriptedFactory(PROGRAMS[:2]))
+    assert len(failed) == 2
+    assert all(row["test"] and row["failure"] is None for row in ended.verdict["table"])
+
+
+def test_programs_that_nobody_beats_are_compared_at_their_best_scale(finished: Run) -> None:
+    best = finished.summary()["best"]
+    listed = {each["name"]: each["score"] for each in finished.summary()["pareto"]}
+    ranked = {c.name: e.score for c, e in ranked_new(finished.archive, "learning")}
+    assert best["candidate"] in listed
+    assert listed == {name: ranked[name] for name in listed}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_change_that_is_refused_is_not_kept(tmp_path: Path) -> None:
+    class Impatient(Silent):
+        def screened(self, candidate, evaluation) -> None:  # type: ignore[no-untyped-def]
+            raise KeyboardInterrupt
+
+    config, factory = scripted_config(programs=2, iterations=1, controls=[]), ScriptedFactory(PROGRAMS[:2])
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "run", factory=factory, watch=Impatient())
+    with pytest.raises(UserError, match=r"task\.device"):
+        resume(tmp_path / "run", changes=["task.device=cuda"], factory=factory)
+    assert resume(tmp_path / "run", changes=["jail.workers=2"], factory=factory).config.jail.workers == 2
+
+
 def test_a_seed_and_an_expert_of_different_architectures_are_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

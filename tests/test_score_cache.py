@@ -153,6 +153,21 @@ def test_evaluate_asks_a_model_once(
     assert evaluated()["note"] == ""
 
 
+def test_a_measurement_is_told_where_it_cannot_be_kept(
+    model: Path,
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SELFDEV_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["evaluate", str(model), "--task", str(task), "--limit", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["answers"]) == 8
+    assert "not kept for the next time: " in told["note"]
+
+
 def test_a_type_of_weights_has_scores_of_its_own(
     model: Path,
     task: Path,

@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sqlite3
+from collections.abc import Hashable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,6 +102,39 @@ def test_again_measures_anew_is_marked_and_keeps_what_stood_before(
     assert main(["show", str(folder), "--json"]) == 0
     [marked] = json.loads(capsys.readouterr().out)["run"]["test_opened_again"]
     assert marked["headline_before"] == first["headline"]
+
+
+def test_what_the_headline_compares_stays_as_it_was_fixed(peeked: tuple[Path, Peeks], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(peeked[0], tmp_path / "run"))
+    resume(folder, factory=FACTORY, again=True).archive.close()  # the same version finds the same
+    with closing(sqlite3.connect(folder / "archive.db")) as database, database:
+        database.execute("UPDATE verdict SET fixed = json_set(fixed, '$.best', 'learning/1/009')")
+    with pytest.raises(
+        UserError, match=r"best was fixed as 'learning/1/009' before .* would be 'learning/1/00"
+    ):
+        resume(folder, factory=FACTORY, again=True)
+
+
+def test_questions_of_one_family_stay_together_in_the_verdict(
+    peeked: tuple[Path, Peeks], tmp_path: Path
+) -> None:
+    """The verdict's p value is that of the families, and not that of the questions, where these are reworded."""
+    folder = Path(shutil.copytree(peeked[0], tmp_path / "run"))
+    task = load_task("nano")
+
+    def of_one_family(self: Evaluator, split: str) -> list[Hashable]:
+        return ["all"] * len(self.questions(split))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "families", of_one_family)
+        told = resume(folder, factory=FACTORY, again=True).verdict["table"]
+    compared = [row["against_best_rival"] for row in told if row["against_best_rival"]]
+    assert compared
+    assert all(each["test"] == "stratified paired permutation" for each in compared)
+    assert all(
+        each["low"] == pytest.approx(each["high"]) for each in compared
+    )  # of one family, none can be left out
+    assert len(set(task.families(task.development(600, 1)))) < 600  # sums of the same digits
 
 
 def test_without_a_verdict_there_is_nothing_to_open_again(peeked: tuple[Path, Peeks], tmp_path: Path) -> None:

@@ -282,3 +282,71 @@ def test_holm_does_not_depend_on_the_order(case):
 def test_holm_refuses_what_is_no_probability(p):
     with pytest.raises(ValueError, match="no p value"):
         holm([0.5, p])
+
+
+# --- families
+
+
+def test_questions_of_one_family_count_once():
+    """Five sums, each asked in four ways, that one model has right and the other wrong: 2 / 2^5, not 2 / 2^20."""
+    a, b = outcomes(both=0, only_a=20, only_b=0, neither=0)
+    families = [number // 4 for number in range(20)]
+    assert mcnemar(a, b) == pytest.approx(2 / 2**20)
+    assert permutation_test(a, b, families=families) == pytest.approx(2 / 2**5, abs=0.005)
+    assert is_plain_share(a)
+    assert not is_plain_share(a, families=families)
+
+
+def test_a_drawn_family_brings_all_its_questions():
+    # Of a family of three that gained and one of a single question that did not, two are drawn: 3/3, 3/4 twice, 0/1.
+    a, b = outcomes(both=0, only_a=3, only_b=0, neither=1)
+    found = paired_difference(a, b, families=["x", "x", "x", "y"], level=0.6)
+    assert (found.difference, found.low, found.high) == (0.75, 0.0, 1.0)
+    assert paired_difference(a, b, families=["x", "x", "x", "y"], level=0.4) == Difference(0.75, 0.75, 0.75)
+    # A name that two groups share is two families, since groups are drawn for themselves.
+    apart = paired_difference(a, b, ["g", "g", "h", "h"], families=["x", "y", "x", "y"])
+    assert apart == paired_difference(a, b, ["g", "g", "h", "h"])
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(0, 5))
+@settings(max_examples=20)
+def test_families_of_one_question_change_nothing(pairs, seed):
+    a, b = split(pairs)
+    families = [f"family {i}" for i in range(len(pairs))]
+    assert paired_difference(a, b, seed=seed, families=families) == paired_difference(a, b, seed=seed)
+    assert permutation_test(a, b, seed=seed, families=families) == permutation_test(a, b, seed=seed)
+    assert score_interval(a, seed=seed, families=families) == score_interval(a, seed=seed)
+
+
+def test_equal_models_are_told_apart_no_more_often_than_the_level_says():
+    """Twenty families of five questions that are answered alike: by question two in five comparisons are significant."""
+    stream = torch.Generator().manual_seed(0)
+    families = [number // 5 for number in range(100)]
+    by_family = by_question = 0
+    for seed in range(150):
+        a, b = (torch.randint(0, 2, (20,), generator=stream).bool().repeat_interleave(5) for _ in range(2))
+        by_family += permutation_test(a, b, seed=seed, families=families) < 0.05
+        by_question += mcnemar(a, b) < 0.05
+    assert by_family <= 15
+    assert by_question >= 40
+
+
+def test_graded_answers_have_families_too():
+    """Three hundred families of different sums are drawn one by one; pairs of equal questions widen as theory says."""
+    gains = torch.randn(300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    twice, nothing = gains.repeat_interleave(2), torch.zeros(600, dtype=torch.float64)
+    families = [number // 2 for number in range(600)]
+    alone = paired_difference(gains, nothing[:300])
+    together = paired_difference(twice, nothing, families=families)
+    assert together.difference == pytest.approx(alone.difference)
+    assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=0.1)
+    apart = paired_difference(twice, nothing)
+    assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / math.sqrt(2), rel=0.1)
+    p, its = permutation_test(twice, nothing, families=families), permutation_test(gains, nothing[:300])
+    assert p == pytest.approx(its, abs=0.02)
+
+
+def test_every_question_has_its_family():
+    a, b = outcomes(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="2 families for 4 questions"):
+        paired_difference(a, b, families=["x", "y"])

@@ -109,8 +109,6 @@ def resume(
         return Run(folder)
     if changes:
         config = change_config(config, changes, str(folder))
-        with told(folder), alone(folder), Archive.open(folder / ARCHIVE) as archive:
-            archive.set_config(config.model_dump(mode="json"))
     return _carry_out(folder, config, record.preset, factory, watch or Silent(), unsafe_sandbox, again)
 
 

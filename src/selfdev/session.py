@@ -48,7 +48,7 @@ def archived(
     Args:
         folder: of the run or transfer.
         preset: what it is by.
-        config: of one that begins.
+        config: by which it begins, or goes on where it was changed.
         facts: what it stands on, which must be what it began with.
         began: when the session began, by `time.monotonic`.
         again: take back its verdict.
@@ -56,18 +56,18 @@ def archived(
     Raises:
         ArchiveError: it cannot be opened, or something has changed since it began.
     """
-    path = folder / ARCHIVE
+    path, settings = folder / ARCHIVE, config.model_dump(mode="json")
     if path.exists():
         archive = Archive.open(path)
     else:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        settings = config.model_dump(mode="json")
         archive = Archive.create(
             path, Run(folder.name, preset, config.seed, "running", settings, dict(facts), created)
         )
     with archive:
         try:
             archive.check_facts(facts)
+            archive.set_config(settings)
             if again:
                 archive.reopen()
             yield archive

@@ -36,6 +36,9 @@ from selfdev.sandbox import Sandbox
 from selfdev.session import TRANSFER, alone, archived, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
+FEWEST = 100
+"""Questions that a split must have left for a transfer, unless the run itself asked fewer."""
+
 FOLDER = "transfers"
 """Of a run's folder, where its transfers lie."""
 
@@ -264,10 +267,11 @@ def _config(
     counts = {}
     for split, wanted in ((Split.DEVELOPMENT, of_run.task.development), (Split.TEST, of_run.task.test)):
         left = task.size(split, asked)
-        if not left:
+        if left < min(wanted, FEWEST):
             raise UserError(
-                f"the run has asked every {split} question of task '{task.name}' in some group, so none is left for "
-                "the transfer; name another task with --task"
+                f"the run has asked so many {split} questions of task '{task.name}' that {left} are left, with the "
+                f"groups balanced, and fewer than {min(wanted, FEWEST)} tell nothing apart; name another task with "
+                "--task"
             )
         counts[str(split)] = min(wanted, left)
     same = task.fingerprint == origin.archive.run.facts["task"]

@@ -86,21 +86,18 @@ class Archive:
         return Run(**row | {"config": json.loads(row["config"]), "facts": json.loads(row["facts"])})
 
     def check_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write down what the run stands on, the first time; later, insist on it.
+        """Insist on what the run stands on; the order counts, since programs see experts in theirs.
 
         Raises:
             ArchiveError: something has changed since the run began; the message names it.
         """
         before = self.run.facts
         for key in before:
-            if before[key] != json.loads(_json(facts.get(key))):
+            if _json(before[key]) != _json(facts.get(key)):
                 raise ArchiveError(
                     f"{key} has changed since the run began, from {before[key]!r} to {facts.get(key)!r}; a run goes on "
                     "with what it began with: put that back, or start a new run"
                 )
-        if not before:
-            with self.transaction():
-                self._db.execute("UPDATE run SET facts = ?", (_json(facts),))
 
     def set_config(self, config: Mapping[str, Any]) -> None:
         """Go on under a changed config, complete, as JSON values."""

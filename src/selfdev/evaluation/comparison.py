@@ -1,6 +1,6 @@
 """What the verdict says of one model on the test questions, and of two models on the same ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,36 +26,38 @@ class Comparison:
 
     Attributes:
         groups: of every test question.
+        families: of every test question: what it and its rewordings have in common.
         objective: weights and floors.
         level: of every interval.
         seed: the run's.
     """
 
     groups: Sequence[str]
+    families: Sequence[Hashable]
     objective: Objective
     level: float
     seed: int
 
     @classmethod
-    def of(cls, archive: Archive, config: Config) -> "Comparison":
+    def of(cls, archive: Archive, config: Config, families: Sequence[Hashable]) -> "Comparison":
         """The comparison that a run's config asks for."""
-        return cls(archive.groups("test"), Objective.of(archive), config.verdict.level, config.seed)
+        objective = Objective.of(archive)
+        return cls(archive.groups("test"), families, objective, config.verdict.level, config.seed)
 
     def score(self, test: Evaluation) -> dict[str, Any] | None:
         """The score, the number of questions and the interval; None where nothing was measured."""
         if test.outcomes is None:
             return None
         stream = stream_seed(self.seed, "score", test.subject)
-        low, high = score_interval(
-            _tensor(test), self.groups, self.level, stream, self.objective.weights_of(self.groups)
-        )
+        weights = self.objective.weights_of(self.groups)
+        low, high = score_interval(_tensor(test), self.groups, self.level, stream, weights, self.families)
         return {"score": test.score, "questions": test.questions, "low": low, "high": high}
 
     def difference(self, test: Evaluation, against: Evaluation | None) -> dict[str, Any] | None:
         """The paired difference from another model; None where one was not measured, or both are the same.
 
-        Outcomes that are right or wrong and count alike are compared by McNemar's exact test, others by a stratified
-        paired permutation test.
+        Outcomes that are right or wrong and count alike and for themselves are compared by McNemar's exact test, others
+        by a stratified paired permutation test, in which questions of one family stay together.
         """
         if against is None or test.outcomes is None or against.outcomes is None:
             return None
@@ -63,9 +65,13 @@ class Comparison:
             return None
         mine, theirs, weights = _tensor(test), _tensor(against), self.objective.weights_of(self.groups)
         stream = stream_seed(self.seed, "bootstrap", test.subject)
-        interval = paired_difference(mine, theirs, self.groups, self.level, stream, weights)
-        exact = is_plain_share(mine, self.groups, weights)
-        p = mcnemar(mine, theirs) if exact else permutation_test(mine, theirs, self.groups, stream, weights)
+        interval = paired_difference(mine, theirs, self.groups, self.level, stream, weights, self.families)
+        exact = is_plain_share(mine, self.groups, weights, self.families)
+        p = (
+            mcnemar(mine, theirs)
+            if exact
+            else permutation_test(mine, theirs, self.groups, stream, weights, self.families)
+        )
         return {
             "difference": interval.difference,
             "low": interval.low,
@@ -83,8 +89,11 @@ class Comparison:
         mine, its, kept = _tensor(test), _tensor(seed), {}
         for group in dict.fromkeys(self.groups):
             members = torch.tensor([each == group for each in self.groups])
+            families = [self.families[i] for i in members.nonzero()[:, 0].tolist()]
             stream = stream_seed(self.seed, "retention", test.subject, group)
-            found = paired_difference(mine[members], its[members], level=self.level, seed=stream)
+            found = paired_difference(
+                mine[members], its[members], level=self.level, seed=stream, families=families
+            )
             kept[group] = {"difference": found.difference, "low": found.low, "high": found.high}
         return kept
 

@@ -7,7 +7,7 @@ start; test questions come when the verdict opens them.
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,9 @@ ORDER = "change_by_order"
 KEPT_BYTES = 512 * 1024**2
 """Merged task vectors that stay in memory for the next questions of a race. What does not fit is merged again, which
 gives the same tensors: a candidate's random streams are its own."""
+
+TRIES = 3
+"""How often a program is run that has run before, until it is said to fail."""
 
 
 class Refused(Exception):
@@ -72,6 +75,7 @@ class Scorer(Protocol):
     def rival(self, name: str, number: int, parameters: Mapping[str, Any], split: str) -> Evaluation: ...
     def seed(self, split: str) -> Evaluation: ...
     def questions(self, split: str) -> list[Question]: ...
+    def families(self, split: str) -> list[Hashable]: ...
     def open_test(self, count: int, seal: Seal) -> None: ...
 
 
@@ -83,19 +87,19 @@ def score_again(
     factor: float = 1.0,
     norm: float | None = None,
 ) -> Evaluation:
-    """Score a candidate that has been scored before; where that fails now, the evaluation says so and has no score.
+    """Score a candidate that has been scored before; where that fails again, the evaluation says so and has no score.
 
-    If it ran on these very tensors, a failure tells of a machine in trouble and is no verdict on the program; on the
-    tensors of a transfer it may be one.
+    If it ran on these very tensors, a failure tells of a machine in trouble and is no verdict on the program, so it is
+    tried again; on the tensors of a transfer it may be one.
     """
-    try:
-        return scorer.candidate(candidate, split, number=number, factor=factor, norm=norm)
-    except Refused as refused:
-        kind, count = "scaled" if number else "candidate", len(scorer.questions(split))
-        facts = {FACTOR: factor} if number else {}
-        return Evaluation(
-            kind, candidate.name, number, split, None, None, count, facts, f"Refused: {refused}"
-        )
+    for _ in range(TRIES):
+        try:
+            return scorer.candidate(candidate, split, number=number, factor=factor, norm=norm)
+        except Refused as refused:
+            failure = f"Refused: {refused}"
+    kind, count = "scaled" if number else "candidate", len(scorer.questions(split))
+    facts = {FACTOR: factor} if number else {}
+    return Evaluation(kind, candidate.name, number, split, None, None, count, facts, failure)
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,10 @@ class Evaluator:
             TestSealed: the split is not open.
         """
         return self._open(split).questions
+
+    def families(self, split: str) -> list[Hashable]:
+        """Of each question of `questions`, what it and its rewordings have in common."""
+        return self.task.families(self.questions(split))
 
     def seed(self, split: str = "development") -> Evaluation:
         """Score the seed as it is."""

@@ -142,7 +142,10 @@ def measure(
         scored = scoring(model)
         seconds = time.perf_counter() - began, time.process_time() - processor_began
         if cache is not None:
-            cache.put(key, scored, seconds)
+            try:
+                cache.put(key, scored, seconds)
+            except OSError as error:
+                note = "; ".join(filter(None, (note, f"not kept for the next time: {error}")))
     return _measurement(source, found, task, split, questions, scored, seconds, place, note)
 
 
@@ -176,7 +179,7 @@ def _measurement(
     groups = mean_by_group(its_group, scored.outcomes.tolist())
     low = high = None
     if scored.outcomes.dtype == torch.bool:
-        low, high = score_interval(scored.outcomes, its_group)
+        low, high = score_interval(scored.outcomes, its_group, families=task.families(questions))
     answers = [_answer(i, question, scored) for i, question in enumerate(questions)]
     names = list(task.grading.extractions) if task.grading.way is Way.GENERATE else []
     extractions = {

@@ -15,10 +15,12 @@ entrant in one iteration, and for questions drawn afresh. Where an iteration reu
 learned from, it is conditional on what they said before. Groups that take turns keep it, as long as one looks after
 whole rounds: in a round each bet's mean is at most (1 + bet * mean difference)^groups, by the inequality of means.
 
-What is not. That all of the best `keep` stay is not promised at alpha; that the one best does, is. Leaving early does
-not say who is worst. Who left answered fewer questions, and its score is not to be compared with the others' but on
-the first prefix, which all have answered. Testing against whoever is `keep`-th *at the moment* would be no test at
-all: that opponent was picked for its luck (`benchmarks/race.py --simulate`).
+What is not. Questions count for themselves; where a task has families of rewordings, which are answered alike, bets on
+them are one bet made several times, and more may leave early than alpha says. That all of the best `keep` stay is not
+promised at alpha; that the one best does, is. Leaving early does not say who is worst. Who left answered fewer
+questions, and its score is not to be compared with the others' but on the first prefix, which all have answered.
+Testing against whoever is `keep`-th *at the moment* would be no test at all: that opponent was picked for its luck
+(`benchmarks/race.py --simulate`).
 """
 
 import math

@@ -6,6 +6,7 @@ their scores on the first prefix.
 """
 
 import math
+from collections.abc import Iterable
 
 from selfdev.archive import Archive, Candidate, Evaluation
 from selfdev.evaluation.objective import kept_floors, mean_by_group, pareto_set
@@ -49,13 +50,18 @@ def ranked_new(archive: Archive, arm: str, *, tuned: bool = True) -> list[tuple[
             as it was written, and at `scaling.norm`.
     """
     scaled = [e for e in _finished(archive, "scaled") if tuned or e.number == NORMED]
-    scored = _finished(archive) + scaled
-    finished: dict[str, Evaluation] = {}
-    for each in kept_floors(archive, scored):
-        if each.subject not in finished or (each.score or 0.0) > (finished[each.subject].score or 0.0):
-            finished[each.subject] = each
+    finished = _at_best_scale(kept_floors(archive, _finished(archive) + scaled))
     new = [(c, finished[c.name]) for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
     return sorted(new, key=lambda pair: -(pair[1].score or 0.0))
+
+
+def _at_best_scale(evaluations: Iterable[Evaluation]) -> dict[str, Evaluation]:
+    """Of each program the best evaluation; of equal ones the first."""
+    best: dict[str, Evaluation] = {}
+    for each in evaluations:
+        if each.subject not in best or (each.score or 0.0) > (best[each.subject].score or 0.0):
+            best[each.subject] = each
+    return best
 
 
 def scores_on_first(archive: Archive) -> dict[str, float]:
@@ -73,12 +79,12 @@ def scores_on_first(archive: Archive) -> dict[str, float]:
 
 
 def pareto(archive: Archive, arm: str) -> list[dict[str, object]]:
-    """The new programs of one arm that no other one beats on every group; floors are no matter here.
+    """The new programs of one arm, each at its best scale, that no other one beats on every group, whatever they lose.
 
     Returns:
         For each its name, its score and its `groups`' scores, best score first.
     """
-    finished = {e.subject: e for e in _finished(archive)}
+    finished = _at_best_scale(_finished(archive) + _finished(archive, "scaled"))
     new = [c.name for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
     by_group = {
         name: mean_by_group(archive.groups_of(finished[name]), finished[name].outcomes or ()) for name in new

@@ -1,4 +1,9 @@
-"""How sure one can be of a score, and of the difference between two models on the same questions."""
+"""How sure one can be of a score, and of the difference between two models on the same questions.
+
+Questions of one *family*, such as the same sum asked in several ways, are answered alike. Taken as independent they
+make intervals too narrow and p values too small; so families are what is drawn and what is flipped (clustered errors:
+Miller 2024, "Adding error bars to evals", arXiv 2411.00640). Without families every question is one of its own.
+"""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -18,6 +23,9 @@ PERMUTATIONS = 20_000
 
 _AT_ONCE = 2_000_000
 """Numbers drawn at once: 16 MB."""
+
+_KINDS = 200
+"""Up to so many kinds of families, how many of each kind are drawn is drawn, and not every family."""
 
 Values = NDArray[np.float64]
 Weights = Mapping[Hashable, float]
@@ -59,12 +67,13 @@ def score_interval(
     level: float = 0.95,
     seed: int = 0,
     weights: Weights | None = None,
+    families: Sequence[Hashable] | None = None,
 ) -> tuple[float, float]:
     """A confidence interval for the score of one model.
 
-    Wilson's where the score is a plain share of right answers; else, as groups weigh differently or outcomes are
-    graded, the percentile interval of the bootstrap within the groups, which has no width where all outcomes of every
-    group are equal.
+    Wilson's where the score is a plain share of right answers; else, as groups weigh differently, outcomes are
+    graded or questions come in families, the percentile interval of the bootstrap within the groups, which has no width
+    where all outcomes of every group are equal.
 
     Args:
         outcomes: of the model, shape (questions,); bool, or floating-point.
@@ -72,15 +81,16 @@ def score_interval(
         level: confidence level, in (0, 1).
         seed: of the drawing.
         weights: see `paired_difference`.
+        families: see `paired_difference`.
 
     Raises:
         ValueError: see `paired_difference`.
     """
     _check_pair(outcomes, outcomes, graded=True)
     _check_level(level)
-    if is_plain_share(outcomes, groups, weights):
+    if is_plain_share(outcomes, groups, weights, families):
         return wilson(int(outcomes.sum()), len(outcomes), level)
-    found = _bootstrap(*_strata(outcomes, groups, weights), level, seed)
+    found = _bootstrap(*_strata(outcomes, groups, weights, families), level, seed)
     return found.low, found.high
 
 
@@ -91,12 +101,13 @@ def paired_difference(
     level: float = 0.95,
     seed: int = 0,
     weights: Weights | None = None,
+    families: Sequence[Hashable] | None = None,
 ) -> Difference:
     """The score of `a` minus that of `b`, with a percentile interval of the paired bootstrap (Efron 1979).
 
-    Questions are drawn anew, both models' outcomes together; with groups, as many in each group as there are.
-    The interval says how the difference varies with the questions, not with the training of the models. It
-    has no width where the models never differ, and is too narrow with fewer than about 50 questions in all.
+    Families are drawn anew, all their questions and both models' outcomes together; with groups, as many in each group
+    as there are. The interval says how the difference varies with the questions, not with the training of the models.
+    It has no width where the models never differ, and is too narrow with fewer than about 50 families in all.
 
     Args:
         a: which questions the first model answered right, bool, or how well, floating-point; shape (questions,).
@@ -106,13 +117,14 @@ def paired_difference(
         level: confidence level, in (0, 1).
         seed: of the drawing; the same seed gives the same interval.
         weights: of groups in the mean over them, above 0; 1 where a group is not named.
+        families: the family of each question; within a group, those of one family are drawn together.
 
     Raises:
-        ValueError: no questions, outcomes or groups of different lengths, bool outcomes beside graded ones.
+        ValueError: no questions, outcomes, groups or families of different lengths, bool outcomes beside graded ones.
     """
     _check_pair(a, b, graded=True)
     _check_level(level)
-    return _bootstrap(*_strata(_minus(a, b), groups, weights), level, seed)
+    return _bootstrap(*_strata(_minus(a, b), groups, weights, families), level, seed)
 
 
 def permutation_test(
@@ -121,13 +133,15 @@ def permutation_test(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
     weights: Weights | None = None,
+    families: Sequence[Hashable] | None = None,
 ) -> float:
-    """Two-sided p value of "it makes no difference which of the models answers a question" (Fisher 1935).
+    """Two-sided p value of "it makes no difference which of the models answers a family of questions" (Fisher 1935).
 
-    Under the hypothesis each question's difference is as likely as its negative. The statistic is the difference of
+    Under the hypothesis each family's difference is as likely as its negative. The statistic is the difference of
     the scores, in which groups may weigh differently and outcomes may be graded; what is drawn are signs. The p value
     counts the drawing itself, so it is never 0 and valid at any number of draws (Phipson and Smyth 2010). Where
-    outcomes are right or wrong and all questions count alike, this is McNemar's test, which `mcnemar` does exactly.
+    outcomes are right or wrong, and all questions count alike and for themselves, this is McNemar's test, which
+    `mcnemar` does exactly.
 
     Args:
         a: outcomes of the first model, shape (questions,).
@@ -135,27 +149,32 @@ def permutation_test(
         groups: see `paired_difference`.
         seed: of the drawing.
         weights: see `paired_difference`.
+        families: see `paired_difference`.
 
     Raises:
         ValueError: see `paired_difference`.
     """
     _check_pair(a, b, graded=True)
-    strata, shares = _strata(_minus(a, b), groups, weights)
+    strata, shares = _strata(_minus(a, b), groups, weights, families)
     rng = np.random.default_rng(seed)
     drawn = sum(share * _signed_means(each, rng) for each, share in zip(strata, shares, strict=True))
-    observed = abs(sum(share * each.mean() for each, share in zip(strata, shares, strict=True)))
+    observed = abs(sum(share * each.mean for each, share in zip(strata, shares, strict=True)))
     # Sums of the same numbers in another order may differ by a rounding.
     as_large = np.count_nonzero(np.abs(drawn) >= observed - 1e-12)
     return (1 + as_large) / (1 + PERMUTATIONS)
 
 
 def is_plain_share(
-    outcomes: Tensor, groups: Sequence[Hashable] | None = None, weights: Weights | None = None
+    outcomes: Tensor,
+    groups: Sequence[Hashable] | None = None,
+    weights: Weights | None = None,
+    families: Sequence[Hashable] | None = None,
 ) -> bool:
-    """Whether the score is the share of right answers: outcomes are bool, and every question counts alike."""
-    strata, shares = _strata(outcomes, groups, weights)
-    each = [share / len(stratum) for stratum, share in zip(strata, shares, strict=True)]
-    return outcomes.dtype == torch.bool and bool(np.allclose(each, each[0], rtol=1e-9))
+    """Whether the score is the share of right answers: bool, and every question counts alike and for itself."""
+    strata, shares = _strata(outcomes, groups, weights, families)
+    each = [share / stratum.questions for stratum, share in zip(strata, shares, strict=True)]
+    alone = all(len(stratum.sums) == stratum.questions for stratum in strata)
+    return outcomes.dtype == torch.bool and alone and bool(np.allclose(each, each[0], rtol=1e-9))
 
 
 def mcnemar(a: Tensor, b: Tensor) -> float:
@@ -207,55 +226,97 @@ def _minus(a: Tensor, b: Tensor) -> Tensor:
     return a.int() - b.int() if a.dtype == torch.bool else a.double() - b.double()
 
 
+@dataclass(frozen=True)
+class _Stratum:
+    """The families of one group.
+
+    Attributes:
+        sums: of each one's values, shape (families,).
+        sizes: how many questions each has, same shape.
+    """
+
+    sums: Values
+    sizes: Values
+
+    @property
+    def questions(self) -> int:
+        return int(self.sizes.sum())
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums.sum()) / self.questions
+
+
 def _strata(
-    values: Tensor, groups: Sequence[Hashable] | None, weights: Weights | None
-) -> tuple[list[Values], list[float]]:
-    """The values of each group, and what the group counts in the score; the sum is 1."""
-    if groups is not None and len(groups) != len(values):
-        raise ValueError(f"{len(groups)} groups for {len(values)} questions; give the group of each question")
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or [None]))}
-    members = np.array([numbers[group] for group in groups]) if groups else np.zeros(len(values), dtype=int)
+    values: Tensor,
+    groups: Sequence[Hashable] | None,
+    weights: Weights | None,
+    families: Sequence[Hashable] | None = None,
+) -> tuple[list[_Stratum], list[float]]:
+    """The families of each group, and what the group counts in the score; the sum is 1."""
+    for what, given in (("groups", groups), ("families", families)):
+        if given is not None and len(given) != len(values):
+            raise ValueError(f"{len(given)} {what} for {len(values)} questions; give one for each question")
+    its_group = _numbered(groups or [None] * len(values))
+    its_family = np.arange(len(values)) if families is None else _numbered(families)
     numeric = values.double().numpy(force=True)
-    shares = [(weights or {}).get(group, 1.0) for group in numbers]
-    return [numeric[members == number] for number in range(len(numbers))], [s / sum(shares) for s in shares]
+    strata = []
+    for group in range(its_group.max() + 1):
+        mine = its_group == group
+        _, members = np.unique(its_family[mine], return_inverse=True)
+        sums, sizes = np.bincount(members, numeric[mine]), np.bincount(members)
+        strata.append(_Stratum(sums.astype(np.float64), sizes.astype(np.float64)))
+    shares = [(weights or {}).get(group, 1.0) for group in dict.fromkeys(groups or [None])]
+    return strata, [share / sum(shares) for share in shares]
 
 
-def _bootstrap(strata: list[Values], shares: list[float], level: float, seed: int) -> Difference:
+def _numbered(given: Sequence[Hashable]) -> NDArray[np.int64]:
+    """The same in numbers from 0, in the order of their first."""
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(given))}
+    return np.array([numbers[each] for each in given])
+
+
+def _bootstrap(strata: list[_Stratum], shares: list[float], level: float, seed: int) -> Difference:
     rng = np.random.default_rng(seed)
     resampled = np.average([_resampled_means(each, rng) for each in strata], axis=0, weights=shares)
     low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
-    mean = float(np.average([each.mean() for each in strata], weights=shares))
+    mean = float(np.average([each.mean for each in strata], weights=shares))
     return Difference(mean, float(low), float(high))
 
 
-def _resampled_means(values: Values, rng: np.random.Generator) -> Values:
-    """Means of `RESAMPLES` bootstrap samples of one group's values, shape (RESAMPLES,).
+def _resampled_means(stratum: _Stratum, rng: np.random.Generator) -> Values:
+    """Means of `RESAMPLES` bootstrap samples of one group's families, shape (RESAMPLES,).
 
-    Where a value is -1, 0 or 1, how often each is drawn follows a multinomial distribution: drawing the
-    three counts is the bootstrap itself, not an approximation, and takes no time.
+    How often families of each kind, of one sum and one size, are drawn follows a multinomial distribution: where there
+    are few kinds, drawing their counts is the bootstrap itself, not an approximation, and takes no time.
     """
-    n = len(values)
-    better, worse, same = (np.count_nonzero(values == each) for each in (1, -1, 0))
-    if better + worse + same == n:
-        counts = rng.multinomial(n, [better / n, worse / n, same / n], size=RESAMPLES)
-        means: Values = (counts[:, 0] - counts[:, 1]) / n
+    n = len(stratum.sums)
+    kinds, counts = np.unique([stratum.sums, stratum.sizes], axis=1, return_counts=True)
+    if len(counts) <= _KINDS:
+        drawn = rng.multinomial(n, counts / n, size=RESAMPLES)
+        means: Values = (drawn @ kinds[0]) / (drawn @ kinds[1])
         return means
     rows = max(1, _AT_ONCE // n)
     sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    return np.concatenate([values[rng.integers(n, size=(size, n))].mean(1) for size in sizes])
+    places = (rng.integers(n, size=(size, n)) for size in sizes)
+    return np.concatenate([stratum.sums[each].sum(1) / stratum.sizes[each].sum(1) for each in places])
 
 
-def _signed_means(values: Values, rng: np.random.Generator) -> Values:
-    """Means of one group's values with random signs, shape (PERMUTATIONS,)."""
-    differing = values[values != 0]
-    n = len(differing)
-    if np.all(np.abs(differing) == 1):
-        means: Values = (2 * rng.binomial(n, 0.5, size=PERMUTATIONS) - n) / len(values)
-        return means
-    rows = max(1, _AT_ONCE // n)
+def _signed_means(stratum: _Stratum, rng: np.random.Generator) -> Values:
+    """Means of one group's values where each family has a random sign, shape (PERMUTATIONS,)."""
+    differing = np.abs(stratum.sums[stratum.sums != 0])
+    kinds, counts = np.unique(differing, return_counts=True)
+    if len(kinds) <= _KINDS:
+        heads = [rng.binomial(count, 0.5, size=PERMUTATIONS) for count in counts]
+        means: Values = sum(
+            (kind * (2 * each - count) for kind, each, count in zip(kinds, heads, counts, strict=True)),
+            np.zeros(PERMUTATIONS),
+        )
+        return means / stratum.questions
+    rows = max(1, _AT_ONCE // len(differing))
     sizes = [min(rows, PERMUTATIONS - start) for start in range(0, PERMUTATIONS, rows)]
-    signs = (2 * rng.integers(2, size=(size, n)) - 1 for size in sizes)
-    return np.concatenate([each @ differing for each in signs]) / len(values)
+    signs = (2 * rng.integers(2, size=(size, len(differing))) - 1 for size in sizes)
+    return np.concatenate([each @ differing for each in signs]) / stratum.questions
 
 
 def _check_pair(a: Tensor, b: Tensor, *, graded: bool = False) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from selfdev.archive import Archive, Candidate, Evaluation, in_nats
+from selfdev.archive import Archive, ArchiveError, Candidate, Evaluation, in_nats
 from selfdev.config import Config
 from selfdev.evaluation.comparison import Comparison, by_task, group_scores, shrinkage
 from selfdev.evaluation.evaluator import Scorer, score_again
@@ -106,13 +106,7 @@ def reach_verdict(
     archive.set_status("verdict")
     best = next((each.dev.subject for each in entrants if each.kind == "discovered"), None)
     rival = best_rival(archive)
-    archive.fix_verdict(
-        {
-            "best": best,
-            "best_rival": None if rival is None else [rival.subject, rival.number],
-            "pareto": pareto(archive, LEARNING),
-        }
-    )
+    _fix(archive, best, rival)
     everybody = [*_seed_and_rivals(archive, config), *entrants]
     scorer.open_test(config.task.test, archive)
     archive.set_questions("test", [(q.id, q.group) for q in scorer.questions("test")])
@@ -123,7 +117,25 @@ def reach_verdict(
             measured[entrant.key] = _measure(scorer, entrant)
             archive.add_evaluation(measured[entrant.key])
     tick(len(everybody), len(everybody), "")
-    archive.set_verdict(_compare(archive, config, everybody, measured, rival))
+    comparison = Comparison.of(archive, config, scorer.families("test"))
+    archive.set_verdict(_compare(archive, comparison, everybody, measured, rival))
+
+
+def _fix(archive: Archive, best: str | None, rival: Evaluation | None) -> None:
+    """Write down what the headline compares, or find the same written down before.
+
+    Raises:
+        ArchiveError: another comparison was fixed, by a version of this package that ranked otherwise.
+    """
+    compared = {"best": best, "best_rival": None if rival is None else [rival.subject, rival.number]}
+    archive.fix_verdict(compared | {"pareto": pareto(archive, LEARNING)})
+    fixed = archive.fixed() or {}
+    for key, now in compared.items():
+        if fixed.get(key) != now:
+            raise ArchiveError(
+                f"{key} was fixed as {fixed.get(key)!r} before the test split was opened, and would be {now!r} now: "
+                "this version ranks otherwise. Go on with the version that began the run"
+            )
 
 
 def _seed_and_rivals(archive: Archive, config: Config) -> list[Entrant]:
@@ -148,12 +160,11 @@ def _measure(scorer: Scorer, entrant: Entrant) -> Evaluation:
 
 def _compare(
     archive: Archive,
-    config: Config,
+    comparison: Comparison,
     entrants: list[Entrant],
     measured: dict[tuple[str, str, int], Evaluation],
     rival: Evaluation | None,
 ) -> dict[str, Any]:
-    comparison = Comparison.of(archive, config)
     tests = [measured[entrant.key] for entrant in entrants]
     against = None if rival is None else measured.get((rival.kind, rival.subject, rival.number))
     seed = next((pair for pair in zip(entrants, tests, strict=True) if pair[0].kind == "seed"), None)

@@ -66,7 +66,7 @@ class Terminal:
 
 
 class _Lines:
-    """A renderable line by line, each with a mark before it."""
+    """A renderable line by line, each with a mark before it; whatever it shows is harmless, see `visible`."""
 
     def __init__(self, what: RenderableType, mark: str):
         self.what, self.mark = what, mark
@@ -79,9 +79,9 @@ class _Lines:
                 yield Segment(self.mark, Style(color="red", bold=True))
             while line and not line[-1].text.strip():
                 line.pop()
-            yield from line[:-1]
-            for last in line[-1:]:
-                yield Segment(last.text.rstrip(), last.style)
+            for place, (text, style, control) in enumerate(line, start=1):
+                shown = visible(text) if control is None else text
+                yield Segment(shown.rstrip() if place == len(line) else shown, style, control)
             yield Segment.line()
 
 

@@ -18,14 +18,18 @@ def transfer_result(transfer: "Transfer") -> RenderableType:
     parts: list[RenderableType] = [headline(summary, transfer), ""]
     if summary["table"]:
         parts += [scores_table(summary, transfer), "", *tasks_tables(summary, transfer)]
-    return Group(*parts, _what(summary))
+    return Group(*parts, _what(summary, transfer))
 
 
-def _what(summary: dict[str, Any]) -> RenderableType:
+def _what(summary: dict[str, Any], transfer: "Transfer") -> RenderableType:
     known = summary["transfer"]
     folder = summary["run"]["folder"]
     experts = ", ".join(f"{name}={source}" for name, source in known["experts"].items())
-    asked = f"{known['task']}; neither split holds a question that the run asked"
+    sizes = transfer.config.task
+    asked = (
+        f"{known['task']}, {sizes.development} of development and {sizes.test} of test; neither split holds a question "
+        "that the run asked"
+    )
     tuned = (
         f"on these experts, {known['evaluations']} development evaluations each, as in the run; "
         "the programs are as the run left them"

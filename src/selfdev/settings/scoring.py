@@ -72,7 +72,7 @@ class Scaling(Section):
     programs: int = Field(
         0, ge=0, description="Best new programs of each arm that are tuned before the verdict; 0 tunes none."
     )
-    factors: tuple[float, ...] = Field(
+    factors: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.5, 0.7, 1.4, 2.0), description="What the scale at which a program is best so far is multiplied by."
     )
 

@@ -161,6 +161,10 @@ class Task(ABC):
     def _alike(self, question: Question) -> Hashable:
         """What a question of a pool and its rewordings have in common, and no other question has."""
 
+    def families(self, questions: Sequence[Question]) -> list[Hashable]:
+        """What each question and its rewordings have in common, and no other question has."""
+        return [self._alike(question) for question in questions]
+
     def size(self, split: Split, without: Collection[str] = frozenset()) -> int:
         """How many questions the split has, the groups balanced; those of `without` and their rewordings left out."""
         return len(self.groups) * min(map(len, self._pools(split, without)))
