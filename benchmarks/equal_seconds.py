@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from quickstart import gains, interval, iterations, run_seed
 from selfdev.results import Run, open_run
@@ -119,14 +120,14 @@ def print_price(learning: dict[int, Run], sampling: dict[int, Run]) -> None:
 
 def total(runs: dict[int, Run], column: str, arm: str) -> float:
     """A count of an arm over all iterations of all runs."""
-    return sum(
-        float(str(row[column])) for run in runs.values() for row in iterations(run) if row["arm"] == arm
-    )
+    rows = (row for run in runs.values() for row in iterations(run) if row["arm"] == arm)
+    return sum(float(str(row[column])) for row in rows)
 
 
 def training(runs: dict[int, Run]) -> float:
     """Seconds of learning, in all runs."""
-    return sum(float(row["seconds"]["learning"]) for run in runs.values() for row in mine(run))  # type: ignore[index]
+    spent: list[Any] = [row["seconds"] for run in runs.values() for row in mine(run)]
+    return sum(float(each["learning"]) for each in spent)
 
 
 if __name__ == "__main__":

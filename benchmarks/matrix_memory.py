@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     if options.measure:
-        measure(options.methods[0], shapes[0], options.experts[0])
+        height, width = map(int, options.shapes[0].split("x"))
+        measure(options.methods[0], (height, width), options.experts[0])
         return
     columns = [(shape, experts) for shape in options.shapes for experts in options.experts]
     print(f"| method | {' | '.join(f'{shape}, {experts} experts' for shape, experts in columns)} |")

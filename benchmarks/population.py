@@ -140,11 +140,11 @@ def print_place(place: str, runs: Sequence[tuple[Run, Scores]]) -> None:
     print("| --- " * (3 + 2 * len(MEASURES)) + "|")
     for arm in arms:
         cells = [arm, str(len(programs[arm])), str(len(failed[arm]))]
-        for what in MEASURES:
-            its = {seed: mean(values) for seed, values in by_seed[what, arm].items()}
-            mine = {seed: mean(values) for seed, values in by_seed[what, "learning"].items()}
-            cells.append(f"{mean(its.values()):+.1f}" if its else "")
-            apart = [mine[seed] - its[seed] for seed in its if seed in mine]
+        for measure in MEASURES:
+            theirs = {seed: mean(values) for seed, values in by_seed[measure, arm].items()}
+            mine = {seed: mean(values) for seed, values in by_seed[measure, "learning"].items()}
+            cells.append(f"{mean(theirs.values()):+.1f}" if theirs else "")
+            apart = [mine[seed] - theirs[seed] for seed in theirs if seed in mine]
             if arm == "learning" or not apart:
                 cells.append("")
                 continue

@@ -18,7 +18,7 @@ from functools import cache
 from math import isnan
 from pathlib import Path
 from statistics import mean, median, quantiles, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scipy.stats import t as student
 
@@ -106,14 +106,21 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 
+def verdict_of(run: Run) -> dict[str, Any]:
+    """The verdict of a finished run."""
+    assert run.verdict is not None
+    return run.verdict
+
+
 def print_run(seed: int, run: Run, gigabytes: float) -> None:
     record = run.archive.run
     peak = f", peak {gigabytes:.1f} GB in one process" if gigabytes else ""
-    print(f"\n### Run seed {seed}: {record.seconds / 60:.1f} minutes{peak}\n\n{run.verdict['headline']}.\n")
+    verdict = verdict_of(run)
+    print(f"\n### Run seed {seed}: {record.seconds / 60:.1f} minutes{peak}\n\n{verdict['headline']}.\n")
     print("| what | kind | development | test | 95 % interval | against best rival | p |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     shown = 0
-    for row in run.verdict["table"]:
+    for row in verdict["table"]:
         shown += row["kind"] == "discovered"
         if row["kind"] == "discovered" and shown > 3:
             continue
@@ -144,7 +151,7 @@ def print_arms(runs: dict[int, Run]) -> None:
             print(
                 f"| {seed} | {row['iteration']} | {row['arm']} | {row['temperature']:.2f} | {counts} | {best} |"
             )
-    arms = list(next(iter(runs.values())).config.controls)
+    arms: list[str] = list(next(iter(runs.values())).config.controls)
     print(
         "\nPercent of the programs written, and the new programs' mean score; mean over the seeds, and the difference"
     )
@@ -206,8 +213,9 @@ def print_gains(runs: dict[int, Run], arms: Sequence[str]) -> None:
 def gains(run: Run) -> dict[str, float]:
     """What the best program of each arm gains over the seed model on test, in points."""
     found: dict[str, float] = {}
-    [seed] = [row for row in run.verdict["table"] if row["kind"] == "seed"]
-    for row in run.verdict["table"]:
+    table = verdict_of(run)["table"]
+    [seed] = [row for row in table if row["kind"] == "seed"]
+    for row in table:
         if row["kind"] in ("control", "discovered") and row["test"]:
             arm = row["name"].partition("/")[0]
             found.setdefault(arm, 100 * (row["test"]["score"] - seed["test"]["score"]))

@@ -17,6 +17,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfdev.algorithms.library import methods
-from selfdev.archive import Archive, Candidate, Evaluation
+from selfdev.archive import Archive, Candidate
 from selfdev.evaluation.evaluator import Evaluator, Refused
 from selfdev.evaluation.race import Race, log_e_value, prefixes, question_order
 from selfdev.evaluation.tasks import load_task
@@ -174,22 +175,22 @@ def record(out: Path, runs: list[Path], questions: int, entrants: int) -> None:
     models = zoo_models("nano")
     vectors = read_task_vectors(models["seed"], models["experts"], "mlp")
     count = len(models["experts"])
-    kinds, outcomes = list[str](), list[tuple[bool, ...]]()
+    kinds, outcomes = list[str](), list[tuple[float, ...]]()
     with Sandbox(Limits()) as box:
         scorer = Evaluator(models["seed"], vectors, load_task("nano"), questions, box, 0)
         share = (entrants - len(sources := programs(runs))) // 3
-        merges = [("program", lambda c=c: scorer.candidate(c)) for c in sources]
+        merges = [("program", partial(scorer.candidate, c)) for c in sources]
         draws = {
             "library": library_draws(share, count),
             "linear": linear_draws(share, count, -0.5, 1.0),
             "wide": linear_draws(share, count, -2.0, 3.0),
         }
         for kind, settings in draws.items():
-            merges += [(kind, lambda s=s: scorer.rival(s[0], 0, s[1])) for s in settings]
+            merges += [(kind, partial(scorer.rival, name, 0, setting)) for name, setting in settings]
         for done, (kind, evaluate) in enumerate(merges):
             print(f"{done + 1} of {len(merges)}", end="\r", file=sys.stderr)
             try:
-                found: Evaluation = evaluate()
+                found = evaluate()
             except Refused as refused:
                 print(f"\n{refused}", file=sys.stderr)
                 continue

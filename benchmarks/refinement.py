@@ -89,7 +89,7 @@ def trainer_of_trl(model: PeftModel, tokenizer: Any, steps: list[Step], checkpoi
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    class OnTokens(DPOTrainer):
+    class OnTokens(DPOTrainer):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
@@ -227,7 +227,7 @@ def draw(model_name: str, picture: Path) -> None:
         seconds: dict[str, list[float]] = {"this project": [], "TRL": []}
         for at, steps in rounds.items():
             model = trainee(model_name)
-            seconds["this project"].append(measured(lambda m=model, s=steps: round_of_ours(m, s))[1])  # type: ignore[misc]
+            seconds["this project"].append(measured(lambda m=model, s=steps: round_of_ours(m, s))[1])
             trainer = trainer_of_trl(trainee(model_name), tokenizer, steps)
             seconds["TRL"].append(measured(trainer.train)[1])
             print(label, at, {side: round(found[-1], 1) for side, found in seconds.items()}, flush=True)

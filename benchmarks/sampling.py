@@ -53,7 +53,7 @@ json.dump([seconds, tokens], open(sys.argv[2], "w"))
 """
 
 
-class AtFunctionsEnd(StoppingCriteria):
+class AtFunctionsEnd(StoppingCriteria):  # type: ignore[misc]
     """The same stop as ours, by decoding the tail of every row."""
 
     def __init__(self, tokenizer: Any, prompt: int, stop: re.Pattern[str]):

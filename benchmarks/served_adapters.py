@@ -110,7 +110,7 @@ def compare(factory: EndpointFactory, programs: int, out: Path) -> None:
     facts = factory.refine(Taught([pair]), 0, [], out, lambda done, total, note: None)
     if not out.is_dir():
         sys.exit(f"nothing was learned: {facts}")
-    rows = [("warm start", [], sample) for sample in first]
+    rows: list[tuple[str, list[Path], Sample]] = [("warm start", [], sample) for sample in first]
     rows += [("warm start and one round", [out], sample) for sample in write(1, [out])]
     rows += [("warm start, asked after it", [], sample) for sample in write(2, [])]
     print("| adapters | tokens | vLLM, nats | here, nats | difference | here without the round |")
@@ -118,6 +118,7 @@ def compare(factory: EndpointFactory, programs: int, out: Path) -> None:
     without = [here(learner, [], prompt, sample) for _, _, sample in rows]
     for (title, adapters, sample), base in zip(rows, without, strict=True):
         own = here(learner, adapters, prompt, sample) if adapters else base
+        assert sample.log_prob is not None
         print(
             f"| {title} | {len(sample.tokens)} | {sample.log_prob:.4f} | {own:.4f} | {abs(sample.log_prob - own):.0e} "
             f"| {base:.4f} |"

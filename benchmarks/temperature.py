@@ -146,11 +146,11 @@ def measured(
 
 def value(cells: Sequence[Cell], what: str) -> float:
     """One measure over some sets of a run; NaN where nothing is new."""
-    written = sum(count for cell in cells for status, count in cell.items() if status != "gains")
+    written: int = sum(count for cell in cells for status, count in cell.items() if status != "gains")
     gains = [g for cell in cells for g in cell["gains"]]
     if what == "median":
         return median(gains) if gains else float("nan")
-    count = {
+    count: float = {
         "working": written - sum(cell.get("failed", 0) for cell in cells),
         "new": len(gains),
         "gain": sum(g >= LEAST for g in gains),
