@@ -107,6 +107,10 @@ def done(tmp_path: Path) -> Path:
     [
         (["run", "quikstart"], "the nearest known one is 'quickstart'"),
         (["run", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (
+            ["run", "quickstart", "--set", "iterations=100000"],
+            "iterations: Input should be less than or equal to 1000",
+        ),
         (["run", "quickstart", "--set", "factory.temprature=1"], "the nearest known one is 'temperature'"),
         (["run", "quickstart", "--set", "programs=0"], "programs"),
         (["run", "quickstart", "--set", "programs"], "KEY=VALUE"),

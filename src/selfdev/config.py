@@ -38,7 +38,7 @@ class Config(Section):
 
     name: str = Field(description="Of the run's folder under runs/.")
     seed: int = Field(1, ge=0, description="Of all random streams of the run.")
-    iterations: int = Field(3, ge=1, description="T; no refinement follows the last one.")
+    iterations: int = Field(3, ge=1, le=1000, description="T; no refinement follows the last one.")
     programs: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
         3000,
         description="N, programs written by each arm in each iteration. A list has those of the first, second, ... "
