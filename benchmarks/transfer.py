@@ -11,7 +11,7 @@ from pathlib import Path
 
 import selfdev
 from selfdev.errors import UserError
-from selfdev.transfers import Transfer
+from selfdev.results import Transfer
 from selfdev.zoo import zoo_models
 
 ZOO = "nano2"

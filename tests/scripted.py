@@ -161,7 +161,8 @@ def scripted_config(**changes: Any) -> Config:
                 "pairs": 8,
                 "repairs": 8,
             },
-            "scaling": {"norm": 1.5, "programs": 2, "factors": [0.5, 2.0]},
+            # A race is over programs as they were written.
+            "scaling": {"norm": None if changes.get("race") else 1.5, "programs": 2, "factors": [0.5, 2.0]},
             "rivals": ["task_arithmetic", "weighted_task_arithmetic"],
             "jail": {"wall_seconds": 1.0},
         }

@@ -25,6 +25,20 @@ def test_experts_without_names_are_told_how_they_are_given(tmp_path: Path) -> No
         selfdev.merge("linear", "./seed", ["./math", "./code"], out=tmp_path / "out")  # type: ignore[arg-type]
 
 
+def test_the_names_are_found_by_completion_and_errors_by_their_names() -> None:
+    assert {"run", "open_run", "UserError", "Interrupted"} <= set(dir(selfdev))
+    with pytest.raises(selfdev.UserError, match="no preset 'quikstart'"):
+        selfdev.load_config("quikstart")
+
+
+def test_what_is_typed_first_is_told_or_taken(tmp_path: Path) -> None:
+    assert selfdev.load_config("quickstart", "seed=7").seed == 7  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"selfdev\.load_config\('quickstart'\)"):
+        selfdev.run("quickstart")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="holds no run"):
+        selfdev.resume(str(tmp_path))
+
+
 def test_an_unknown_name_is_named() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'rum'"):
         _ = selfdev.rum

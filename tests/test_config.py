@@ -47,8 +47,8 @@ def test_the_paper_has_no_help_and_its_own_numbers(tmp_path: Path) -> None:
         ),
         ("quickstart", "progams=1", "nearest known one is 'programs'"),
         ("quickstart", "programs=0", "programs"),
-        ("quickstart", "programs=many", "a number from 1, or a list of such"),
-        ("quickstart", "programs=[168, 0]", "a number from 1, or a list of such"),
+        ("quickstart", "programs=many", "a number from 1 to 1,000,000, or a list of such"),
+        ("quickstart", "programs=[168, 0]", "a number from 1 to 1,000,000, or a list of such"),
         ("quickstart", "programs=[168, 3]", "4 prompts for 3 programs"),
         ("quickstart", "rivals=ties", r"rivals: it is a list, as in [ties]"),
         ("quickstart", "controls=[forzen]", "controls: Input should be 'frozen'"),
@@ -137,10 +137,10 @@ def test_a_file_starts_from_a_preset_and_changes_it(tmp_path: Path) -> None:
 
 def test_a_race_is_on_or_off_or_spelled_out() -> None:
     assert load_config("quickstart", ["race=off"]).race is None
-    on = load_config("quickstart", ["race=on"])
+    on = load_config("quickstart", ["race=on", "scaling.norm=null"])
     assert on.race is not None
     assert on.race.alpha == 0.05
-    spelled = load_config("quickstart", ["race=off", "race.first=12"]).race
+    spelled = load_config("quickstart", ["race=off", "race.first=12", "scaling.norm=null"]).race
     assert spelled is not None
     assert (spelled.first, spelled.growth) == (12, on.race.growth)
     assert parse_config(on.model_dump(mode="json"), "again") == on
@@ -164,6 +164,23 @@ def test_a_file_that_starts_from_itself_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"name: \xff\xfe\n")
     with pytest.raises(UserError, match="UTF-8"):
         load_config(str(file))
+
+
+def test_a_file_says_each_thing_once_and_all_that_is_needed(tmp_path: Path) -> None:
+    twice, bare = tmp_path / "twice.yaml", tmp_path / "bare.yaml"
+    twice.write_text("preset: quickstart\nprograms: 8\nmerge:\n  experts: {a: x, a: y}\n")
+    with pytest.raises(UserError, match=r"'a' is given twice; give it once"):
+        load_config(str(twice))
+    bare.write_text(
+        "iterations: 1\nfactory: {model: x}\nmerge: {seed: s, experts: {a: x, b: y}}\ntask: {name: nano}\n"
+    )
+    with pytest.raises(UserError, match="name is missing; give it"):
+        load_config(str(bare))
+    for impossible in ("seed=99999999999999999999", "programs=100000000000", "programs=[8,100000000000]"):
+        with pytest.raises(
+            UserError, match=r"seed: Input should be less than|programs: a number from 1 to 1,000,000"
+        ):
+            load_config("quickstart", [impossible])
 
 
 def test_a_race_goes_by_what_was_written_and_so_not_with_a_norm() -> None:

@@ -378,6 +378,7 @@ TWO_FILES = 'name: mine\ndevelopment_data: dev.jsonl\ntest_data: test.jsonl\npro
             r"mine.jsonl:4: the field 'question'",
         ),
         (TASK, {"mine": [*sums(3), "", "{nonsense"]}, r"mine.jsonl:5: no JSON"),
+        (TASK, {"mine": [*sums(3), f'{{"question": {"9" * 5000}}}']}, r"mine.jsonl:4: .*4300 digits"),
         (TASK, {"mine": [*sums(3), "[1]"]}, r"mine.jsonl:4: list, not an object"),
         (TASK, {"mine": []}, r"mine.jsonl: it holds no question"),
         (TASK, {}, r"mine.jsonl: No such file or directory; the task file names it"),

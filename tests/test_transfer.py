@@ -18,9 +18,9 @@ from selfdev.evaluation.rivals import spent_on_candidates
 from selfdev.evaluation.standing import ranked_new
 from selfdev.evaluation.tasks import Split, load_task
 from selfdev.merging.discovered import load_candidate
-from selfdev.results import Run
+from selfdev.results import Run, Transfer, is_transfer, open_run
 from selfdev.runs import resume, run
-from selfdev.transfers import Transfer, is_transfer, transfer
+from selfdev.transfers import transfer
 from selfdev.watcher import Silent, Tick
 from selfdev.zoo import zoo_models
 
@@ -45,6 +45,11 @@ def test_it_lies_in_the_run_under_its_task_and_weights(finished: Run, carried: T
     assert carried.folder.parent == finished.folder / "transfers"
     assert carried.folder.name.startswith("nano2-")
     assert is_transfer(carried)
+    opened = open_run(carried.folder)
+    assert isinstance(opened, Transfer)
+    assert opened.best == finished.best
+    assert repr(opened) == f"<Transfer {carried.folder}, done>"
+    assert opened.summary()["run"]["at_work"] is False
     assert not is_transfer(finished)
     assert carried.archive.run.status == "done"
     assert carried.config.task.device == finished.config.task.device == "cpu"  # it is told nothing of its own

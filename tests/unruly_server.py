@@ -44,6 +44,7 @@ class UnrulyServer:
         self.unknown_fields: set[str] = set()
         self.only_messages = False
         self.wants_room = False
+        self.trials = ""
         """Whether one token is too few for its thoughts."""
         self.asked: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
@@ -131,7 +132,9 @@ class UnrulyServer:
             reply(to, 404, {"detail": "Not Found"})
 
     def understands(self, path: str, body: dict[str, Any]) -> str:
-        """The misdeed with which it answers what is not its dialect; none if it is."""
+        """The misdeed with which it answers a trial, or what is not its dialect; none if it is."""
+        if self.trials:
+            return self.trials
         if self.wants_room:
             return "400"
         if self.only_messages and not path.endswith("chat/completions"):
@@ -179,6 +182,8 @@ class UnrulyServer:
             to.wfile.write(b'{"choices": [{"text": "a(del')
         elif misdeed == "garbage":
             reply(to, 200, b"<html>It works!</html>")
+        elif misdeed == "provider":
+            reply(to, 200, {"error": {"message": "the provider behind says: context too long"}})
         elif misdeed == "empty":
             reply(to, 200, {"choices": []})
         elif misdeed == "endless":

@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfdev.config import Config, load_config
+    from selfdev.errors import Interrupted, SelfdevError, UserError
     from selfdev.merging.checkpoint import merge
-    from selfdev.results import Run, open_run
+    from selfdev.results import Run, Transfer, open_run
     from selfdev.runs import resume, run
-    from selfdev.transfers import Transfer, transfer
+    from selfdev.transfers import transfer
 
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "Interrupted",
     "Run",
+    "SelfdevError",
     "Transfer",
+    "UserError",
     "__version__",
     "load_config",
     "merge",
@@ -34,10 +38,10 @@ __all__ = [
 
 _HOMES = (
     dict.fromkeys(("Config", "load_config"), "selfdev.config")
-    | dict.fromkeys(("Run", "open_run"), "selfdev.results")
+    | dict.fromkeys(("Interrupted", "SelfdevError", "UserError"), "selfdev.errors")
+    | dict.fromkeys(("Run", "Transfer", "open_run"), "selfdev.results")
     | dict.fromkeys(("resume", "run"), "selfdev.runs")
-    | dict.fromkeys(("Transfer", "transfer"), "selfdev.transfers")
-    | {"merge": "selfdev.merging.checkpoint"}
+    | {"merge": "selfdev.merging.checkpoint", "transfer": "selfdev.transfers"}
 )
 
 
@@ -45,3 +49,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'selfdev' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

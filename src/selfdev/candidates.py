@@ -1,12 +1,15 @@
 """How a text becomes a candidate, and what an arm remembers of its candidates."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from selfdev.algorithms.screening import Behaviour, History, Novelty, Screening
 from selfdev.algorithms.source import Form, Unreadable, read_program
 from selfdev.archive import Archive, Candidate
 from selfdev.evaluation.standing import repairs_of
-from selfdev.factory.sampling import Sample
+
+if TYPE_CHECKING:  # whoever only shows a run need not wait for it
+    from selfdev.factory.sampling import Sample
 
 
 def candidate_name(arm: str, t: int, number: int) -> str:
@@ -14,7 +17,7 @@ def candidate_name(arm: str, t: int, number: int) -> str:
     return f"{arm}/{t + 1}/{number + 1:03d}"
 
 
-def read_candidate(arm: str, t: int, number: int, prompt: int, sample: Sample, form: Form) -> Candidate:
+def read_candidate(arm: str, t: int, number: int, prompt: int, sample: "Sample", form: Form) -> Candidate:
     """What the factory wrote, as a candidate; one in which there is no function has failed already."""
     candidate = Candidate(
         candidate_name(arm, t, number),

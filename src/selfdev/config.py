@@ -31,15 +31,21 @@ from selfdev.settings import (
     TaskSettings,
     Verdict,
 )
+from selfdev.yaml_files import load_yaml
+
+MOST = 1_000_000
+"""Programs of one iteration."""
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
 class Config(Section):
     """A run, complete."""
 
     name: str = Field(description="Of the run's folder under runs/.")
-    seed: int = Field(1, ge=0, description="Of all random streams of the run.")
+    seed: int = Field(1, ge=0, lt=2**63, description="Of all random streams of the run.")
     iterations: int = Field(3, ge=1, le=1000, description="T; no refinement follows the last one.")
-    programs: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+    programs: Count | tuple[Count, ...] = Field(
         3000,
         description="N, programs written by each arm in each iteration. A list has those of the first, second, ... "
         "iteration, and its last number holds for all that follow. All arms share the first one's, which cost once.",
@@ -76,8 +82,10 @@ class Config(Section):
     def _numbers(cls, value: Any) -> Any:
         """One sentence for what is neither a number nor a list of them."""
         numbers = value if isinstance(value, list | tuple) else [value]
-        if not numbers or any(type(number) is not int or number < 1 for number in numbers):
-            raise ValueError(f"programs: a number from 1, or a list of such: [168, 56]; not {value!r}")
+        if not numbers or any(type(number) is not int or not 1 <= number <= MOST for number in numbers):
+            raise ValueError(
+                f"programs: a number from 1 to {MOST:,}, or a list of such: [168, 56]; not {value!r}"
+            )
         return value
 
     @field_validator("race", mode="before")
@@ -254,7 +262,7 @@ def load_config(preset: str, changes: Sequence[str] = ()) -> Config:
         UserError: unknown preset or key (with the nearest known one), or an impossible value.
     """
     data = _read(preset)
-    for change in changes:
+    for change in [changes] if isinstance(changes, str) else changes:
         _put(data, *_split(change))
     config = parse_config(data, preset)
     try:
@@ -327,11 +335,12 @@ def _read_file(name: str) -> dict[str, Any]:
     try:
         data = _yaml(path.read_text(encoding="utf-8"), name)
     except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
+        here = "" if path.is_absolute() else f" (in {Path.cwd()})"
+        raise UserError(f"{name}: {error.strerror}{here}") from None
     except UnicodeDecodeError:
         raise UserError(f"{name}: it is no text in UTF-8") from None
     if not isinstance(data, dict):
-        raise UserError(f"{name}: it holds no fields; a run needs at least factory, merge and task")
+        raise UserError(f"{name}: it holds no fields; a run needs at least name, factory, merge and task")
     return data
 
 
@@ -370,13 +379,15 @@ def _is_switch(value: Any) -> bool:
 
 def _yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not YAML: {error}") from None
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     path = [str(part) for part in problem["loc"]]
+    if problem["type"] == "missing":
+        return f"{'.'.join(path)} is missing; give it"
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{'.'.join(path)}'; {nearest(path[-1], fields_at(Config, path[:-1]))}"
     if problem["type"] == "value_error":

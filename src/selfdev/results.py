@@ -7,25 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from selfdev.algorithms.screening import Novelty
-from selfdev.archive import ARCHIVE, Archive, Candidate
+from selfdev.archive import ARCHIVE, DISTANCE, ORDER, Archive, Candidate
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.diversity import diversity
-from selfdev.evaluation.evaluator import DISTANCE, ORDER
 from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import LEARNING, is_written, pareto, ranked_new, repairs_of, scores_on_first
 from selfdev.factory.journal import spent_in
 from selfdev.factory.prompt import base_of
+from selfdev.lock import is_held
 from selfdev.session import told
+
+TRANSFER = "transfer"
+"""Among the facts of an archive that is a transfer's and no run's; see `selfdev.transfers`."""
 
 
 def open_run(folder: Path | str) -> "Run":
-    """Read a run.
+    """Read a run, or a transfer, which is a `Transfer`.
 
     Raises:
         UserError: the folder holds no run that can be read.
     """
-    return Run(Path(folder))
+    found = Run(Path(folder))
+    return Transfer(found.folder) if is_transfer(found) else found
 
 
 class Run:
@@ -39,6 +43,9 @@ class Run:
         self.folder = folder
         with told(folder):
             self.archive = Archive.open(folder / ARCHIVE, read_only=True)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.folder}, {self.archive.run.status}>"
 
     @cached_property
     def config(self) -> Config:
@@ -110,6 +117,7 @@ class Run:
             "preset": record.preset,
             "seed": record.seed,
             "status": record.status,
+            "at_work": is_held(self.folder),
             "seconds": record.seconds,
             "created": record.created,
             "folder": str(self.folder),
@@ -192,3 +200,52 @@ class Run:
                     + (0.0 if learned is None else learned.seconds),
                 },
             }
+
+
+class Transfer(Run):
+    """A view of a transfer's folder, finished or not; its archive is of the same kind as a run's."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is transferred.
+
+        The run's name and when it was `created`; `programs`, name -> scale; development `evaluations` of each rival;
+        and the rivals that are `left_out`, since they merge another number of experts.
+        """
+        found: Mapping[str, Any] = self.archive.run.facts[TRANSFER]
+        return found
+
+    @property
+    def best(self) -> Candidate | None:
+        """The program that the headline is about: the run's best on development."""
+        return self.archive.candidate(next(iter(self.facts["programs"])))
+
+    def summary(self) -> dict[str, Any]:
+        """All that `selfdev transfer --json` prints; scores in 0..1."""
+        verdict, best, facts = self.verdict, self.best, self.archive.run.facts
+        return {
+            "run": self._record(),
+            TRANSFER: {
+                **self.facts,
+                "task": self.config.task.name,
+                "seed": self.config.merge.seed,
+                "experts": dict(self.config.merge.experts),
+                "weights": {"seed": facts["seed"], "experts": facts["experts"]},
+            },
+            "best": None
+            if best is None
+            else {
+                "candidate": best.name,
+                "source": best.source,
+                "factor": self.facts["programs"][best.name],
+            },
+            "headline": None if verdict is None else verdict["headline"],
+            "best_on_test": None if verdict is None else verdict["best_on_test"],
+            "gains": None if verdict is None else verdict.get("gains"),
+            "table": [] if verdict is None else verdict["table"],
+        }
+
+
+def is_transfer(run: Run) -> bool:
+    """Whether a folder that was opened as a run's is a transfer's."""
+    return TRANSFER in run.archive.run.facts

@@ -23,10 +23,10 @@ from selfdev.factory.training import check_backend
 from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import read_task_vectors
 from selfdev.models.device import Place
-from selfdev.results import Run
+from selfdev.results import TRANSFER, Run
 from selfdev.roles import Factory
 from selfdev.sandbox import Sandbox
-from selfdev.session import TRANSFER, alone, archived, machine_facts, told
+from selfdev.session import alone, archived, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 ADAPTER_SPACE = 1024**3
@@ -35,7 +35,7 @@ ADAPTER_SPACE = 1024**3
 
 def run(
     config: Config,
-    out: Path | None = None,
+    out: Path | str | None = None,
     *,
     preset: str = "",
     factory: Factory | None = None,
@@ -56,7 +56,9 @@ def run(
         UserError: the folder, a model or a setting cannot be used; nothing has been started.
         Interrupted: Ctrl-C; `resume` goes on.
     """
-    folder = out or Path("runs") / f"{config.name}-{config.seed}"
+    if not isinstance(config, Config):
+        raise UserError(f"a run is given by its config, selfdev.load_config({str(config)!r}) for example")
+    folder = Path("runs") / f"{config.name}-{config.seed}" if out is None else Path(out)
     if (folder / ARCHIVE).exists():
         raise UserError(
             f"{folder} holds a run already; `selfdev resume {folder}` goes on with it, or choose another --out"
@@ -66,7 +68,7 @@ def run(
 
 
 def resume(
-    folder: Path,
+    folder: Path | str,
     *,
     changes: Sequence[str] = (),
     factory: Factory | None = None,
@@ -91,6 +93,7 @@ def resume(
             come to its verdict, which then cannot be reached again.
         Interrupted: Ctrl-C.
     """
+    folder = Path(folder)
     with told(folder), Archive.open(folder / ARCHIVE, read_only=True) as archive:
         record = archive.run
         if again:

@@ -9,10 +9,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-
 import selfdev
 from selfdev.archive import ARCHIVE, Archive, ArchiveError, Run
 from selfdev.config import Config
@@ -20,12 +16,13 @@ from selfdev.errors import Halted, Interrupted, SelfdevError, UserError
 from selfdev.lock import held
 from selfdev.sandbox import SandboxUnavailable
 
-TRANSFER = "transfer"
-"""Among the facts of an archive that is a transfer's and no run's; see `selfdev.transfers`."""
-
 
 def machine_facts(unsafe_sandbox: bool) -> dict[str, Any]:
     """What a run stands on beside its models and its task."""
+    import peft  # here, since whoever only shows a run need not wait for them
+    import torch
+    import transformers
+
     return {
         "versions": {
             "selfdev": selfdev.__version__,
@@ -109,14 +106,16 @@ def alone(folder: Path) -> Iterator[None]:
     A folder in which nothing was begun is not left behind.
     """
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(held(folder))
         except BlockingIOError:
             raise UserError(
                 f"{folder}: another process is at work on this run; wait for it, or stop it"
             ) from None
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}; choose another --out") from error
         try:
             yield
         finally:

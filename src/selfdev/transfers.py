@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from selfdev.algorithms.library import method
-from selfdev.archive import ARCHIVE, FACTOR, Archive, Candidate
+from selfdev.archive import ARCHIVE, FACTOR, Archive
 from selfdev.config import Config, parse_config
 from selfdev.errors import UserError
 from selfdev.evaluation.evaluator import Evaluator, Scorer, score_seed
@@ -31,9 +31,9 @@ from selfdev.evaluation.verdict import Entrant, finalists, reach_verdict
 from selfdev.merging.relatives import find_relatives
 from selfdev.merging.task_vectors import TaskVectors, read_task_vectors
 from selfdev.models.device import Place
-from selfdev.results import Run
+from selfdev.results import TRANSFER, Run, Transfer, is_transfer
 from selfdev.sandbox import Sandbox
-from selfdev.session import TRANSFER, alone, archived, machine_facts, told
+from selfdev.session import alone, archived, machine_facts, told
 from selfdev.watcher import Silent, Watcher
 
 FEWEST = 100
@@ -44,7 +44,7 @@ FOLDER = "transfers"
 
 
 def transfer(
-    run: Path | str,
+    run: Run | Path | str,
     seed: str,
     experts: Mapping[str, str],
     task: str | None = None,
@@ -53,7 +53,7 @@ def transfer(
     again: bool = False,
     watch: Watcher | None = None,
     unsafe_sandbox: bool = False,
-) -> "Transfer":
+) -> Transfer:
     """Apply a run's best algorithms unchanged to other models, beside rivals tuned for these.
 
     One that was interrupted or killed goes on when it is called again.
@@ -73,7 +73,7 @@ def transfer(
             or the test split has been opened already; nothing has been started.
         Interrupted: Ctrl-C.
     """
-    plan = _plan(Run(Path(run)), seed, experts, task)
+    plan = _plan(run if isinstance(run, Run) else Run(Path(run)), seed, experts, task)
     folder = plan.folder if out is None else Path(out)
     _check_folder(folder, again)
     watch, began = watch or Silent(), time.monotonic()
@@ -101,55 +101,6 @@ def transfer(
         archive = stack.enter_context(archived(folder, preset, plan.config, facts, began, again=again))
         _carry_out(archive, plan, scorer, watch)
     return Transfer(folder)
-
-
-class Transfer(Run):
-    """A view of a transfer's folder, finished or not; its archive is of the same kind as a run's."""
-
-    @property
-    def facts(self) -> Mapping[str, Any]:
-        """What is transferred.
-
-        The run's name and when it was `created`; `programs`, name -> scale; development `evaluations` of each rival;
-        and the rivals that are `left_out`, since they merge another number of experts.
-        """
-        found: Mapping[str, Any] = self.archive.run.facts[TRANSFER]
-        return found
-
-    @property
-    def best(self) -> Candidate | None:
-        """The program that the headline is about: the run's best on development."""
-        return self.archive.candidate(next(iter(self.facts["programs"])))
-
-    def summary(self) -> dict[str, Any]:
-        """All that `selfdev transfer --json` prints; scores in 0..1."""
-        verdict, best, facts = self.verdict, self.best, self.archive.run.facts
-        return {
-            "run": self._record(),
-            TRANSFER: {
-                **self.facts,
-                "task": self.config.task.name,
-                "seed": self.config.merge.seed,
-                "experts": dict(self.config.merge.experts),
-                "weights": {"seed": facts["seed"], "experts": facts["experts"]},
-            },
-            "best": None
-            if best is None
-            else {
-                "candidate": best.name,
-                "source": best.source,
-                "factor": self.facts["programs"][best.name],
-            },
-            "headline": None if verdict is None else verdict["headline"],
-            "best_on_test": None if verdict is None else verdict["best_on_test"],
-            "gains": None if verdict is None else verdict.get("gains"),
-            "table": [] if verdict is None else verdict["table"],
-        }
-
-
-def is_transfer(run: Run) -> bool:
-    """Whether a folder that was opened as a run's is a transfer's."""
-    return TRANSFER in run.archive.run.facts
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,8 @@ def test_all_requests_wait_as_long_as_the_server_asks(server: UnrulyServer, tmp_
         ("401", "environment variable UNRULY_KEY"),
         ("500", "answers 500"),
         ("cut", "broke off"),
-        ("garbage", "no answer of OpenAI's protocol"),
+        ("garbage", "no answer of OpenAI's protocol: <html>It works!</html>"),
+        ("provider", "no answer of OpenAI's protocol: the provider behind says: context too long"),
         ("endless", "does not stop answering"),
     ],
 )
@@ -305,7 +306,9 @@ def test_a_server_of_another_dialect_is_refused_before_the_run_begins(
 ) -> None:
     server.unknown_fields = {"max_tokens"}
     folder = tmp_path / "run"
-    with pytest.raises(UserError, match=r"refuses what it is asked: .* 400: .*\n.*factory.endpoint.request"):
+    with pytest.raises(
+        UserError, match=r"does not do what it is asked: .* 400: .*\n.*factory.endpoint.request"
+    ):
         run(searching_config(server.url), folder)
     assert not folder.exists()
     # In its dialect it writes.
@@ -325,8 +328,21 @@ def test_an_address_that_is_no_server_of_the_protocol_is_refused(
     server: UnrulyServer, tmp_path: Path
 ) -> None:
     config = searching_config(server.url.removesuffix("/v1") + "/wrong", retries=0)
-    with pytest.raises(UserError, match="answers 404"):
+    with pytest.raises(UserError, match=r"factory\.endpoint\.url: .* answers 404.* up to and with /v1"):
         EndpointFactory(config, tmp_path)
+
+
+@pytest.mark.parametrize("misdeed", ["garbage", "provider", "empty"])
+def test_a_server_that_answers_something_else_is_refused_before_the_run_begins(
+    misdeed: str, server: UnrulyServer, tmp_path: Path
+) -> None:
+    server.trials = misdeed
+    with pytest.raises(UserError, match=r"does not do what it is asked: .* no answer of OpenAI's protocol"):
+        run(searching_config(server.url), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    server.trials = "429"  # that it is busy is no reason
+    server.retry_after = "0"
+    factory_of(server, tmp_path)
 
 
 def test_a_key_that_is_not_there_or_not_accepted_is_refused(

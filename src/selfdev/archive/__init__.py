@@ -4,7 +4,9 @@ from selfdev.archive.database import Archive, TestSealed
 from selfdev.archive.file import NAME as ARCHIVE
 from selfdev.archive.file import ArchiveError
 from selfdev.archive.records import (
+    DISTANCE,
     FACTOR,
+    ORDER,
     Candidate,
     Evaluation,
     Iteration,
@@ -17,7 +19,9 @@ from selfdev.archive.records import (
 
 __all__ = [
     "ARCHIVE",
+    "DISTANCE",
     "FACTOR",
+    "ORDER",
     "Archive",
     "ArchiveError",
     "Candidate",

@@ -91,6 +91,12 @@ class Candidate:
 FACTOR = "factor"
 """Among the parameters of a `scaled` evaluation."""
 
+DISTANCE = "distance_on_real_tensors"
+"""Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
+
+ORDER = "change_by_order"
+"""Kept with it too: how much its output changes if the experts change places, relative."""
+
 
 @dataclass(frozen=True)
 class Evaluation:

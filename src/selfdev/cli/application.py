@@ -64,10 +64,8 @@ def print_run(opened: "Run", unsafe: bool, as_json: bool) -> None:
     from selfdev.report.result import result
     from selfdev.report.terminal import Terminal
     from selfdev.report.transfer import transfer_result
-    from selfdev.transfers import Transfer, is_transfer
+    from selfdev.results import Transfer
 
-    if is_transfer(opened):
-        opened = Transfer(opened.folder)
     if as_json:
         print_json(opened.summary())
     else:

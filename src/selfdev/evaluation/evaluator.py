@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library import method
 from selfdev.algorithms.screening import REAL_TOLERANCE, Box, explained_by_combination
-from selfdev.archive import FACTOR, Archive, Candidate, Evaluation, TestSealed
+from selfdev.archive import DISTANCE, FACTOR, ORDER, Archive, Candidate, Evaluation, TestSealed
 from selfdev.errors import SelfdevError, UserError
 from selfdev.evaluation.objective import Objective
 from selfdev.evaluation.scoring import Scoring, ScoringError, prepare
@@ -27,12 +27,6 @@ from selfdev.merging.task_vectors import TaskVectors, merge_by_method
 from selfdev.models.device import ON_CPU, Place
 from selfdev.models.folder import load_model, load_tokenizer
 from selfdev.streams import stream_seed
-
-DISTANCE = "distance_on_real_tensors"
-"""Kept with a candidate's evaluation: how far it is from a linear combination of the real task vectors, relative."""
-
-ORDER = "change_by_order"
-"""Kept with it too: how much its output changes if the experts change places, relative."""
 
 KEPT_BYTES = 512 * 1024**2
 """Merged task vectors that stay in memory for the next questions of a race. What does not fit is merged again, which

@@ -296,10 +296,12 @@ class EndpointFactory:
     async def _check_server(self) -> None:
         """Make sure that the server is there, serves the model, and understands what it is asked."""
         names: list[str] = []
+        missing = False
         async with Server(self.settings) as server:
             try:
                 names = await server.models()
             except NoAnswer as error:
+                missing = error.status == httpx2.codes.NOT_FOUND
                 if error.status is None:
                     raise UserError(
                         f"{error}\nStart the server, or set factory.endpoint.url to where it is"
@@ -317,16 +319,21 @@ class EndpointFactory:
                         self.chat, self._body(self.model, "def", self.config.factory.max_new_tokens)
                     )
             except NoAnswer as error:
-                if self.model in names and error.again:
+                if self.model in names and error.again and error.status != httpx2.codes.OK:
                     return  # it is busy, and is asked again by the run
                 if self.model in names:
-                    ways = (
-                        "Add what it wants under factory.endpoint.request, or leave a field out there by null"
-                    )
-                    if error.status == 404 and not self.chat:
-                        ways += "; if it takes messages alone, set factory.endpoint.chat: true or prompt.form: contract"
+                    ways = ""
+                    if error.status in (httpx2.codes.BAD_REQUEST, httpx2.codes.UNPROCESSABLE_ENTITY):
+                        ways = "\nAdd what it wants under factory.endpoint.request, or leave a field out there by null"
+                    if error.status == httpx2.codes.NOT_FOUND and not self.chat:
+                        ways = "\nIf it takes messages alone, set factory.endpoint.chat: true or prompt.form: contract"
                     raise UserError(
-                        f"factory.endpoint: the server refuses what it is asked: {error}\n{ways}"
+                        f"factory.endpoint: the server does not do what it is asked: {error}{ways}"
+                    ) from error
+                if missing and error.status == httpx2.codes.NOT_FOUND:
+                    raise UserError(
+                        f"factory.endpoint.url: {error}, and {self.settings.url}/models too; the address is that up to "
+                        "and with /v1, as in http://localhost:8000/v1"
                     ) from error
                 listed = f"; it lists {', '.join(names[:20])}" if names else ""
                 raise UserError(
@@ -355,12 +362,23 @@ class EndpointFactory:
 
 def _in_a_loop(coroutine: Coroutine[Any, Any, T]) -> T:
     """Run a coroutine to its end, in a notebook too, whose own loop is running already."""
+
+    async def quietly() -> T:
+        asyncio.get_running_loop().set_exception_handler(_unless_stopped)
+        return await coroutine
+
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)
+        return asyncio.run(quietly())
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+        return thread.submit(asyncio.run, quietly()).result()
+
+
+def _unless_stopped(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tell of an error that nobody has waited for; that Ctrl-C has ended a request is none."""
+    if not isinstance(context.get("exception"), KeyboardInterrupt):
+        loop.default_exception_handler(context)
 
 
 def _written(answers: Mapping[str, Answer]) -> int:

@@ -9,11 +9,13 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from selfdev.algorithms.source import ENTRY, OPENING, Form, unwrap_short, wrap_short
 from selfdev.settings import PromptSettings
+
+if TYPE_CHECKING:  # whoever only shows a run need not wait for it
+    from transformers import PreTrainedTokenizerBase
 from selfdev.streams import stream_seed
 
 SHORT_HEAD = '''"""Merge expert models by combining their task vectors.
@@ -96,7 +98,7 @@ class Prompt:
     form: Form
     template: Template = ()
 
-    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def tokens(self, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
         """Token ids of the prompt: in the chat template where the answer is a message and there is one."""
         if self.form is Form.CONTRACT and tokenizer.chat_template:
             message = [{"role": "user", "content": self.text}]

@@ -91,10 +91,11 @@ class Server:
         Raises:
             NoAnswer: it does not say.
         """
+        content = await self._exchange("GET", "models")
         try:
-            listed = Models.model_validate_json(await self._exchange("GET", "models"))
+            listed = Models.model_validate_json(content)
         except ValidationError:
-            raise self._garbled("models") from None
+            raise self._garbled("models", content) from None
         return [model.id for model in listed.data]
 
     async def complete(self, chat: bool, body: Mapping[str, Any]) -> Answer:
@@ -115,7 +116,7 @@ class Server:
         try:
             answer = Completion.model_validate_json(content).answer().model_copy(update=taken)
         except (ValidationError, ValueError):
-            raise self._garbled(path) from None
+            raise self._garbled(path, content) from None
         if len(self._key) >= _SECRET and self._key in answer.text:
             clean = {"text": self._without_key(answer.text), "tokens": None, "log_probs": None}
             return answer.model_copy(update=clean)
@@ -200,8 +201,10 @@ class Server:
             )
         return NoAnswer(message, again=again, billed=status in _BY_GATEWAYS, status=status)
 
-    def _garbled(self, path: str) -> NoAnswer:
+    def _garbled(self, path: str, content: bytes) -> NoAnswer:
         message = f"{self.settings.url}/{path} answers what is no answer of OpenAI's protocol"
+        if words := self._words(error_message(content)):
+            message += f": {words}"
         return NoAnswer(message, again=True, billed=True, status=httpx2.codes.OK)
 
     def _without_key(self, text: str) -> str:

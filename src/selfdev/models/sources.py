@@ -225,7 +225,7 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"{wanted} is neither a folder here nor a model on the Hub that you may see; "
+            f"{wanted} is neither a folder in {Path.cwd()} nor a model on the Hub that you may see; "
             "check the name, or log in with `hf auth login` if it is private"
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -238,7 +238,7 @@ def _hub_model(name: str, revision: str | None, pickled: bool) -> Path:
             ) from error
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{wanted} is not in the Hub's cache and cannot be fetched: {reason}; "
+            f"{wanted} is no folder in {Path.cwd()}, is not in the Hub's cache and cannot be fetched: {reason}; "
             "connect once (HF_HUB_OFFLINE unset), or give the folder of a model instead"
         ) from error
     finally:

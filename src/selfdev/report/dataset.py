@@ -111,7 +111,7 @@ def export_pairs(run: "Run", out: Path) -> int:
     rounds = {t: rows for t, rows in rounds.items() if rows}
     count = sum(map(len, rounds.values()))
     if not count:
-        raise UserError(f"the run '{run.archive.run.name}' has no preference pairs (yet)")
+        raise UserError(f"the run '{run.archive.run.name}' has no preference pairs: {_why_none(run)}")
     try:
         (aside / "data").mkdir(parents=True)
         digest = hashlib.sha256()
@@ -127,6 +127,15 @@ def export_pairs(run: "Run", out: Path) -> int:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return count
+
+
+def _why_none(run: "Run") -> str:
+    rounds = [r for arm in (LEARNING, *run.config.controls) for r in run.archive.refinements(arm)]
+    if not rounds:
+        learns = run.config.refinement.refit != "never" and run.config.iterations > 1
+        return "no round of learning has been reached" if learns else "it learns nothing"
+    said = dict.fromkeys(r.why_nothing or "a round imitated programs alone" for r in rounds)
+    return "; ".join(said)
 
 
 def _provenance(run: "Run") -> dict[str, Any]:

@@ -231,6 +231,8 @@ def _row(row: dict[str, Any], *, is_best_rival: bool) -> list[RenderableType]:
 
 def _iterations(summary: dict[str, Any]) -> RenderableType:
     rows = table("iteration", "T", *YIELD, "best", "pairs", "time")
+    rows.padding = (0, 1, 0, 0)  # all columns in 80 signs
+    rows.columns[0].no_wrap = True
     ordered = sorted(summary["iterations"], key=lambda i: (i["iteration"], i["arm"] != LEARNING, i["arm"]))
     for i in ordered:
         rows.add_row(
@@ -288,6 +290,15 @@ def _winner(summary: dict[str, Any]) -> list[RenderableType]:
     return [title, *notes, "", python(unwrap_short(best["source"]))]
 
 
+def _best_rival(summary: dict[str, Any], run: "Run") -> str:
+    """The rival that is best on development, as `selfdev merge` takes it; empty where there is none."""
+    best = (run.verdict or {}).get("best_rival")
+    settings = [row["parameters"] for row in summary["table"] if row["name"] == best]
+    return " ".join(
+        f"--method {best}" + "".join(f" -p {key}={value}" for key, value in each.items()) for each in settings
+    )
+
+
 def _where(summary: dict[str, Any], run: "Run") -> Table:
     record, folder = summary["run"], str(run.folder)
     steps = record["warm_start"]
@@ -310,6 +321,8 @@ def _where(summary: dict[str, Any], run: "Run") -> Table:
     if record["status"] != "done":
         unsafe = " --unsafe-sandbox" if summary["run"]["unsafe_sandbox"] else ""
         rows["go_on"] = Text(f"selfdev resume {folder}{unsafe}")
+    if settings := _best_rival(summary, run):
+        rows["best_rival"] = Text(visible(f"selfdev merge {settings} ..."))
     if summary["best"] is not None:
         rows["one_program"] = Text(f"selfdev show {folder} {summary['best']['candidate']}")
     rows["all_programs"] = Text(f"selfdev show {folder} --programs")

@@ -9,7 +9,7 @@ from selfdev.report.result import headline, scores_table, tasks_tables
 from selfdev.report.terminal import facts, visible
 
 if TYPE_CHECKING:
-    from selfdev.transfers import Transfer
+    from selfdev.results import Transfer
 
 
 def transfer_result(transfer: "Transfer") -> RenderableType:

@@ -19,6 +19,7 @@ from selfdev.evaluation.tasks.checkers import CHECKERS, Checker, Exact
 from selfdev.evaluation.tasks.grading import Extraction, Grading, Way
 from selfdev.names import fields_at, nearest
 from selfdev.settings import Section
+from selfdev.yaml_files import load_yaml
 
 ROLES = ("few_shot_data", "development_data", "test_data")
 """The fields that name data files, in the order in which a shared file is dealt out."""
@@ -211,10 +212,11 @@ class TaskFile:
         self.path = path
         try:
             text = path.read_text(encoding="utf-8")
-            data = yaml.safe_load(text)
+            data = load_yaml(text)
             self._node = yaml.compose(text)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
+            here = "" if path.is_absolute() else f" (in {Path.cwd()})"
+            raise UserError(f"{path}: {error.strerror}{here}") from None
         except UnicodeDecodeError:
             raise UserError(f"{path}: it is no text in UTF-8") from None
         except yaml.YAMLError as error:

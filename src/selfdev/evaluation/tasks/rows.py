@@ -70,6 +70,8 @@ def _json_lines(file: Path) -> list[Row]:
             raise UserError(
                 f"{file}:{number}: no JSON: {error.msg} at column {error.colno}; each line is one JSON object"
             ) from None
+        except ValueError as error:  # a number of more digits than Python reads
+            raise UserError(f"{file}:{number}: {error}") from None
         if not isinstance(fields, dict):
             raise UserError(
                 f"{file}:{number}: {type(fields).__name__}, not an object; a line reads "
