@@ -49,7 +49,6 @@ def test_the_paper_has_no_help_and_its_own_numbers(tmp_path: Path) -> None:
         ("quickstart", "programs=0", "programs"),
         ("quickstart", "programs=many", "a number from 1 to 1,000,000, or a list of such"),
         ("quickstart", "programs=[168, 0]", "a number from 1 to 1,000,000, or a list of such"),
-        ("quickstart", "programs=[168, 3]", "4 prompts for 3 programs"),
         ("quickstart", "rivals=ties", r"rivals: it is a list, as in [ties]"),
         ("quickstart", "controls=[forzen]", "controls: Input should be 'frozen'"),
         ("quickstart", "rivals=[tie]", "nearest known one is 'ties'"),

@@ -102,6 +102,11 @@ TEMPLATE = (
 )
 
 
+def test_few_programs_have_as_many_prompts() -> None:
+    drawn = PromptSettings(form=Form.SHORT, examples="drawn", prompts=14, shown=3)
+    assert [len(prompts_of(drawn, examples(), 0, 0, programs)) for programs in (3, 14, 56)] == [3, 14, 14]
+
+
 def test_a_message_is_asked_in_the_chat_template_where_there_is_one() -> None:
     plain, chatty = byte_tokenizer(), byte_tokenizer()
     chatty.chat_template = TEMPLATE
@@ -110,7 +115,7 @@ def test_a_message_is_asked_in_the_chat_template_where_there_is_one() -> None:
     assert chatty.decode(contract.tokens(chatty)) == f"[user]{contract.text}[end][assistant]"
     thinking = PromptSettings(names=("vote",), template={"enable_thinking": False})
     chatty.chat_template = TEMPLATE + "{% if enable_thinking is false %}<think></think>{% endif %}"
-    [told] = prompts_of(thinking, examples(), 0, 0)
+    [told] = prompts_of(thinking, examples(), 0, 0, 8)
     assert chatty.decode(told.tokens(chatty)) == f"[user]{contract.text}[end][assistant]<think></think>"
     [shown] = showing([told], {"a": wrap_short(examples()["clipped"])}, examples())
     assert chatty.decode(shown.tokens(chatty)).endswith("[assistant]<think></think>")

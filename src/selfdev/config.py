@@ -74,8 +74,12 @@ class Config(Section):
     @property
     def budgets(self) -> list[int]:
         """How many programs each arm writes, by iteration."""
+        return [self.budget(t) for t in range(self.iterations)]
+
+    def budget(self, t: int) -> int:
+        """How many programs each arm writes in iteration t."""
         numbers = (self.programs,) if isinstance(self.programs, int) else self.programs
-        return [numbers[min(t, len(numbers) - 1)] for t in range(self.iterations)]
+        return numbers[min(t, len(numbers) - 1)]
 
     @field_validator("programs", mode="before")
     @classmethod
@@ -158,10 +162,6 @@ class Config(Section):
                 "one of them, or refinement.refit: never"
             )
         self._check_endpoint()
-        if self.prompt.examples == "drawn" and self.prompt.prompts > min(self.budgets):
-            raise ValueError(
-                f"prompt.prompts: {self.prompt.prompts} prompts for {min(self.budgets)} programs"
-            )
         for name in self.rivals:
             rival = method(name)
             if rival.experts is not None and rival.experts != len(self.merge.experts):

@@ -104,7 +104,8 @@ class EndpointFactory:
 
     def prompts(self, iteration: int) -> list[Prompt]:
         """The prompts of one iteration."""
-        return prompts_of(self.config.prompt, examples(), self.config.seed, iteration)
+        config = self.config
+        return prompts_of(config.prompt, examples(), config.seed, iteration, config.budget(iteration))
 
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a completion that nobody sampled; none where the weights are not here."""

@@ -153,7 +153,8 @@ class LocalFactory:
 
     def prompts(self, iteration: int) -> list[Prompt]:
         """The prompts of one iteration: one and always the same, or dealt out anew."""
-        return prompts_of(self.config.prompt, self._sources, self.config.seed, iteration)
+        config = self.config
+        return prompts_of(config.prompt, self._sources, config.seed, iteration, config.budget(iteration))
 
     def write(
         self,

@@ -126,7 +126,9 @@ def ask(names: Sequence[str], sources: Mapping[str, str], form: Form, template: 
     return Prompt(CONTRACT_TASK.format(example=shown), tuple(names), form, template)
 
 
-def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, iteration: int) -> list[Prompt]:
+def prompts_of(
+    settings: PromptSettings, sources: dict[str, str], seed: int, iteration: int, programs: int
+) -> list[Prompt]:
     """The prompts of one iteration: one and always the same, or dealt out anew.
 
     Args:
@@ -134,10 +136,12 @@ def prompts_of(settings: PromptSettings, sources: dict[str, str], seed: int, ite
         sources: short source of every known example.
         seed: the run's.
         iteration: names the random stream of the deal.
+        programs: of the iteration, which has no more prompts than these.
     """
     hands: Sequence[Sequence[str]] = [settings.names]
     if settings.examples == "drawn":
-        hands = deal(sources, settings.prompts, settings.shown, stream_seed(seed, "prompts", iteration))
+        count = min(settings.prompts, programs)
+        hands = deal(sources, count, settings.shown, stream_seed(seed, "prompts", iteration))
     template = tuple(settings.template.items())
     return [ask(names, sources, settings.form, template) for names in hands]
 

@@ -228,7 +228,7 @@ class PromptSettings(Section):
         ("inverse_distance",), description="The worked examples of a fixed prompt, in their order."
     )
     shown: int = Field(3, ge=1, description="Worked examples in a drawn prompt.")
-    prompts: int = Field(4, ge=1, description="Drawn prompts in each iteration.")
+    prompts: int = Field(4, ge=1, description="Drawn prompts in each iteration; at most one a program.")
     feedback: bool = Field(
         False,
         description="Whether what the run searches by shows its own best programs, each in the place of a prompt's "
