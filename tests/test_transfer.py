@@ -1,6 +1,7 @@
 """Transfer of a finished run's programs to models and questions that it has not seen."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def test_it_lies_in_the_run_under_its_task_and_weights(finished: Run, carried: T
     assert carried.folder.parent == finished.folder / "transfers"
     assert carried.folder.name.startswith("nano2-")
     assert is_transfer(carried)
+    with pytest.raises(UserError, match=rf"holds no run itself; in it lie {re.escape(str(carried.folder))}"):
+        open_run(carried.folder.parent)
     opened = open_run(carried.folder)
     assert isinstance(opened, Transfer)
     assert opened.best == finished.best

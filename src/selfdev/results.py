@@ -28,7 +28,12 @@ def open_run(folder: Path | str) -> "Run":
     Raises:
         UserError: the folder holds no run that can be read.
     """
-    found = Run(Path(folder))
+    folder = Path(folder)
+    if not (folder / ARCHIVE).exists() and (inside := sorted(folder.glob(f"*/{ARCHIVE}"))):
+        raise UserError(
+            f"{folder} holds no run itself; in it lie {', '.join(str(each.parent) for each in inside)}"
+        )
+    found = Run(folder)
     return Transfer(found.folder) if is_transfer(found) else found
 
 
