@@ -3,7 +3,7 @@
     python benchmarks/sampling.py --programs 128 --turns 2 --vllm /path/to/its/python
     python benchmarks/sampling.py --picture docs/images/sampling.png
 
-All write the same number of programs to the quickstart's own prompts (three drawn examples each, warm-started
+All write the same number of programs to four of the quickstart's prompts (three drawn examples each, warm-started
 factory) with the same temperature, top-p, limit and stop, in float32. They take turns. `generate` has the rows of one
 prompt in a batch, vLLM all at once with prefix caching, in a process of its own whose start is not counted. Seconds are
 the clock's; seconds of CPU are printed too, since they say more on a busy machine. A row of its own has ours with the
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the scaling instead")
     parser.add_argument("--picture-tokens", type=int, default=32, help="tokens of each row in the picture")
     arguments = parser.parse_args()
-    factory = LocalFactory(load_config("quickstart"))
+    factory = LocalFactory(load_config("quickstart", ["prompt.prompts=4"]))
     factory.prepare(lambda done, total, note: None)
     model = factory.model([])
     (picture if arguments.picture else race)(arguments, factory, model)
