@@ -181,11 +181,16 @@ def test_questions_are_fixed_once(archive: Archive) -> None:
         archive.set_questions("development", [("b", "y"), ("a", "x")])
 
 
-def test_facts_are_written_once_and_insisted_on(archive: Archive) -> None:
-    archive.check_facts({"weights": "abc"})
-    archive.check_facts({"weights": "abc", "more": 1})
+def test_facts_are_insisted_on_in_their_order(tmp_path: Path) -> None:
+    facts = {"weights": "abc", "experts": {"a": "1", "b": "2"}}
+    archive = Archive.create(tmp_path / "run" / "archive.db", replace(RUN, facts=facts))
+    archive.check_facts(facts)
+    archive.check_facts(facts | {"more": 1})
     with pytest.raises(ArchiveError, match="weights has changed"):
-        archive.check_facts({"weights": "abd"})
+        archive.check_facts(facts | {"weights": "abd"})
+    with pytest.raises(ArchiveError, match="experts has changed"):
+        archive.check_facts(facts | {"experts": {"b": "2", "a": "1"}})
+    archive.close()
 
 
 def test_one_is_read_from_a_folder_in_which_nobody_may_write(archive: Archive) -> None:
