@@ -188,6 +188,9 @@ def test_a_race_goes_by_what_was_written_and_so_not_with_a_norm() -> None:
     ):
         load_config("quickstart", ["race=on"])
     assert load_config("quickstart", ["race=on", "scaling.norm=null"]).race is not None
+    # A run that began with both, before that was refused, can still be read.
+    both = load_config("quickstart").model_dump(mode="json") | {"race": {"first": 60}}
+    assert parse_config(both, "archive").race is not None
     with pytest.raises(UserError, match=r"scaling\.factors: .* greater than 0"):
         load_config("quickstart", ["scaling.factors=[0.5,0]"])
 

@@ -1,5 +1,6 @@
 """The whole cycle with a scripted factory on the real zoo, jail, screening and evaluation."""
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from scripted import PROGRAMS, ScriptedFactory, begin_or_resume, killed, scripted_config
+from selfdev.algorithms.library import method
 from selfdev.algorithms.source import unwrap_short
 from selfdev.archive import Archive, Evaluation, TestSealed
 from selfdev.cli import main
@@ -18,7 +21,7 @@ from selfdev.evaluation.evidence import Evidence
 from selfdev.evaluation.standing import NORMED, ranked_new
 from selfdev.evaluation.tasks.nano import NanoTask
 from selfdev.factory.taught import Taught
-from selfdev.merging.task_vectors import read_task_vectors
+from selfdev.merging.task_vectors import merge_by_method, read_task_vectors
 from selfdev.report.candidate import describe
 from selfdev.report.dataset import export_pairs
 from selfdev.results import Run
@@ -372,6 +375,32 @@ def test_a_program_that_fails_for_a_moment_is_run_again(
     ended = run(config, tmp_path / "run", factory=ScriptedFactory(PROGRAMS[:2]))
     assert len(failed) == 2
     assert all(row["test"] and row["failure"] is None for row in ended.verdict["table"])
+
+
+def test_the_best_rival_is_shown_as_merge_takes_it(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for best in finished.config.rivals:  # the one that was best, and one whose setting is a list
+        verdict = finished.verdict | {"best_rival": best}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "verdict", verdict)
+            assert main(["show", str(finished.folder)]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        words = shlex.split(shown.partition("best rival selfdev merge ")[2].partition(" ...")[0])
+        models = [
+            "--seed",
+            "zoo:nano/seed",
+            *(f"--expert={n}=zoo:nano/{n}" for n in finished.config.merge.experts),
+        ]
+        assert main(["merge", *words, *models, "--out", str(tmp_path / best)]) == 0
+        [setting] = [row["parameters"] for row in verdict["table"] if row["name"] == best]
+        zoo = zoo_models("nano")
+        experts = {name: zoo["experts"][name] for name in finished.config.merge.experts}
+        vectors = read_task_vectors(zoo["seed"], experts, "mlp")
+        expected = merge_by_method(method(best), vectors, setting)
+        merged = load_file(tmp_path / best / "model.safetensors")
+        for name, delta in expected.items():
+            torch.testing.assert_close(merged[name], vectors.seed[name] + delta)
 
 
 def test_programs_that_nobody_beats_are_compared_at_their_best_scale(finished: Run) -> None:

@@ -176,6 +176,12 @@ def test_a_round_with_nothing_but_failures_to_reject_says_so(tmp_path: Path) -> 
     assert "beyond preferences.failing_cap, failures" in str(round_.why_nothing)
 
 
+def test_answers_without_text_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = ended(tmp_path / "run", ScriptedFactory([""] * 6))
+    assert {c.failure for c in found.archive.candidates("learning")} == {"NoFunction"}
+    assert "most of these answers are empty" in caplog.text
+
+
 class Endless(ScriptedFactory):
     """Never comes to an end: the limit on new tokens cuts every text."""
 

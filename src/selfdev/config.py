@@ -123,11 +123,6 @@ class Config(Section):
                 "prompt.template: the short form is continued without a chat template; leave it out, or set "
                 "prompt.form: contract"
             )
-        if self.race is not None and self.scaling.norm is not None:
-            raise ValueError(
-                "race: programs race as they were written, where most miss the scale, and who leaves early is never "
-                "brought to scaling.norm; set scaling.norm: null or race: off"
-            )
         if self.factory.repair_turn and min(self.budgets) < 2:
             raise ValueError(
                 f"factory.repair_turn: half of the programs come before it, and programs is {min(self.budgets)}; set "
@@ -265,6 +260,11 @@ def load_config(preset: str, changes: Sequence[str] = ()) -> Config:
     for change in [changes] if isinstance(changes, str) else changes:
         _put(data, *_split(change))
     config = parse_config(data, preset)
+    if config.race is not None and config.scaling.norm is not None:  # earlier runs of both are still shown
+        raise UserError(
+            f"{preset}: race: programs race as they were written, where most miss the scale, and who leaves early is "
+            "never brought to scaling.norm; set scaling.norm: null or race: off"
+        )
     try:
         config.load_task()
     except UserError as error:

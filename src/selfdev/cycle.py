@@ -87,8 +87,8 @@ class Cycle:
                 )
             if 4 * sum(c.finished and not c.text for c in written) > 3 * len(written):
                 log.warning(
-                    "most of these answers are empty; a model that thinks aloud may have put all into its thoughts: "
-                    "docs/sampling.md says how to switch them off"
+                    "most of these answers are empty; a model that thinks aloud may have put all into its thoughts, "
+                    "which prompt.template switches off, or for a server factory.endpoint.request"
                 )
         texts = tuple(prompt.text for prompt in asked)
         self.archive.add_written(Iteration(arm, t, writing.temperature, texts, tick.seconds), written)

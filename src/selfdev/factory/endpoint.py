@@ -297,49 +297,63 @@ class EndpointFactory:
     async def _check_server(self) -> None:
         """Make sure that the server is there, serves the model, and understands what it is asked."""
         names: list[str] = []
-        missing = False
+        unlisted: int | None = None
         async with Server(self.settings) as server:
             try:
                 names = await server.models()
             except NoAnswer as error:
-                missing = error.status == httpx2.codes.NOT_FOUND
-                if error.status is None:
+                unlisted = error.status
+                if unlisted is None:
                     raise UserError(
                         f"{error}\nStart the server, or set factory.endpoint.url to where it is"
                     ) from error
-                if error.status in (401, 403):
+                if unlisted in (401, 403):
                     raise UserError(str(error)) from error
             try:
-                try:
-                    await self._word(server, "def", once=self.model in names)
-                except NoAnswer as error:
-                    if error.status != httpx2.codes.BAD_REQUEST:
-                        raise
-                    # A model that thinks aloud may say that one token is too few.
-                    await server.complete(
-                        self.chat, self._body(self.model, "def", self.config.factory.max_new_tokens)
-                    )
+                await self._first_word(server, once=self.model in names)
             except NoAnswer as error:
                 if self.model in names and error.again and error.status != httpx2.codes.OK:
                     return  # it is busy, and is asked again by the run
-                if self.model in names:
-                    ways = ""
-                    if error.status in (httpx2.codes.BAD_REQUEST, httpx2.codes.UNPROCESSABLE_ENTITY):
-                        ways = "\nAdd what it wants under factory.endpoint.request, or leave a field out there by null"
-                    if error.status == httpx2.codes.NOT_FOUND and not self.chat:
-                        ways = "\nIf it takes messages alone, set factory.endpoint.chat: true or prompt.form: contract"
-                    raise UserError(
-                        f"factory.endpoint: the server does not do what it is asked: {error}{ways}"
-                    ) from error
-                if missing and error.status == httpx2.codes.NOT_FOUND:
-                    raise UserError(
-                        f"factory.endpoint.url: {error}, and {self.settings.url}/models too; the address is that up to "
-                        "and with /v1, as in http://localhost:8000/v1"
-                    ) from error
-                listed = f"; it lists {', '.join(names[:20])}" if names else ""
-                raise UserError(
-                    f"factory.endpoint.model: no word from '{self.model}': {error}{listed}"
-                ) from error
+                raise UserError(self._why_silent(error, names, unlisted)) from error
+
+    async def _first_word(self, server: Server, *, once: bool) -> None:
+        """Have one token written, or as many as a program: a model that thinks aloud may say that one is too few.
+
+        Raises:
+            NoAnswer: it is not written.
+        """
+        try:
+            await self._word(server, "def", once=once)
+        except NoAnswer as error:
+            if error.status != httpx2.codes.BAD_REQUEST:
+                raise
+            await server.complete(
+                self.chat, self._body(self.model, "def", self.config.factory.max_new_tokens)
+            )
+
+    def _why_silent(self, error: NoAnswer, names: Sequence[str], unlisted: int | None) -> str:
+        """What is wrong where a server does not write, and the way out.
+
+        Args:
+            error: of the request.
+            names: models that it lists.
+            unlisted: the status with which it refused to list any; None if it did not.
+        """
+        not_found = error.status == httpx2.codes.NOT_FOUND
+        if self.model not in names:
+            if not_found and unlisted == httpx2.codes.NOT_FOUND:
+                return (
+                    f"factory.endpoint.url: {error}, and {self.settings.url}/models too; the address is that up to and "
+                    "with /v1, as in http://localhost:8000/v1"
+                )
+            listed = f"; it lists {', '.join(names[:20])}" if names else ""
+            return f"factory.endpoint.model: no word from '{self.model}': {error}{listed}"
+        way = ""
+        if error.status in (httpx2.codes.BAD_REQUEST, httpx2.codes.UNPROCESSABLE_ENTITY):
+            way = "\nAdd what it wants under factory.endpoint.request, or leave a field out there by null"
+        elif not_found and not self.chat:
+            way = "\nIf it takes messages alone, set factory.endpoint.chat: true or prompt.form: contract"
+        return f"factory.endpoint: the server does not do what it is asked: {error}{way}"
 
     async def _check_learning(self) -> None:
         """Make sure that what is asked is what is trained on, and that adapters can be loaded."""

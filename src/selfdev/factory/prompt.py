@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from selfdev.algorithms.source import ENTRY, OPENING, Form, unwrap_short, wrap_short
 from selfdev.settings import PromptSettings
+from selfdev.streams import stream_seed
 
 if TYPE_CHECKING:  # whoever only shows a run need not wait for it
     from transformers import PreTrainedTokenizerBase
-from selfdev.streams import stream_seed
 
 SHORT_HEAD = '''"""Merge expert models by combining their task vectors.
 

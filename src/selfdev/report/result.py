@@ -1,5 +1,7 @@
 """What a run came to: the headline, who scored what, the winning program, where it lies and how to go on."""
 
+import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -293,10 +295,13 @@ def _winner(summary: dict[str, Any]) -> list[RenderableType]:
 def _best_rival(summary: dict[str, Any], run: "Run") -> str:
     """The rival that is best on development, as `selfdev merge` takes it; empty where there is none."""
     best = (run.verdict or {}).get("best_rival")
-    settings = [row["parameters"] for row in summary["table"] if row["name"] == best]
-    return " ".join(
-        f"--method {best}" + "".join(f" -p {key}={value}" for key, value in each.items()) for each in settings
-    )
+    settings = next((row["parameters"] for row in summary["table"] if row["name"] == best), None)
+    if settings is None:
+        return ""
+    words = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
+    ]
+    return " ".join([f"--method {best}", *(f"-p {shlex.quote(word)}" for word in words)])
 
 
 def _where(summary: dict[str, Any], run: "Run") -> Table:
