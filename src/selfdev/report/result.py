@@ -301,7 +301,11 @@ def _best_rival(summary: dict[str, Any], run: "Run") -> str:
     words = [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()
     ]
-    return " ".join([f"--method {best}", *(f"-p {shlex.quote(word)}" for word in words)])
+    targets = run.config.merge.targets
+    merged = (
+        [] if targets == "mlp" else [f"--targets {shlex.quote(targets)}"]
+    )  # what `selfdev merge` merges itself
+    return " ".join([f"--method {best}", *(f"-p {shlex.quote(word)}" for word in words), *merged])
 
 
 def _where(summary: dict[str, Any], run: "Run") -> Table:
