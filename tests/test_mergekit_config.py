@@ -159,6 +159,13 @@ CONFIGS = {
         models: [{model: ONE}, {model: TWO}]
         parameters: {weight: 0.7, normalize_weights: false}
         """,
+    "multislerp without a base": """
+        merge_method: multislerp
+        models:
+          - {model: ONE, parameters: {weight: 0.2}}
+          - {model: TWO, parameters: {weight: 0.4}}
+          - {model: SEED, parameters: {weight: 0.1}}
+        """,
     "model_stock": """
         merge_method: model_stock
         base_model: SEED
@@ -168,6 +175,11 @@ CONFIGS = {
     "karcher": """
         merge_method: karcher
         models: [{model: SEED}, {model: ONE}, {model: TWO}]
+        """,
+    "karcher, two steps": """
+        merge_method: karcher
+        models: [{model: SEED}, {model: ONE}, {model: TWO}]
+        parameters: {max_iter: 2, tol: 1e-8}
         """,
     "sce": """
         merge_method: sce
@@ -233,6 +245,64 @@ def test_gives_what_mergekits_own_command_gives(text: str, models: dict[str, Pat
         assert (ours[name] - tensor).abs().max() <= 1e-5, name
     seed = read(models["SEED"])
     assert any(not torch.equal(tensor, seed[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("text", [CONFIGS["slerp by slices"], CONFIGS["nuslerp without a base"]])
+def test_zero_tensors_are_at_a_right_angle_as_in_mergekit(
+    text: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Biases are often zero in one of two models."""
+    run_yaml = pytest.importorskip("mergekit.scripts.run_yaml")
+    zero = tmp_path / "zero"
+    shutil.copytree(models["ONE"], zero)
+    tensors = read(zero)
+    tensors[MLP.format(1)] = torch.zeros_like(tensors[MLP.format(1)])
+    save_file(tensors, zero / "model.safetensors", {"format": "pt"})
+    file = written(tmp_path, dedent(text) + "dtype: float32\n", models | {"ONE": zero})
+    run_yaml.main([str(file), str(tmp_path / "theirs"), "--quiet"], standalone_mode=False)
+    assert main(["merge", "--config", str(file), "--out", str(tmp_path / "ours")]) == 0
+    ours, theirs = read(tmp_path / "ours"), read(tmp_path / "theirs")
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-5, name
+
+
+MIXTURE = """
+    merge_method: METHOD
+    base_model: SEED
+    models: [{model: ONE}]
+    parameters: {weight: WEIGHT}
+    """
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"), [("ties", "0.5"), ("task_arithmetic", "[{filter: mlp, value: 1}, {value: 0.5}]")]
+)
+def test_refuses_what_mergekit_does_to_a_pack_of_experts(
+    name: str, weight: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert = "model.layers.0.mlp.experts.1.up_proj.weight"
+    models = {
+        "SEED": write(tmp_path / "seed", {expert: TENSORS[UP]}),
+        "ONE": write(tmp_path / "one", {expert: TENSORS[UP] + 1}),
+    }
+    text = MIXTURE.replace("METHOD", name).replace("WEIGHT", weight)
+    file = written(tmp_path, text, models)
+    assert main(["merge", "--config", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert f"'{expert}' is one expert of a mixture" in capsys.readouterr().err
+    text = MIXTURE.replace("METHOD", "task_arithmetic").replace("WEIGHT", "0.5")
+    file = written(tmp_path, text, models)
+    assert main(["merge", "--config", str(file), "--out", str(tmp_path / "out")]) == 0
+    torch.testing.assert_close(read(tmp_path / "out")[expert], TENSORS[UP] + 0.5)
+
+
+def test_says_where_a_filter_fits_nothing(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = CONFIGS["slerp by slices"].replace("filter: mlp", "filter: mpl")
+    assert (
+        main(["merge", "--config", str(written(tmp_path, text, models)), "--out", str(tmp_path / "o")]) == 0
+    )
+    assert "no tensor's name contains the filter 'mpl'" in caplog.text
 
 
 @pytest.mark.parametrize("weight", ["[0.2, 0.9]", "0.5"])

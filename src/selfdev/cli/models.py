@@ -102,6 +102,13 @@ def merge(
             help="Where vocabularies differ: keep the seed's, or merge the rows all have.",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXPERT|MODEL",
+            help="Whose tokenizer and chat template are written; the seed's by default.",
+        ),
+    ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="Run a FILE.py of your own without the jail, with your rights.")
     ] = False,
@@ -121,7 +128,7 @@ def merge(
     if config is not None:
         from selfdev.merging.mergekit_config import read_config
 
-        if method or seed or expert or parameter or targets or dtype or trust:
+        if method or seed or expert or parameter or targets or dtype or tokenizer or trust:
             raise UserError(
                 f"'{config}' says what is merged and how; beside --config only --out and --embeddings go"
             )
@@ -132,7 +139,7 @@ def merge(
         )
     else:
         read = read_experts(expert), read_parameters(parameter or ())
-        recipe = Recipe(method, seed, *read, targets, dtype, embeddings, trust)
+        recipe = Recipe(method, seed, *read, targets, dtype, embeddings, trust, tokenizer)
     with Bar("merging") as bar:
         merged = merge_checkpoints(recipe, out, tick=bar, ahead=ahead)
     if as_json:

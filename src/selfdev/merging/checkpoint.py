@@ -126,6 +126,7 @@ def merge(
     dtype: Dtype | None = None,
     embeddings: Embeddings | None = None,
     trust: bool = False,
+    tokenizer: str | Path | None = None,
     **parameters: Any,
 ) -> Merged:
     """Merge experts into a seed and write a folder that transformers loads.
@@ -143,6 +144,8 @@ def merge(
         embeddings: where vocabularies differ, `seed` keeps the seed's embeddings and output head, and `crop` merges
             the rows that all have; by default such experts are refused.
         trust: run a `FILE.py` of your own in this process instead of in the jail.
+        tokenizer: of which model the tokenizer and chat template are written, by an expert's name or a source; it must
+            have the seed's tokens. By default the seed's.
         **parameters: of the method.
 
     Raises:
@@ -152,9 +155,11 @@ def merge(
     if not isinstance(experts, Mapping):
         raise UserError('experts are given with their names, as {"math": "./math", "code": "./code"}')
     sources = {name: str(source) for name, source in experts.items()}
-    return merge_checkpoints(
-        Recipe(str(method), str(seed), sources, parameters, targets, dtype, embeddings, trust), Path(out)
+    theirs = None if tokenizer is None else str(tokenizer)
+    recipe = Recipe(
+        str(method), str(seed), sources, parameters, targets, dtype, embeddings, trust, tokenizer=theirs
     )
+    return merge_checkpoints(recipe, Path(out))
 
 
 def merge_checkpoints(
@@ -230,11 +235,11 @@ def _warn_of_equals(job: Job, hashes: Mapping[Path, str]) -> None:
     first: dict[tuple[str, ...], str] = {}
     for name, model in [
         ("the seed", job.seed),
-        # Where the seed is named as an expert too, as SLERP wants it, that is no slip.
+        # Where the seed is named as one of the experts too, as SLERP wants it, that is no slip.
         *(
             (f"expert '{name}'", each)
             for name, each in job.experts.items()
-            if job.sources[name] != job.seed_source
+            if job.sources[name] != job.seed_source or len(job.experts) == 1
         ),
     ]:
         # Not the index and the config, in which copies of one model may differ; an adapter's says how strong it is.

@@ -1,5 +1,6 @@
 """What must hold between a seed and its experts before anything is merged. All of it is read from headers."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -17,10 +18,29 @@ _ARCHITECTURE = (
     "num_key_value_heads",
 )
 
+# What a model computes with its weights, beside their shapes.
+_COMPUTATION = (
+    "hidden_act",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
+    "rope_type",
+    "sliding_window",
+    "num_experts_per_tok",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+)
+
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of weights that can be merged. F8 is not among them: what 8 bits keep needs a scale that lies elsewhere."""
 
 _WAY_OUT = "experts must share the seed's architecture: choose a fine-tuned relative of the seed"
+
+
+_log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
@@ -64,13 +84,41 @@ def check_distinct(seed: str, experts: Mapping[str, str]) -> None:
 
 def check_architecture(expert: Model, seed: Model) -> None:
     """Raise UserError if an expert's config names another architecture than the seed's."""
-    for field in _ARCHITECTURE:
-        theirs, ours = expert.config.get(field), seed.config.get(field)
-        # Configs written by older versions leave out fields that have a default; the shapes tell then.
-        if theirs != ours and (field == "model_type" or None not in (theirs, ours)):
-            raise UserError(
-                f"{expert.owner}: its config says {field} {theirs} and the seed's says {ours}; {_WAY_OUT}"
-            )
+    for theirs, ours in ((expert.config, seed.config), (_text_model(expert), _text_model(seed))):
+        for field in _ARCHITECTURE:
+            one, other = theirs.get(field), ours.get(field)
+            # Configs written by older versions leave out fields that have a default; the shapes tell then.
+            if one != other and (field == "model_type" or None not in (one, other)):
+                raise UserError(
+                    f"{expert.owner}: its config says {field} {one} and the seed's says {other}; {_WAY_OUT}"
+                )
+
+
+def warn_of_computation(expert: Model, seed: Model) -> None:
+    """Say where an expert's config computes otherwise than the seed's, which the merged model has."""
+    theirs, ours = _computation(expert), _computation(seed)
+    differ = [field for field in theirs.keys() & ours.keys() if theirs[field] != ours[field]]
+    if differ:
+        _log.warning(
+            "%s: its config says %s; the merged model computes as the seed's says",
+            expert.owner,
+            " and ".join(f"{field} {theirs[field]} (the seed's {ours[field]})" for field in sorted(differ)),
+        )
+
+
+def _text_model(model: Model) -> Mapping[str, Any]:
+    """The config of its language model; that of the whole where it is nothing else."""
+    config = model.config.get("text_config")
+    return config if isinstance(config, dict) else model.config
+
+
+def _computation(model: Model) -> dict[str, Any]:
+    """What of `_COMPUTATION` a config says; older ones have in the open what newer ones put into `rope_parameters`."""
+    config = _text_model(model)
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := config.get(name), dict):
+            config = {**config, **rope}
+    return {field: config[field] for field in _COMPUTATION if config.get(field) is not None}
 
 
 def check_tensors(
@@ -96,7 +144,7 @@ def check_tensors(
         if name not in expert.shapes:
             raise UserError(
                 f"{expert.owner}: it has no tensor '{name}' and the seed has one of shape "
-                f"{seed.shapes[name]}; {_way_out(name, expert)}"
+                f"{seed.shapes[name]}; {_way_out(name, seed, expert)}"
             )
         first = 1 if name in rows else 0
         if expert.shapes[name][first:] != seed.shapes[name][first:]:
@@ -119,12 +167,18 @@ def check_tensors(
             )
 
 
-def _way_out(missing: str, expert: Model) -> str:
+def _way_out(missing: str, seed: Model, expert: Model) -> str:
     """Where an expert lacks a tensor of the seed's: it may have it by another name."""
     for name in expert.shapes:
         if name.endswith(f".{missing}") or missing.endswith(f".{name}"):
+            short = f"load {seed.owner if len(name) > len(missing) else expert.owner}"
             return (
-                f"it has '{name}', so its names begin otherwise, as those of a model that was saved without its head, "
-                "or compiled: load it by AutoModelForCausalLM and save it anew with save_pretrained"
+                f"it has '{name}', so the names of one of the two begin otherwise, as those of a model that was saved "
+                f"without its head, or compiled: {short} by AutoModelForCausalLM and save it anew with save_pretrained"
             )
+    if ".experts." in missing and any(".experts." in name for name in expert.shapes):
+        return (
+            "one of the two stores a mixture's experts one by one, the other packed into one tensor, as mergekit "
+            "writes them; give both in the form in which the model was published"
+        )
     return f"{_WAY_OUT}, or targets without this tensor"

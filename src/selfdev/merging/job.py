@@ -9,7 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 from selfdev.errors import UserError
-from selfdev.merging.compatibility import FLOATING, check_architecture, check_quantised, check_tensors
+from selfdev.merging.compatibility import (
+    FLOATING,
+    check_architecture,
+    check_quantised,
+    check_tensors,
+    warn_of_computation,
+)
 from selfdev.merging.reader import Checkpoint, open_expert
 from selfdev.merging.recipe import Recipe
 from selfdev.merging.targets import select_targets
@@ -113,6 +119,7 @@ def prepare(recipe: Recipe, targets: str) -> Job:
     for expert in experts.values():
         check_quantised(expert)
         check_architecture(expert, seed)
+    tokenizer = _tokenizer(recipe, seed, experts)
     settled = settle(seed, list(experts.values()), chosen, recipe.embeddings)
     if not settled.chosen:
         raise UserError(
@@ -124,6 +131,7 @@ def prepare(recipe: Recipe, targets: str) -> Job:
         if recipe.schedule is not None:  # as mergekit does
             ignored = ignored + _left_out(expert, seed, ignored)
         check_tensors(expert, seed, settled.chosen, targets, rows=settled.rows, ignored=ignored)
+        warn_of_computation(expert, seed)
     return Job(
         seed=seed,
         seed_source=recipe.seed,
@@ -134,7 +142,7 @@ def prepare(recipe: Recipe, targets: str) -> Job:
         order=[name for name in order if name != settled.dropped],
         targets=targets,
         dtype=recipe.dtype,
-        tokenizer=_tokenizer(recipe, seed, list(experts.values())),
+        tokenizer=tokenizer,
     )
 
 
@@ -151,14 +159,16 @@ def _left_out(expert: Checkpoint, seed: Checkpoint, ignored: Sequence[str]) -> l
     return extra
 
 
-def _tokenizer(recipe: Recipe, seed: Checkpoint, experts: Sequence[Checkpoint]) -> Path:
+def _tokenizer(recipe: Recipe, seed: Checkpoint, experts: Mapping[str, Checkpoint]) -> Path:
+    """The folder of the model whose tokenizer is written."""
     if recipe.tokenizer is None or recipe.tokenizer == recipe.seed:
         return seed.folder
     if recipe.tokenizer == "union":
-        for expert in experts:
+        for expert in experts.values():
             check_same_tokens(expert.owner, expert.folder, seed)
         return seed.folder
-    folder = resolve(recipe.tokenizer, pickled=True)
+    theirs = experts.get(recipe.tokenizer)
+    folder = resolve(recipe.tokenizer, pickled=True) if theirs is None else theirs.folder
     check_same_tokens(f"the tokenizer of '{recipe.tokenizer}'", folder, seed)
     return folder
 

@@ -5,9 +5,11 @@ gradients and filters, `dtype`, `out_dtype` and a tokenizer that all models shar
 key and line: nothing of a file is passed over but what mergekit passes over too.
 
 What comes out is what mergekit gives in float32. It computes in the file's `dtype`; here sums are float32 and rounded
-once, to `out_dtype`, or `dtype` if there is none, or else to what the base model stores.
+once, to `out_dtype`, or `dtype` if there is none, or else to what the base model stores. Mixtures of experts are taken
+where no more than single entries decide, since mergekit packs their experts into one tensor first.
 """
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selfdev.algorithms.library import method
 from selfdev.algorithms.library.specification import unknown_name
 from selfdev.errors import UserError
 from selfdev.merging.mergekit_methods import PARAMETERS, REQUIRED, TRANSLATIONS, WITHOUT_BASE, Translation
@@ -47,7 +50,12 @@ _MAKE_ONE = (
 # What mergekit counts to the first slice: embeddings of tokens and positions, and their norms.
 _BEFORE_LAYERS = re.compile(r"emb(?!ed_out)|(^|\.)w[tp]e\.")
 
+# A mixture's experts as most are published: a tensor each.
+_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 _Settings = Mapping[str, Setting]
+
+_log = logging.getLogger(__name__)
 
 
 def read_config(file: Path, embeddings: str | None = None) -> Recipe:
@@ -132,6 +140,17 @@ class _Plan:
             )
         if len(self.sections) > 1 or self._has_gradients():
             self._check_stack(names, layers)
+        filters = {wanted for setting in self._settings() for wanted in setting.filters}
+        for wanted in sorted(filters):
+            if not any(wanted in name for name in names):
+                _log.warning("%s: no tensor's name contains the filter '%s'", self.file, wanted)
+        mixed = next((name for name in sorted(names) if _ONE_EXPERT.search(name)), None)
+        if mixed is not None and (filters or not method(self.translation.ours).entrywise):
+            raise UserError(
+                f"{self.file}: '{mixed}' is one expert of a mixture. mergekit packs them into one tensor first, over "
+                "which filters, thresholds and angles go; that is not done here. Merge with mergekit, or by "
+                "`selfdev merge --method`, which takes each tensor as it is stored"
+            )
 
     def _check_stack(self, names: Collection[str], layers: int) -> None:
         """Raise UserError for layers that gradients and slices are not about, such as a vision tower's."""
@@ -146,12 +165,15 @@ class _Plan:
                     "none of these; give the same values for all layers, or merge with mergekit"
                 )
 
-    def _has_gradients(self) -> bool:
+    def _settings(self) -> list[Setting]:
         groups = [
             self.shared,
             *(group for section in self.sections for group in (section.shared, *section.each)),
         ]
-        return any(setting.differs_by_depth for group in groups for setting in group.values())
+        return [setting for group in groups for setting in group.values()]
+
+    def _has_gradients(self) -> bool:
+        return any(setting.differs_by_depth for setting in self._settings())
 
     def parameters(self, name: str, layers: int) -> dict[str, Any]:
         layer = layer_of(name)
@@ -173,7 +195,10 @@ class _Plan:
             ]
             for key, default in self.translation.per_model.items()
         }
-        return self.translation.translate(each, shared)
+        try:
+            return self.translation.translate(each, shared)
+        except UserError as error:
+            raise UserError(f"{self.file}: {error}") from None
 
     def _section(self, name: str, layer: int) -> _Section:
         if layer < 0:

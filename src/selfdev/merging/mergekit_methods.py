@@ -64,8 +64,19 @@ def _nuslerp(each: PerModel, shared: Shared) -> dict[str, Any]:
 
 def _nuslerp_of_weights(each: PerModel, shared: Shared) -> dict[str, Any]:
     if not shared["nuslerp_flatten"]:
-        raise UserError("nuslerp_flatten: false is taken with a base_model alone; name one, or leave it out")
+        raise UserError(
+            "nuslerp_flatten: false is taken with a base_model alone; name one, and task vectors are merged in the "
+            "place of weights, or leave it out"
+        )
     return {"t": _way(each["weight"])}
+
+
+def _multislerp(origin: str) -> Callable[[PerModel, Shared], dict[str, Any]]:
+    def translate(each: PerModel, shared: Shared) -> dict[str, Any]:
+        flags = {"normalize": shared["normalize_weights"], "origin": origin, "reading": MERGEKIT}
+        return {"weights": list(each["weight"]), **flags}
+
+    return translate
 
 
 def _way(weights: Sequence[float]) -> float:
@@ -82,10 +93,6 @@ def _thinned(
         {"weight": REQUIRED, "density": 1.0, **(more or {})},
         {"normalize": normalize, "rescale": rescale, "lambda": 1.0},
     )
-
-
-def _only_reading(_: PerModel, __: Shared) -> dict[str, Any]:
-    return {"reading": MERGEKIT}
 
 
 TRANSLATIONS: Mapping[str, Translation] = {
@@ -132,15 +139,20 @@ TRANSLATIONS: Mapping[str, Translation] = {
     ),
     "multislerp": Translation(
         "multislerp",
-        lambda each, shared: {
-            "weights": list(each["weight"]),
-            "normalize": shared["normalize_weights"],
-            "reading": MERGEKIT,
-        },
+        _multislerp("seed"),
         {"weight": REQUIRED},
         {"normalize_weights": True},
     ),
-    "karcher": Translation("karcher", _only_reading, base="input"),
+    "karcher": Translation(
+        "karcher",
+        lambda _, shared: {
+            "steps": int(shared["max_iter"]),
+            "tolerance": shared["tol"],
+            "reading": MERGEKIT,
+        },
+        shared={"max_iter": 10.0, "tol": 1e-5},
+        base="input",
+    ),
     "sce": Translation(
         "sce",
         lambda _, shared: {"density": shared["select_topk"], "reading": MERGEKIT},
@@ -160,7 +172,10 @@ TRANSLATIONS: Mapping[str, Translation] = {
 WITHOUT_BASE: Mapping[str, Translation] = {
     "nuslerp": Translation(
         "slerp", _nuslerp_of_weights, {"weight": REQUIRED}, {"nuslerp_flatten": True}, base="input", others=2
-    )
+    ),
+    "multislerp": Translation(
+        "multislerp", _multislerp("zero"), {"weight": REQUIRED}, {"normalize_weights": True}, base="input"
+    ),
 }
 """What some of them are where no base model is named."""
 

@@ -111,6 +111,11 @@ class Setting:
         """Whether any of it is a gradient."""
         return any(len(values) > 1 for _, values in self.cases)
 
+    @property
+    def filters(self) -> set[str]:
+        """What parts of names it asks for."""
+        return {wanted for wanted, _ in self.cases} - {_EVERYWHERE}
+
     def at(self, name: str, depth: float) -> Value | None:
         """The value for a tensor; None if no filter fits.
 

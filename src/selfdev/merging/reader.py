@@ -233,7 +233,7 @@ class AdaptedCheckpoint(Checkpoint):
                 f"were quantised from as its base, {adapter}+BASE"
             )
         self._adapter = Adapter(owner, adapter)
-        self._adapter.attach(self.shapes, of_vocabulary)
+        self._adapter.attach(self.shapes, str(self.config.get("model_type")), of_vocabulary)
         self.shapes |= self._adapter.resized
         self._on_seed = on_seed
 

@@ -59,7 +59,8 @@ class Recipe:
         dtype: in which all floating-point tensors are written; None keeps each as the seed stores it.
         embeddings: what to do where vocabularies differ; None refuses such experts.
         trust: run `FILE.py` in this process, with all rights of the user, instead of in the jail.
-        tokenizer: the model whose tokenizer is written, or `union` for one that all share; None for the seed's.
+        tokenizer: the model whose tokenizer is written, by an expert's name or a source, or `union` for one that all
+            share; None for the seed's.
         schedule: the parameters, in the place of `parameters`, where a file gives them.
     """
 
@@ -105,7 +106,11 @@ class Recipe:
         for name, value in self.parameters.items():
             words += ["-p", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
         words += ["--targets", targets]
-        for option, given in (("--dtype", self.dtype), ("--embeddings", self.embeddings)):
+        for option, given in (
+            ("--dtype", self.dtype),
+            ("--embeddings", self.embeddings),
+            ("--tokenizer", self.tokenizer),
+        ):
             words += [option, given] if given else []
         return shlex.join([*words, *(["--trust"] if self.trust else []), "--out", "DIR"])
 

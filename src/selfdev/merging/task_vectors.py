@@ -11,7 +11,7 @@ from torch import Tensor
 
 from selfdev.algorithms.library import Method
 from selfdev.errors import UserError
-from selfdev.merging.compatibility import check_architecture, check_tensors
+from selfdev.merging.compatibility import check_architecture, check_tensors, warn_of_computation
 from selfdev.merging.reader import Checkpoint, open_expert
 from selfdev.merging.targets import layer_of, select_targets
 from selfdev.models.sources import Located
@@ -72,6 +72,7 @@ def read_task_vectors(seed: Path, experts: Mapping[str, Path | Located], targets
     for relative in relatives.values():
         check_architecture(relative, original)
         check_tensors(relative, original, chosen, targets)
+        warn_of_computation(relative, original)
 
     base = original.read(chosen)
     vectors: dict[str, dict[str, Tensor]] = {parameter: {} for parameter in chosen}

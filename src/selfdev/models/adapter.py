@@ -39,6 +39,10 @@ _OTHER_LORA = (
     "layer_replication",
     "trainable_token_indices",
 )
+# Architectures made of transformers' Conv1D, which stores matrices the other way round than a linear layer, and the
+# modules that are. An adapter's own `fan_in_fan_out` is that of its last module alone.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 _WAY_OUT = "merge it into its base with peft's merge_and_unload and give that model"
 
 
@@ -111,12 +115,16 @@ class Adapter:
         self.resized: dict[str, tuple[int, ...]] = {}
 
     def attach(
-        self, shapes: Mapping[str, tuple[int, ...]], of_vocabulary: Callable[[str], bool] = lambda name: False
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        architecture: str,
+        of_vocabulary: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Find the tensor that each of the adapter's belongs to.
 
         Args:
             shapes: of the base's tensors by name.
+            architecture: of the base, its config's `model_type`.
             of_vocabulary: whether a tensor has a row for each token. One that takes the base's place may have more
                 rows, for tokens that were added; and a head that repeats such embeddings needs no place in a base that
                 ties the two.
@@ -154,7 +162,7 @@ class Adapter:
                     f"to the embeddings; {_WAY_OUT}"
                 )
         for module, keys in factors.items():
-            self._attach_factors(module, keys, shapes)
+            self._attach_factors(module, keys, shapes, architecture)
 
     def _repeats(self, one: str, other: str) -> bool:
         return torch.equal(self._weights.tensor(one), self._weights.tensor(other))
@@ -184,7 +192,11 @@ class Adapter:
         out.addmm_(left[: len(out)], right, alpha=update.scale)
 
     def _attach_factors(
-        self, module: str, keys: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+        self,
+        module: str,
+        keys: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        architecture: str,
     ) -> None:
         if keys.keys() != {"A", "B"}:
             raise UserError(f"{self.owner}: its adapter has but one factor for '{module}'; fetch it anew")
@@ -193,7 +205,10 @@ class Adapter:
             raise UserError(
                 f"{self.owner}: its factors of '{module}' have shapes {a} and {b}, which is no plain LoRA; {_WAY_OUT}"
             )
-        transposed = "lora_embedding_" in keys["A"] or bool(self._config.get("fan_in_fan_out"))
+        transposed = bool(self._config.get("fan_in_fan_out"))
+        if architecture in _CONV1D:
+            transposed = module.rpartition(".")[2] in _CONV1D_MODULES
+        transposed |= "lora_embedding_" in keys["A"]
         name = self._name_in_base(f"{module}.weight", shapes)
         self._check_shape(name, (a[1], b[0]) if transposed else (b[0], a[1]), shapes)
         self._updates[name] = _Update(keys["A"], keys["B"], self._scale(module, a[0]), transposed)

@@ -92,7 +92,8 @@ def _add(adapter: Adapter, model: Any) -> None:
     """Make the base of an adapter the model that the two are."""
     parameters = dict(model.named_parameters())
     try:
-        adapter.attach({name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        adapter.attach(shapes, model.config.model_type)
     except UserError as error:
         raise UserError(
             f"{error}\nIf it has rows for tokens that were added, make one model of both first: `selfdev merge "

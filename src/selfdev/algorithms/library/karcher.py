@@ -9,6 +9,7 @@ from selfdev.errors import UserError
 
 # Enough for float32: near the mean every step shrinks the error many times over.
 _STEPS = 20
+_ENOUGH = 1e-6
 
 # What mergekit takes: steps, and the length below which a tensor has no direction and a step is not worth taking.
 _MERGEKITS_STEPS = 10
@@ -20,6 +21,8 @@ def karcher(
     seed_tensor: Tensor | None = None,
     *,
     scale: float = 1.0,
+    steps: int | None = None,
+    tolerance: float | None = None,
     reading: str = PAPER,
 ) -> Tensor:
     """Average the directions on the sphere and the norms on the line (Karcher 1977, not on arXiv).
@@ -30,21 +33,34 @@ def karcher(
 
     mergekit (which cites arXiv 2603.04972) averages the weights themselves, seed plus task vector, and
     not the task vectors. It takes 10 steps, or stops where one is shorter than 1e-5, counts the norm of a zero tensor
-    in the mean norm, and starts at the first direction where they cancel. `reading="mergekit"` gives all that and
-    needs the seed's tensor.
+    in the mean norm, and starts at the first direction where they cancel; what is shorter than its tolerance is zero
+    there. `reading="mergekit"` gives all that and needs the seed's tensor.
 
     Args:
         task_vectors: shape (experts, *parameter), float32.
         seed_tensor: the seed's tensor, shape (*parameter), float32; in mergekit's reading alone.
         scale: factor on the merged task vector; any number.
+        steps: the most that are taken along the sphere, at least 0: mergekit's `max_iter`. By default 20, in mergekit's
+            reading 10.
+        tolerance: radians, above 0; a shorter step is not taken any more: mergekit's `tol`. By default 1e-6, in
+            mergekit's reading 1e-5.
         reading: `paper` or `mergekit`.
 
     Returns:
         The merged task vector, shape (*parameter).
+
+    Raises:
+        UserError: steps or tolerance out of their range.
     """
+    most, enough = (_MERGEKITS_STEPS, _NO_DIRECTION) if reading == MERGEKIT else (_STEPS, _ENOUGH)
+    most, enough = most if steps is None else steps, enough if tolerance is None else tolerance
+    if most < 0 or not enough > 0:
+        raise UserError(
+            f"karcher takes steps of at least 0 and a tolerance above 0, not {most} and {enough:g}"
+        )
     if reading != MERGEKIT:
         weights = task_vectors.new_ones(len(task_vectors))
-        return spherical_mean(task_vectors, weights, _STEPS).mul_(scale)
+        return spherical_mean(task_vectors, weights, most, enough).mul_(scale)
     if seed_tensor is None:
         raise UserError(
             "mergekit averages the weights: its reading of 'karcher' needs the seed's tensor; pass it"
@@ -53,24 +69,29 @@ def karcher(
         return scale * task_vectors[0]
     products = gram(task_vectors, seed_tensor)
     norms = products.diagonal().sqrt()
-    counted = (norms > _NO_DIRECTION).double()
+    counted = (norms > enough).double()
     if not counted.any():
         return -scale * seed_tensor
-    cosines = products / torch.outer(norms, norms).clamp(min=_NO_DIRECTION**2)
+    cosines = products / torch.outer(norms, norms).clamp(min=enough**2)
     shares = counted / counted.sum()
     start = None
-    if (shares @ cosines @ shares).clamp(min=0.0).sqrt() < _NO_DIRECTION:
+    if (shares @ cosines @ shares).clamp(min=0.0).sqrt() < enough:
         start = torch.zeros_like(shares)
         start[counted.argmax()] = 1.0
-    mean = karcher_mean(cosines, shares, _MERGEKITS_STEPS, start=start, enough=_NO_DIRECTION)
-    factors = norms.mean() * mean / norms.clamp(min=_NO_DIRECTION)
+    mean = karcher_mean(cosines, shares, most, start=start, enough=enough)
+    factors = norms.mean() * mean / norms.clamp(min=enough)
     return combination(factors, task_vectors, seed_tensor).mul_(scale)
 
 
 METHOD = Method(
     name="karcher",
     function=karcher,
-    parameters=(Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False), READING),
+    parameters=(
+        Parameter("scale", default=1.0, low=0.2, high=4.0, log=True, screened=False),
+        Parameter("steps", default=None, integer=True),
+        Parameter("tolerance", default=None),
+        READING,
+    ),
     paper=Paper("Karcher", 1977, None),
     summary="the mean direction on the sphere, at the mean norm",
     needs_seed_with=("reading", MERGEKIT),

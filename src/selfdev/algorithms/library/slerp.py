@@ -16,7 +16,8 @@ def slerp(task_vectors: Tensor, seed_tensor: Tensor, *, t: float = 0.5, reading:
     With the angle a between two tensors: sin((1 - t) a) / sin(a) times the first plus sin(t a) / sin(a) times the
     second. Here they are the experts' weights, seed plus task vector. mergekit interpolates linearly where the
     cosine's magnitude exceeds 0.9995, which `reading="mergekit"` does too; here only where it is 1 to the precision
-    of float32. mergekit knows no seed: its base model is the first expert.
+    of float32. A zero tensor, such as a bias, is at a right angle to every other, there as here. mergekit knows no
+    seed: its base model is the first expert.
 
     Args:
         task_vectors: shape (2, *parameter), float32.
@@ -29,7 +30,7 @@ def slerp(task_vectors: Tensor, seed_tensor: Tensor, *, t: float = 0.5, reading:
     """
     check_two(task_vectors)
     parallel = _MERGEKITS_PARALLEL if reading == MERGEKIT else None
-    factors = along_great_circle(gram(task_vectors, seed_tensor), t, parallel)
+    factors = along_great_circle(gram(task_vectors, seed_tensor), t, parallel, zero_is_orthogonal=True)
     return combination(factors, task_vectors, seed_tensor)
 
 

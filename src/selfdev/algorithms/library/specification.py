@@ -287,6 +287,8 @@ MERGEKITS_NAMES = {
     "select_topk": "density",
     "nuslerp_flatten": "flatten",
     "nuslerp_row_wise": "row_wise",
+    "max_iter": "steps",
+    "tol": "tolerance",
 }
 """What mergekit calls parameters that are named otherwise here; only `--config` reads them as it does."""
 

@@ -155,23 +155,31 @@ def karcher_mean(
     return mean
 
 
-def spherical_mean(task_vectors: Tensor, weights: Tensor, steps: int) -> Tensor:
+def spherical_mean(
+    task_vectors: Tensor,
+    weights: Tensor,
+    steps: int,
+    enough: float = _PARALLEL,
+    origin: Tensor | None = None,
+) -> Tensor:
     """Average the directions of task vectors by `karcher_mean`, and their norms on the line.
 
     Args:
         task_vectors: shape (experts, *parameter). A zero one has no direction, and is left out.
         weights: shape (experts,); negative ones count as 0.
         steps: how many at most.
+        enough: as in `karcher_mean`.
+        origin: added to each task vector, so that it is the weights that are averaged; as in `combination`.
 
     Returns:
         Shape (*parameter); zero if the directions cancel each other, or none has a weight.
     """
-    products = gram(task_vectors)
+    products = gram(task_vectors, origin)
     norms = products.diagonal().sqrt()
     counted = weights.double().clamp(min=0.0) * (norms > 0)
     if not counted.any():
-        return torch.zeros_like(task_vectors[0])
+        return torch.zeros_like(task_vectors[0]) if origin is None else -origin
     lengths = torch.where(norms > 0, norms, 1.0)
     shares = counted / counted.sum()
-    mean = karcher_mean(products / torch.outer(lengths, lengths), shares, steps)
-    return combination((shares @ norms) * mean / lengths, task_vectors)
+    mean = karcher_mean(products / torch.outer(lengths, lengths), shares, steps, enough=enough)
+    return combination((shares @ norms) * mean / lengths, task_vectors, origin)
