@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import selfdev
 from checkpoints import DOWN, HEAD, NORM, TABLE, TENSORS, UP, nano_seed, read, relative, write
@@ -38,6 +38,7 @@ from selfdev.merging.checkpoint import merge_checkpoints
 from selfdev.merging.recipe import Recipe
 from selfdev.merging.task_vectors import merge_by_method, read_task_vectors
 from selfdev.models.adapter import adapter_base
+from selfdev.models.folder import load_model
 from selfdev.sandbox import Sandbox
 from selfdev.zoo import zoo_models
 from test_models import tiny_llama, write_gguf
@@ -538,6 +539,24 @@ def test_an_adapter_is_the_model_that_peft_makes_of_it(tmp_path: Path, kind: str
         assert (tensor - expected[name]).abs().max() < 1e-6, name
 
 
+def test_an_adapter_on_matrices_that_are_stored_both_ways(tmp_path: Path) -> None:
+    """GPT-2 stores square matrices the other way round than its head; the adapter's config says but one of both."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_embd=12, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=False, vocab_size=20
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "seed")
+    expected = lora(
+        tmp_path / "seed", tmp_path / "adapter", r=2, target_modules=["attn.c_proj", "c_fc", "lm_head"]
+    )
+    out = merged(tmp_path / "seed", tmp_path / "out", lora=tmp_path / "adapter", targets="all", scale=1.0)
+    for name, tensor in out.items():
+        assert (tensor - expected[name]).abs().max() < 1e-6, name
+    whole = load_model(tmp_path / "seed", adapter=tmp_path / "adapter").state_dict()
+    for name, tensor in out.items():
+        assert (tensor - whole[name]).abs().max() < 1e-6, name
+
+
 def test_an_adapter_on_another_base_than_the_seed(tmp_path: Path) -> None:
     seed, base = nano_seed(), relative(nano_seed(), tmp_path / "base", 2)
     expected = lora(base, tmp_path / "adapter", r=2, target_modules=["up_proj"])
@@ -719,7 +738,16 @@ def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> Non
     assert f"it has no tensor '{UP}'" in refusal(seed, out, x=missing)
     for begun, other in (("_orig_mod.", f"_orig_mod.{UP}"), ("", UP.removeprefix("model."))):
         renamed = write(tmp_path / f"renamed {begun}", {UP: None, other: TENSORS[UP]})
-        assert f"it has '{other}', so its names begin otherwise" in refusal(seed, out, x=renamed)
+        said = refusal(seed, out, x=renamed)
+        assert f"it has '{other}', so the names of one of the two begin otherwise" in said
+        assert "load expert 'x' by AutoModelForCausalLM" in said
+    bare = write(tmp_path / "bare", {UP: None, UP.removeprefix("model."): TENSORS[UP]})
+    assert "load the seed by AutoModelForCausalLM" in refusal(bare, out, x=write(tmp_path / "whole"))
+    one, pack = "model.layers.0.mlp.experts.0.up_proj.weight", "model.layers.0.mlp.experts.up_proj"
+    mixture = write(tmp_path / "mixture", {one: TENSORS[UP]})
+    assert "experts one by one, the other packed" in refusal(
+        mixture, out, x=write(tmp_path / "pack", {pack: TENSORS[UP][None]})
+    )
     extra = write(tmp_path / "extra", {"model.layers.2.mlp.up_proj.weight": torch.zeros(3, 2)})
     assert (
         "it has a tensor 'model.layers.2.mlp.up_proj.weight' of shape (3, 2) and the seed has none"
@@ -744,6 +772,52 @@ def test_models_that_do_not_fit_are_named_with_the_reason(tmp_path: Path) -> Non
     for damaged in (b"", b"torn", whole[:200], whole[:-1], b"\xff" * 20, *ill):
         (torn / "model.safetensors").write_bytes(damaged)
         assert "model.safetensors' is damaged" in refusal(seed, out, x=torn)
+
+
+def test_experts_that_compute_otherwise_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seed = write(tmp_path / "seed", rope_theta=1e4, rms_norm_eps=1e-5)
+    # Newer versions of transformers write it so.
+    same = write(tmp_path / "same", rope_parameters={"rope_theta": 1e4, "rope_type": "default"})
+    merged(seed, tmp_path / "quiet", x=same)
+    assert "its config says" not in caplog.text
+    other = write(
+        tmp_path / "other", rope_parameters={"rope_theta": 1e6, "rope_type": "default"}, rms_norm_eps=1e-6
+    )
+    merged(seed, tmp_path / "told", x=other)
+    assert (
+        "expert 'x': its config says rms_norm_eps 1e-06 (the seed's 1e-05) and rope_theta 1000000.0 (the seed's "
+        "10000.0); the merged model computes as the seed's says" in caplog.text
+    )
+
+
+def test_the_text_models_inside_must_fit_too(tmp_path: Path) -> None:
+    seed = write(tmp_path / "seed", model_type="gemma3", text_config={"num_attention_heads": 8})
+    other = write(tmp_path / "other", model_type="gemma3", text_config={"num_attention_heads": 4})
+    assert "its config says num_attention_heads 4 and the seed's says 8" in refusal(
+        seed, tmp_path / "out", x=other
+    )
+
+
+def test_the_tokenizer_may_be_an_experts(tmp_path: Path) -> None:
+    seed = nano_seed()
+    chat = relative(seed, tmp_path / "chat", 1)
+    (chat / "chat_template.jinja").write_text("{{ messages }}")
+    for tokenizer in ("x", str(chat)):
+        out = tmp_path / f"by {Path(tokenizer).name}"
+        selfdev.merge("linear", seed, {"x": chat}, out=out, tokenizer=tokenizer)
+        assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert f"--tokenizer {tokenizer}" in (out / "README.md").read_text()
+    selfdev.merge("linear", seed, {"x": chat}, out=tmp_path / "plain")
+    assert not (tmp_path / "plain/chat_template.jinja").exists()
+    (chat / "tokenizer.json").write_text((chat / "tokenizer.json").read_text().replace('"+"', '"plus"'))
+    with pytest.raises(UserError, match="another token than the seed"):
+        selfdev.merge("linear", seed, {"x": chat}, out=tmp_path / "other", tokenizer="x")
+
+
+def test_an_only_expert_that_is_the_seed_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seed = write(tmp_path / "seed")
+    merged(seed, tmp_path / "out", x=seed)
+    assert "expert 'x' has the weights of the seed" in caplog.text
 
 
 def test_tensors_that_are_not_merged_need_not_be_there(tmp_path: Path) -> None:

@@ -171,10 +171,12 @@ def _way_out(missing: str, seed: Model, expert: Model) -> str:
     """Where an expert lacks a tensor of the seed's: it may have it by another name."""
     for name in expert.shapes:
         if name.endswith(f".{missing}") or missing.endswith(f".{name}"):
-            short = f"load {seed.owner if len(name) > len(missing) else expert.owner}"
+            longer, shorter = (expert, seed) if len(name) > len(missing) else (seed, expert)
+            odd = longer if "_orig_mod." in name + missing else shorter
             return (
                 f"it has '{name}', so the names of one of the two begin otherwise, as those of a model that was saved "
-                f"without its head, or compiled: {short} by AutoModelForCausalLM and save it anew with save_pretrained"
+                f"without its head, or compiled: load {odd.owner} by AutoModelForCausalLM and save it anew with "
+                "save_pretrained"
             )
     if ".experts." in missing and any(".experts." in name for name in expert.shapes):
         return (
