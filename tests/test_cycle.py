@@ -531,8 +531,15 @@ def test_the_feedback_control_is_shown_its_own_best_programs(tmp_path: Path) -> 
     first, second = ended.archive.iterations("feedback")
     assert first.prompts == ended.archive.iterations("frozen")[0].prompts == ("prompt 0", "prompt 1")
     ranked = [c for c, _ in ranked_new(ended.archive, "feedback", tuned=False) if c.iteration == 0]
+    assert len(ranked) > 1
     for prompt, best in zip(second.prompts, ranked[:2], strict=True):
         assert unwrap_short(best.source or "") in prompt
+    # More prompts than elites: these take turns, and what is worse is not shown.
+    few = scripted_config(
+        controls=["feedback"], rivals=[], prompt={"form": "short", "names": ["vote"], "elites": 1}
+    )
+    _, second = run(few, tmp_path / "few", factory=ScriptedFactory()).archive.iterations("feedback")
+    assert all(unwrap_short(ranked[0].source or "") in prompt for prompt in second.prompts)
     assert not ended.archive.refinements("feedback")
     assert {row["kind"] for row in ended.verdict["table"]} == {"seed", "control", "discovered"}
 

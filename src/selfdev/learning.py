@@ -49,7 +49,7 @@ class Learning:
         if not shows:
             return prompts
         earlier = [c for c, _ in ranked_new(self.archive, self.arm, tuned=False) if c.iteration < t]
-        best = {c.name: c.source or "" for c in earlier[: len(prompts)]}
+        best = {c.name: c.source or "" for c in earlier[: self.config.prompt.elites]}
         return showing(prompts, best, examples())
 
     def _asked(self, t: int) -> list[Prompt]:

@@ -234,6 +234,9 @@ class PromptSettings(Section):
         description="Whether what the run searches by shows its own best programs, each in the place of a prompt's "
         "last example, as systems do that evolve programs.",
     )
+    elites: int = Field(
+        4, ge=1, description="Best programs of an arm that take turns in the prompts where its own are shown."
+    )
     template: dict[str, bool | int | float | str] = Field(
         {},
         description="Given to the factory's chat template, such as {enable_thinking: false}. A server is told so by "
