@@ -41,6 +41,25 @@ def scored(
     return Evaluation(kind, name, number, "development", outcomes, score, len(outcomes), facts, asked=asked)
 
 
+def test_what_breaks_a_floor_is_better_than_nobody(tmp_path: Path) -> None:
+    config = scripted_config(task={"name": "nano", "development": 120, "test": 240, "floors": {"rev": 10.0}})
+    record = Record("r", "p", 1, "running", config.model_dump(mode="json"), {}, "2026-01-01T00:00:00+00:00")
+    with Archive.create(tmp_path / "floors.db", record) as archive:
+        archive.set_questions("development", [(str(i), "add" if i < 8 else "rev") for i in range(QUESTIONS)])
+        archive.add_evaluation(scored("seed", "seed", range(8, 12)))
+        written = [Candidate(str(n), "learning", 0, n, 0, "", source="s") for n in range(2)]
+        archive.add_written(Iteration("learning", 0, 1.0, ("p",), 0.0), written)
+        # Both gain eight questions of the one group; the first loses half of the other, 50 points for 10.
+        archive.add_evaluation(scored("candidate", "0", range(10)))
+        archive.add_evaluation(scored("candidate", "1", range(12)))
+        evidence = Evidence(archive, 2.0)
+        assert not evidence.better("0")
+        assert evidence.better("1")
+        # At another scale it keeps the floor.
+        archive.add_evaluation(scored("scaled", "0", range(12), number=NORMED))
+        assert Evidence(archive, 2.0).better("0")
+
+
 def test_a_program_is_better_from_the_threshold_on(archive: Archive) -> None:
     archive.add_evaluation(scored("candidate", "0", range(6)))
     archive.add_evaluation(scored("candidate", "1", range(7)))

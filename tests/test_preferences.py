@@ -137,8 +137,20 @@ def test_chosen_are_only_those_surely_better_than_the_seed() -> None:
     settings = Preferences(chosen_floor=4, rejected_floor=4, failures_as_rejected=True)
     pairs = prefer(written, scores, 0, settings, seed=0, better=lambda *pair: pair in sure)
     # 0/2 beats the seed and nobody else for sure; a failure needs no evidence.
-    # Of the two against a failure only one is kept: half of the pairs, and no more.
-    assert {(p.chosen, p.rejected) for p in pairs} == {("0/3", "0/0"), ("0/3", "0/9")}
+    # Of the two only one stands against a failure: half of the pairs, and no more.
+    assert {(p.chosen, p.rejected) for p in pairs} == {("0/3", "0/0"), ("0/2", "0/9")}
+
+
+def test_failing_programs_take_no_place_that_the_cap_then_takes_from_them() -> None:
+    """The only one to choose may stand in two pairs; what repeats it finds no partner, and one surely worse does."""
+    written = [candidate(0, "new"), candidate(1, "new"), candidate(2, "repeated", nearest="0/0")]
+    written += [candidate(i, "failed") for i in range(3, 8)]
+    settings = Preferences(
+        chosen_floor=1, failures_as_rejected=True, copies_as_rejected=True, pairs=8, pairs_each=2
+    )
+    for seed in range(4):
+        pairs = prefer(written, {"0/0": 0.9, "0/1": 0.1}, 0, settings, seed)
+        assert sorted(p.reason for p in pairs) == ["failure", "score"]
 
 
 def test_an_elite_too_must_be_better_than_the_seed() -> None:

@@ -10,7 +10,9 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cached_property
 
 import torch
 
@@ -98,47 +100,84 @@ def _pair_up(
     settings: Preferences,
     draw: random.Random,
 ) -> list[Pair]:
-    """Deal the rejected out as decks, one a reason; each gets the partner with the fewest pairs so far."""
+    """Deal the rejected out, with as many failing ones as the cap allows beside the others that find a partner."""
     decks = {reason: _deck(pool, settings.alike, draw) for reason, pool in pools.items() if pool}
-    # Beyond a share of pairs against failing programs a weak model learns only not to crash; `within_cap` holds it
-    # where fewer pairs are made than were asked for.
-    working = [reason for reason in decks if reason != "failure"]
-    # A cap above a half leaves the other reasons theirs, where there are any.
-    most = min(settings.failing_cap, 0.5) if working else settings.failing_cap
+    deal = _Deal(chosen, decks, scores, first, better, settings)
+    # Beyond a share of pairs against failing programs a weak model learns only not to crash. A cap above a half leaves
+    # the other reasons theirs, where there are any.
+    most = min(settings.failing_cap, 0.5) if decks.keys() - {"failure"} else settings.failing_cap
     failing = int(most * settings.pairs) if "failure" in decks else 0
-    wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
-    for number in range(settings.pairs - failing if working else 0):
-        wanted[working[number % len(working)]] += 1
-    # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
-    turns = sorted((turn / count, reason) for reason, count in wanted.items() for turn in range(1, count + 1))
-    pairs: dict[tuple[str, str], Pair] = {}
-    text = {c.name: c.tokens for c in chosen}
-    told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    family = _families(chosen, settings.alike)
-    alike = _of_one_behaviour([c for deck in decks.values() for c in deck], chosen)
-    uses = dict.fromkeys(family.values(), 0)
-    for _, reason in turns:
-        deck = decks[reason]
-        for _ in range(len(deck)):
-            deck.append(rejected := deck.pop(0))
-            free = [name for name, head in family.items() if uses[head] < settings.pairs_each]
-            if reason == "score":
-                # Who could be chosen is compared in all answers; who left early or broke a floor, in what all have.
-                theirs = scores.get(rejected.name, first[rejected.name])
-                free = [c for c in free if scores[c] > theirs and better(c, rejected.name)]
-            # Copies have names of their own: the same text twice, or two against each other, would teach nothing.
-            if rejected.tokens:
+    while True:
+        pairs = deal.pairs(failing)
+        if within_cap(pairs, settings.failing_cap) == pairs:
+            return pairs
+        # One less, and who was chosen beside it is free for others.
+        failing = min(failing, sum(pair.reason in FAILING for pair in pairs)) - 1
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """Who is dealt out to whom; decks by the reason for which they are rejected. For the others see `prefer`."""
+
+    chosen: Sequence[Candidate]
+    decks: Mapping[str, Sequence[Candidate]]
+    scores: Mapping[str, float]
+    first: Mapping[str, float]
+    better: Better
+    settings: Preferences
+
+    @cached_property
+    def family(self) -> dict[str, str]:
+        """Of each chosen program, whose variation it is."""
+        return _families(self.chosen, self.settings.alike)
+
+    @cached_property
+    def alike(self) -> dict[str, set[str]]:
+        """Who does what each rejected program does."""
+        return _of_one_behaviour([c for deck in self.decks.values() for c in deck], self.chosen)
+
+    def pairs(self, failing: int) -> list[Pair]:
+        """Deal the failing ones out so many times, and the others for the rest of the pairs.
+
+        Each gets the partner with the fewest pairs so far.
+        """
+        working = [reason for reason in self.decks if reason != "failure"]
+        wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
+        for number in range(self.settings.pairs - failing if working else 0):
+            wanted[working[number % len(working)]] += 1
+        # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
+        turns = sorted((turn / n, reason) for reason, n in wanted.items() for turn in range(1, n + 1))
+        left = {reason: list(deck) for reason, deck in self.decks.items()}
+        pairs: dict[tuple[str, str], Pair] = {}
+        text = {c.name: c.tokens for c in self.chosen}
+        told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        uses = dict.fromkeys(self.family.values(), 0)
+        for _, reason in turns:
+            deck = left[reason]
+            for _ in range(len(deck)):
+                deck.append(rejected := deck.pop(0))
+                free = [name for name, head in self.family.items() if uses[head] < self.settings.pairs_each]
+                if reason == "score":
+                    # Who could be chosen is compared in all answers; who left early or broke a floor, in what all have.
+                    theirs = self.scores.get(rejected.name, self.first[rejected.name])
+                    free = [c for c in free if self.scores[c] > theirs and self.better(c, rejected.name)]
+                # Copies have names of their own: the same text twice, or two against each other, would teach nothing.
+                if rejected.tokens:
+                    free = [
+                        c
+                        for c in free
+                        if text[c] != rejected.tokens and (rejected.tokens, text[c]) not in told
+                    ]
                 free = [
-                    c for c in free if text[c] != rejected.tokens and (rejected.tokens, text[c]) not in told
+                    c for c in free if c not in self.alike[rejected.name] and (c, rejected.name) not in pairs
                 ]
-            free = [c for c in free if c not in alike[rejected.name] and (c, rejected.name) not in pairs]
-            partner = min(free, key=lambda c: uses[family[c]], default=None)
-            if partner is not None:
-                pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
-                told.add((text[partner], rejected.tokens))
-                uses[family[partner]] += 1
-                break
-    return within_cap(list(pairs.values()), settings.failing_cap)
+                partner = min(free, key=lambda c: uses[self.family[c]], default=None)
+                if partner is not None:
+                    pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
+                    told.add((text[partner], rejected.tokens))
+                    uses[self.family[partner]] += 1
+                    break
+        return list(pairs.values())
 
 
 def within_cap(pairs: Sequence[Pair], cap: float) -> list[Pair]:

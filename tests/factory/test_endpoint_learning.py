@@ -61,6 +61,9 @@ def test_the_tokens_that_the_server_sampled_are_those_that_are_trained_on(
         assert sample.tokens == factory.tokens(sample.text)
         assert sample.log_prob == -0.5 * len(sample.tokens)
     assert all(body["return_token_ids"] for body in server.asked)
+    # What is left out vLLM takes from the model's generation config.
+    neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert all(neutral.items() <= body.items() for body in server.asked)
 
 
 def test_each_rounds_adapter_is_loaded_when_it_first_writes_and_the_last_one_unloaded(

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from selfdev.archive import Archive, Evaluation
-from selfdev.evaluation.objective import Objective
+from selfdev.evaluation.objective import Objective, kept_floors
 from selfdev.evaluation.race import log_e_matrix
-from selfdev.evaluation.standing import NORMED
+from selfdev.evaluation.standing import NORMED, at_best_scale
 
 SURE = 20.0
 """The e-value from which a program is called better where no other threshold is given: at most 1 in 20 by chance."""
@@ -31,26 +31,23 @@ class Evidence:
         self.threshold = threshold
         self.objective = Objective.of(archive)
         self.groups = archive.groups("development")
-        self._best: dict[str, Evaluation] = {}
         scaled = [e for e in archive.evaluations("scaled") if e.number == NORMED]
-        for each in archive.evaluations("candidate") + scaled:
-            # One that left a race has fewer outcomes, and none that came later.
-            if each.outcomes is not None:
-                best = self._best.get(each.subject)
-                if best is None or (each.score or 0.0) > (best.score or 0.0):
-                    self._best[each.subject] = each
+        # One that left a race has fewer outcomes, and none that came later.
+        answered = [e for e in archive.evaluations("candidate") + scaled if e.outcomes is not None]
+        self._best = at_best_scale(answered)
+        self._worthy = at_best_scale(kept_floors(archive, answered))
         self._seed = next(iter(archive.evaluations("seed", split="development")), None)
 
     def better(self, name: str, other: str | None = None) -> bool:
         """Whether a program is surely better than another one; than the seed by default.
 
         Args:
-            name: of a program with outcomes.
+            name: of a program with outcomes; one that breaks `task.floors` is better than nobody.
             other: of another one.
         """
         if self.threshold == 0:
             return True
-        mine, theirs = self._best.get(name), self._seed if other is None else self._best.get(other)
+        mine, theirs = self._worthy.get(name), self._seed if other is None else self._best.get(other)
         if mine is None or theirs is None or mine is theirs:
             return False
         common, scores = _paired(theirs, mine)

@@ -50,12 +50,12 @@ def ranked_new(archive: Archive, arm: str, *, tuned: bool = True) -> list[tuple[
             as it was written, and at `scaling.norm`.
     """
     scaled = [e for e in _finished(archive, "scaled") if tuned or e.number == NORMED]
-    finished = _at_best_scale(kept_floors(archive, _finished(archive) + scaled))
+    finished = at_best_scale(kept_floors(archive, _finished(archive) + scaled))
     new = [(c, finished[c.name]) for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
     return sorted(new, key=lambda pair: -(pair[1].score or 0.0))
 
 
-def _at_best_scale(evaluations: Iterable[Evaluation]) -> dict[str, Evaluation]:
+def at_best_scale(evaluations: Iterable[Evaluation]) -> dict[str, Evaluation]:
     """Of each program the best evaluation; of equal ones the first."""
     best: dict[str, Evaluation] = {}
     for each in evaluations:
@@ -84,7 +84,7 @@ def pareto(archive: Archive, arm: str) -> list[dict[str, object]]:
     Returns:
         For each its name, its score and its `groups`' scores, best score first.
     """
-    finished = _at_best_scale(_finished(archive) + _finished(archive, "scaled"))
+    finished = at_best_scale(_finished(archive) + _finished(archive, "scaled"))
     new = [c.name for c in archive.candidates(arm) if c.status == "new" and c.name in finished]
     by_group = {
         name: mean_by_group(archive.groups_of(finished[name]), finished[name].outcomes or ()) for name in new

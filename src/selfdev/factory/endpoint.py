@@ -198,6 +198,10 @@ class EndpointFactory:
         if self.settings.adapters == "vllm":
             body |= {"return_token_ids": True, "include_stop_str_in_output": True}
             body["logprobs"] = True if self.chat else 0
+            # What is left out vLLM takes from the model's own generation config, which often cuts.
+            for field, nothing in (("top_k", -1), ("min_p", 0.0), ("repetition_penalty", 1.0)):
+                if body.get(field) is None:
+                    body[field] = nothing
         body |= self.settings.request
         return {field: value for field, value in body.items() if value is not None}
 

@@ -128,7 +128,9 @@ class Training:
         preferences = [Preference(asked[prompt], chosen, rejected) for prompt, chosen, rejected in pairs]
         preferences += self._shunned(pairs)
         steps = plan(preferences, settings.pairs_a_step, seed, settings.rehearsal, known)
-        flip_rate = taught.flip_rate if settings.flip_rate == "measured" else settings.flip_rate
+        # What is shunned is rejected for being shown: none of it can be the wrong way round.
+        measured = taught.flip_rate * len(pairs) / max(1, len(preferences))
+        flip_rate = measured if settings.flip_rate == "measured" else settings.flip_rate
         facts = {
             "pairs": len(pairs),
             "shunned": len(preferences) - len(pairs),
