@@ -55,6 +55,9 @@ def test_what_breaks_a_floor_is_better_than_nobody(tmp_path: Path) -> None:
         evidence = Evidence(archive, 2.0)
         assert not evidence.better("0")
         assert evidence.better("1")
+        # Where no evidence is asked for, floors bind too, and who answered nothing is nobody's better.
+        unasked = Evidence(archive, 0.0)
+        assert [unasked.better(name) for name in ("0", "1", "2")] == [False, True, False]
         # At another scale it keeps the floor.
         archive.add_evaluation(scored("scaled", "0", range(12), number=NORMED))
         assert Evidence(archive, 2.0).better("0")

@@ -235,9 +235,11 @@ def test_a_round_shuns_the_examples_that_its_prompts_show(tiny_writer: Path, tmp
     [prompt] = factory.prompts(0)
     chosen, rejected = factory.write(twenty(factory)[:2], 0, 1.0, [], lambda *_: None)
     pairs = [(prompt, chosen.tokens, rejected.tokens)]
-    facts = factory.refine(Taught(pairs), 0, [], tmp_path / "adapter", lambda *_: None)
+    taught = Taught(pairs, flip_rate=0.2)
+    facts = factory.refine(taught, 0, [], tmp_path / "adapter", lambda *_: None)
     assert prompt.examples == ("vote",)
-    assert (facts["pairs"], facts["shunned"]) == (1, 1)
+    # What is shunned is surely the right way round.
+    assert (facts["pairs"], facts["shunned"], facts["flip_rate"]) == (1, 1, 0.1)
 
 
 def test_a_round_can_imitate_alone(tiny_writer: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ class Evidence:
 
     Args:
         archive: of the run.
-        threshold: the e-value that is asked for; with 0 anybody counts as better than anybody.
+        threshold: the e-value that is asked for; with 0 whoever answered and keeps the floors is better than anybody.
     """
 
     def __init__(self, archive: Archive, threshold: float = SURE):
@@ -45,9 +45,9 @@ class Evidence:
             name: of a program with outcomes; one that breaks `task.floors` is better than nobody.
             other: of another one.
         """
-        if self.threshold == 0:
-            return True
         mine, theirs = self._worthy.get(name), self._seed if other is None else self._best.get(other)
+        if self.threshold == 0:
+            return mine is not None
         if mine is None or theirs is None or mine is theirs:
             return False
         common, scores = _paired(theirs, mine)

@@ -179,14 +179,16 @@ class EndpointFactory:
         self, model: str, text: str, max_tokens: int, temperature: float = 1.0, seed: int = 0
     ) -> dict[str, Any]:
         """A request, as OpenAI's protocol has it, and vLLM's additions to it."""
-        settings = self.config.factory
+        settings, vllm = self.config.factory, self.settings.adapters == "vllm"
         body: dict[str, Any] = {
             "model": model,
             "max_tokens": max_tokens,
             "temperature": temperature,
             "top_p": settings.top_p,
-            "top_k": settings.top_k or None,  # these two OpenAI's own servers do not know
-            "min_p": settings.min_p or None,
+            # OpenAI's own servers do not know these; vLLM takes those left out from the model's generation config.
+            "top_k": settings.top_k or (-1 if vllm else None),
+            "min_p": settings.min_p or (0.0 if vllm else None),
+            "repetition_penalty": 1.0 if vllm else None,
             "seed": seed % 2**31,  # some servers keep it in 32 bits
         }
         if self.chat:
@@ -195,13 +197,9 @@ class EndpointFactory:
             body["prompt"] = text
         if self.config.prompt.form is Form.SHORT:
             body["stop"] = list(END_STRINGS)
-        if self.settings.adapters == "vllm":
+        if vllm:
             body |= {"return_token_ids": True, "include_stop_str_in_output": True}
             body["logprobs"] = True if self.chat else 0
-            # What is left out vLLM takes from the model's own generation config, which often cuts.
-            for field, nothing in (("top_k", -1), ("min_p", 0.0), ("repetition_penalty", 1.0)):
-                if body.get(field) is None:
-                    body[field] = nothing
         body |= self.settings.request
         return {field: value for field, value in body.items() if value is not None}
 
