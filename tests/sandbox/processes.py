@@ -28,6 +28,12 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def user_seconds(pid: int) -> float:
+    """Processor time that a process has spent outside of the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
+
+
 def wait_until_gone(pid: int) -> None:
     """Fail if a process is still there after a while."""
     deadline = time.monotonic() + 10
