@@ -24,7 +24,7 @@ from selfdev.algorithms.examples import examples
 from selfdev.algorithms.screening import Screen
 from selfdev.algorithms.source import Form
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import remove_left, save_learned, with_new_adapter
+from selfdev.factory.adapter import load_moments, remove_left, save_learned, with_new_adapter
 from selfdev.factory.factory import LocalFactory
 from selfdev.factory.memory import SHARE, available, footprint, footprint_of_trl
 from selfdev.factory.prompt import Prompt, ask
@@ -534,17 +534,23 @@ def test_a_round_by_trl(tiny_writer: Path, tmp_path: Path) -> None:
         (1, "adapter_model.safetensors", {"imitation": {"passes": 1}}),
         pytest.param(
             2,
+            "adapter_model.safetensors",
+            {"optimizer": "continue", "refit": "continue"},
+            marks=pytest.mark.proof,
+        ),
+        pytest.param(
+            2,
             "model.safetensors",
             {"train": "full", "optimizer": "continue", "refit": "continue"},
             marks=pytest.mark.proof,
         ),
     ],
-    ids=["lora", "full"],
+    ids=["lora", "one adapter", "full"],
 )
 def test_devices_learn_together_what_one_learns(
     rounds: int, file: str, more: dict[str, Any], tiny_writer: Path, tmp_path: Path
 ) -> None:
-    """All weights in two rounds, since the second stands on what the first has saved."""
+    """Two rounds where the second trains what the first has saved."""
     pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
     asked = {"backend": "trl", "learning_rate": 1e-3, "pairs_a_step": 4, "supervised": 0.0, **more}
     facts: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -674,6 +680,51 @@ def test_without_trl_the_run_ends_before_its_work(tiny_writer: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "trl", None)  # Python then says that there is none
     with pytest.raises(UserError, match=r"pip install 'selfdev\[trl\]'"):
         learner(tiny_writer, backend="trl")
+
+
+@pytest.mark.parametrize(("reference", "moved"), [("previous", False), ("first", True)])
+def test_one_adapter_that_all_rounds_train(
+    reference: str, moved: bool, tiny_writer: Path, tmp_path: Path
+) -> None:
+    one = {"refit": "continue", "optimizer": "continue", "reference": reference}
+    factory, pairs = learner(tiny_writer, **one, learning_rate=1e-3, epochs=1)
+    learned: list[Path] = []
+    for round_ in range(2):
+        out = tmp_path / str(round_)
+        facts = factory.refine(Taught(pairs), round_, learned, out, lambda *_: None)
+        learned.append(out)
+    assert (abs(facts["losses"][0]["margin"]) > 0.01) == moved  # one step a round, taken from where it begins
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in learned)
+    assert {name: each.shape for name, each in first.items()} == {n: each.shape for n, each in second.items()}
+    assert not any(torch.equal(second[name], each) for name, each in first.items())
+    moments = load_moments(learned[1])
+    assert moments is not None
+    assert {int(moment) for name, moment in moments.items() if name.endswith(".step")} == {2}
+    assert factory.layers(learned) == learned[1:]  # which has the first round in it
+    asked = twenty(factory)[:4]
+    written = [factory.write(asked, 2, 1.0, some, lambda *_: None) for some in ([], learned[:1], learned)]
+    assert written[0] != written[1] != written[2]
+    assert factory.write(asked, 2, 1.0, learned[1:], lambda *_: None) == written[2]
+
+
+@pytest.mark.parametrize("reference", ["previous", "first"])
+def test_one_adapter_learns_by_trl_what_it_learns_here(
+    reference: str, tiny_writer: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed; pip install 'selfdev[trl]'")
+    one = {"refit": "continue", "optimizer": "continue", "reference": reference, "learning_rate": 1e-3}
+    losses = {}
+    for backend in ("own", "trl"):
+        factory, pairs = learner(tiny_writer, **one, backend=backend, supervised=0.0)
+        learned: list[Path] = []
+        for round_ in range(2):
+            out = tmp_path / backend / str(round_)
+            facts = factory.refine(Taught(pairs), round_, learned, out, lambda *_: None)
+            learned.append(out)
+        losses[backend] = facts["losses"]
+    for ours, theirs in zip(losses["own"], losses["trl"], strict=True):
+        assert theirs["dpo"] == pytest.approx(ours["dpo"], abs=1e-3)
+        assert theirs["margin"] == pytest.approx(ours["margin"], abs=1e-2)
 
 
 @pytest.mark.parametrize("refit", ["continue", "fresh"])

@@ -88,10 +88,23 @@ class Assembly:
         whole: PreTrainedModel = model.requires_grad_(True)
         return whole
 
+    def beneath(self, adapters: Sequence[Path]) -> list[Path]:
+        """Which of an arm's adapters stay where the one is taken off that a round trains in going on from them."""
+        return [] if self._config.refinement.one_adapter else list(adapters)
+
+    def trainee(self, adapters: Sequence[Path], seed: int) -> Model:
+        """What a round trains in going on from an arm's adapters: the one that all rounds train, or see `trainable`."""
+        model = self.model(self.beneath(adapters))
+        if adapters and self._config.refinement.one_adapter:
+            adapted: PeftModel = PeftModel.from_pretrained(model, adapters[-1], is_trainable=True)
+            return adapted
+        return self.trainable(model, seed)
+
     def layers(self, adapters: Sequence[Path]) -> list[Path]:
         """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""
         warm = self.warm_start
-        return ([] if warm is None else [warm]) + list(adapters)
+        last = -1 if self._config.refinement.one_adapter else 0
+        return ([] if warm is None else [warm]) + list(adapters)[last:]
 
     @property
     def warm_start(self) -> Path | None:

@@ -1,7 +1,7 @@
 """AdamW for one round of preference training, and what of it the next round may begin with.
 
-Only where a round trains the very weights of the round before (`refinement.train: full` with `refit: continue`) do the
-moments of the one belong to the weights of the other. A new LoRA adapter has matrices of its own.
+Only where a round trains the very weights of the round before (`refinement.optimizer: continue`) do the moments of the
+one belong to the weights of the other. A new LoRA adapter has matrices of its own.
 """
 
 from collections.abc import Mapping

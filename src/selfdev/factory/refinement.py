@@ -224,7 +224,7 @@ def refine(
     """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
     Args:
-        model: the factory, with a new adapter that changes nothing yet or to be trained as a whole.
+        model: the factory, with an adapter to be trained or to be trained as a whole.
         steps: what `plan` made.
         references: what `consult` made of them.
         settings: losses, learning rate, epochs.

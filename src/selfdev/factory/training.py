@@ -102,8 +102,8 @@ class Training:
             if self.packs:
                 fitting_pass(trainee, [longest], settings, free)
             if settings.backend == "trl" and self.config.preferences.pairs:
-                # Rounds may stand on one model and be held to another.
-                apart = (settings.held_to == "first") != (settings.refit == "fresh")
+                # What is left without the adapter may be one model, and what a round is held to another.
+                apart = (settings.held_to == "first") != (settings.refit == "fresh" or settings.one_adapter)
                 other = settings.train == "full" or apart
                 fitting_pairs(trainee, [longest], settings.pairs_a_step, settings, free, other)
         finally:
@@ -174,14 +174,14 @@ class Training:
         facts: dict[str, Any],
         tick: Tick,
     ) -> Outcome:
-        """Train a new adapter on top of `ground`, or `ground` itself, held to `reference`, and save it.
+        """Train a new adapter on top of `ground`, or `ground`'s own weights, held to `reference`, and save it.
 
         Notes how the passes were split.
         """
         settings, note = self.config.refinement, f"{facts['pairs']} pairs"
         by_trl = settings.backend == "trl"
         packed: list[Packed] = [*imitated, *([] if by_trl else steps)]
-        model, free = self._trainee(ground, seed), self._free(self._assembly.device)
+        model, free = self._assembly.trainee(ground, seed), self._free(self._assembly.device)
         tokens_a_pass = fitting_pass(model, packed, settings, free) if packed else None
         pairs = sum(len(step.pairs) for step in steps)
         facts |= {
@@ -210,10 +210,10 @@ class Training:
         else:
             total = len(steps) * (1 + settings.epochs)
             report = partial(self._report, tick, total, note)
-            if reference != ground:
+            if reference != self._assembly.beneath(ground):
                 del model
                 references = consult(self._assembly.model(reference), steps, settings, tokens_a_pass, report)
-                model = self._trainee(ground, seed)
+                model = self._assembly.trainee(ground, seed)
             else:
                 references = consult(model, steps, settings, tokens_a_pass, report)
             self._imitate(model, imitated, facts, tick)
@@ -272,7 +272,7 @@ class Training:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         round_ = Round(
-            self._assembly.blueprint(ground),
+            self._assembly.blueprint(self._assembly.beneath(ground)),
             None if self._is_beneath(ground, reference) else self._assembly.blueprint(reference),
             device.type,
             self.config.factory.dtype,
@@ -287,16 +287,12 @@ class Training:
 
     def _is_beneath(self, ground: Sequence[Path], reference: Sequence[Path]) -> bool:
         """Whether the reference is what is left where the adapter that is trained is taken off."""
-        return self.config.refinement.train == "lora" and reference == ground
+        return self.config.refinement.train == "lora" and reference == self._assembly.beneath(ground)
 
     def _moments(self, ground: Sequence[Path]) -> Moments | None:
         """With which the optimiser of a round begins."""
         goes_on = ground and self.config.refinement.optimizer == "continue"
         return load_moments(ground[-1]) if goes_on else None
-
-    def _trainee(self, ground: Sequence[Path], seed: int) -> Model:
-        """What a round trains: `ground` with a new adapter, or as a whole."""
-        return self._assembly.trainable(self._assembly.model(ground), seed)
 
     def _lessons(self, imitated: Sequence[tuple[Prompt, Tokens]], seed: int) -> list[Lesson]:
         settings = self.config.refinement

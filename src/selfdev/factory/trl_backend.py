@@ -89,7 +89,7 @@ def refine_with_trl(
     """Train those weights of a model in place that ask for a gradient: an adapter's, or all.
 
     Args:
-        model: the factory, with a new adapter that changes nothing yet or to be trained as a whole.
+        model: the factory, with an adapter to be trained or to be trained as a whole.
         reference: what it is held to; None: the factory without the adapter.
         tokenizer: the factory's.
         steps: their pairs are taken in this order, `settings.pairs_a_step` at a time, the last ones left out that

@@ -42,7 +42,7 @@ class Round:
     """What the processes do.
 
     Attributes:
-        ground: what is trained, without its new adapter.
+        ground: what is trained, without the adapter that is.
         reference: None: the ground without the adapter.
         device: kind of it, such as `cuda`; each process takes one.
         dtype: of the weights.

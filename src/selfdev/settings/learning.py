@@ -120,8 +120,8 @@ class RefinementSettings(Section):
     )
     optimizer: Literal["fresh", "continue"] = Field(
         "fresh",
-        description="`continue`: AdamW begins with the moments that the round before has left; with `train: full` and "
-        "`refit: continue` alone, since a new adapter's matrices are not those that earlier moments belong to.",
+        description="`continue`: a round trains the very weights of the round before (with `train: lora` its adapter, "
+        "and no new one on top), and AdamW begins with the moments it has left; needs `refit: continue`.",
     )
     tokens_a_pass: int | None = Field(
         None,
@@ -137,7 +137,7 @@ class RefinementSettings(Section):
     )
     refit: Literal["continue", "fresh", "never"] = Field(
         "continue",
-        description="`continue`: a new adapter on top of the last one (the paper). `fresh`: one on the first factory, "
+        description="`continue`: from the last one on (the paper). `fresh`: a new adapter on the first factory, "
         "from the pairs of all rounds. `never`: nothing is learned.",
     )
     reference: Literal["first", "previous"] | None = Field(
@@ -145,6 +145,11 @@ class RefinementSettings(Section):
         description="What the model is held to: the `first` factory, or that of the `previous` iteration; `null`: the "
         "one that the new adapter stands on.",
     )
+
+    @property
+    def one_adapter(self) -> bool:
+        """Whether all rounds train one adapter, each the last state of it, and none puts a new one on top."""
+        return self.train == "lora" and self.optimizer == "continue"
 
     @property
     def held_to(self) -> Literal["first", "previous"]:
@@ -159,10 +164,10 @@ class RefinementSettings(Section):
                 "refinement.kl: the reference's distributions are made with the model's own output layer, which "
                 "refinement.train: full trains; set refinement.train: lora or refinement.kl: 0"
             )
-        if self.optimizer == "continue" and (self.train, self.refit) != ("full", "continue"):
+        if self.optimizer == "continue" and self.refit != "continue":
             raise ValueError(
                 "refinement.optimizer: every round trains new weights, which the moments of earlier ones do not belong "
-                "to, unless refinement.train is full and refinement.refit is continue; set both, or optimizer: fresh"
+                "to, unless refinement.refit is continue; set that, or optimizer: fresh"
             )
         return self
 
