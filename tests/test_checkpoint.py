@@ -1181,6 +1181,16 @@ def test_methods_that_take_a_matrix_apart_stay_near_the_promise() -> None:
         assert grown < (4 * experts + 9) * tensor + 10, (name, shape, experts)
 
 
+def test_knots_of_large_matrices_takes_less_memory() -> None:
+    """As of an MLP with a side of 16384 and more, here taken for large."""
+    threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "500000"}
+    large = "import selfdev.algorithms.library.spectrum as s\ns._LARGE = 1000\n" + WORKED_IN
+    command = [sys.executable, "-c", large, "knots"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
+    *_, (_, shape, experts, grown) = map(json.loads, done.stdout.splitlines())
+    assert grown < (4 * experts + 3) * 768 * 2064 * 4 / 2**20 + 10, (shape, experts)
+
+
 NARROW = (1 << 17, 64)  # 32 MB in float32, of which singular values are found in a moment
 
 

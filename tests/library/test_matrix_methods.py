@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdev.algorithms.library import method
+from selfdev.algorithms.library import method, spectrum
 from selfdev.algorithms.library.spectrum import components
 from selfdev.errors import UserError
 
@@ -19,6 +19,21 @@ def check(merged: Tensor, expected: Tensor) -> None:
 
 def diagonal(*values: float) -> Tensor:
     return torch.diag(torch.tensor(values, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("least", [None, 1, 5, 9])
+def test_eigenvectors_of_large_matrices_are_those_of_small_ones(
+    least: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    product = matrix @ matrix.T  # of rank 5
+    values, vectors = spectrum.eigen(product.clone(), least)
+    monkeypatch.setattr(spectrum, "_LARGE", 7)
+    its_values, its_vectors = spectrum.eigen(product.clone(), least)
+    torch.testing.assert_close(its_values, values)
+    assert its_vectors.shape == vectors.shape == (7, min(least or 7, 7))
+    torch.testing.assert_close(product @ its_vectors, its_vectors * values)
+    torch.testing.assert_close(its_vectors.T @ its_vectors, torch.eye(len(values), dtype=torch.float64))
 
 
 def test_tsv_m_keeps_the_strongest_directions_of_each_expert():

@@ -9,6 +9,7 @@ rounding is 1e-16.
 import functools
 from collections.abc import Callable, Sequence
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -18,6 +19,9 @@ _NOTHING = 1e-5
 
 # Rows or columns that are multiplied in float64 at a time.
 _BLOCK = 1 << 8
+
+# From this side on a matrix and its eigenvectors count in gigabytes, and memory goes before all else.
+_LARGE = 1 << 14
 
 # The shorter side of a matrix in a stack, at least: what is smaller is the kernel of a convolution.
 _SIDE = 16
@@ -108,8 +112,18 @@ def eigen(matrix: Tensor, least: int | None = None) -> tuple[Tensor, Tensor]:
     if matrix.device.type != "cpu":
         values, vectors = torch.linalg.eigh(matrix)
         return values[:least], vectors[:, :least]
-    # In place, since the matrix is its own transpose and LAPACK wants that order. SciPy has drivers that work in less
-    # memory, but hold the interpreter's lock, so that tensors merged side by side would wait for each other.
+    # In place, since the matrix is its own transpose and LAPACK wants that order. torch's driver works in two matrices
+    # more, SciPy's in one, but holds the interpreter's lock: tensors merged side by side would wait for each other.
+    if len(matrix) >= _LARGE:
+        found = scipy.linalg.eigh(
+            matrix.mT.numpy(),
+            overwrite_a=True,
+            check_finite=False,
+            driver="evr",
+            subset_by_index=None if least is None else (0, min(least, len(matrix)) - 1),
+        )
+        squares, columns = map(torch.from_numpy, found)
+        return squares, columns
     values = matrix.new_empty(len(matrix))
     torch.linalg.eigh(matrix.mT, out=(values, matrix.mT))
     return values[:least], matrix.mT[:, :least]
