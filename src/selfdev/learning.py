@@ -24,6 +24,13 @@ from selfdev.roles import Factory, Screener
 from selfdev.streams import stream_seed
 from selfdev.watcher import Watcher
 
+_NONE_GOOD = "no program is good enough to be preferred or imitated"
+_NO_PAIR = (
+    "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions of it, what "
+    "preferences.chosen_floor counts among the best, what is not surely worse and, beyond preferences.failing_cap, "
+    "failures"
+)
+
 
 @dataclass(frozen=True)
 class Learning:
@@ -69,40 +76,49 @@ class Learning:
             repaired = [c for c in repaired if c.status == "new" and evidence.better(c.name)]
         if not self.archive.pairs(self.arm, t):
             self.archive.add_pairs(self.arm, t, self._pairs(t, candidates, repaired, evidence))
-        fresh = self.config.refinement.refit == "fresh"
-        rounds = range(t + 1) if fresh else [t]
-        named = [pair for round_ in rounds for pair in self.archive.pairs(self.arm, round_)]
         good = [c for c in candidates if c.status == "new" and evidence.better(c.name)]
-        good = [c for c in good + repaired if c.iteration in rounds]
-        if not named and not (good and self.config.refinement.imitation.passes):
-            worthy = good or any(c.status == "new" and evidence.better(c.name) for c in candidates)
-            why = (
-                "of what is good enough to be preferred no pair is made: there is nothing to reject beside repetitions "
-                "of it, what preferences.chosen_floor counts among the best, what is not surely worse and, beyond "
-                "preferences.failing_cap, failures"
-                if worthy
-                else "no program is good enough to be preferred or imitated"
-            )
-            with self.watch.phase("refine", self.arm, t) as tick:
-                tick(1, 1, f"nothing learned: {why}")
-            self.archive.add_refinement(Refinement(self.arm, t, None, {"skipped": why}, 0.0))
-            return
-        prompts = [self._asked(round_) for round_ in range(t + 1)]
-        prompt = {c.name: prompts[c.iteration][c.prompt] for c in candidates + repaired}
-        tokens = {c.name: c.tokens for c in candidates + repaired}
-        pairs = [(prompt[asked(pair)], tokens[pair.chosen], tokens[pair.rejected]) for pair in named]
-        imitated = [(prompt[c.name], c.tokens) for c in good]
-        adapter = f"adapters/{self.arm}-{t + 1}"
-        # What fails or copies is rejected for that: no answer can turn such a pair round.
-        doubts = [evidence.doubt(p.chosen, p.rejected) if p.reason == "score" else 0.0 for p in named]
-        taught = Taught(pairs, imitated, flip_rate=sum(doubts) / max(1, len(doubts)))
+        taught = self._taught(t, candidates, good, repaired, evidence)
         with self.watch.phase("refine", self.arm, t) as tick:
-            facts = self.factory.refine(taught, t, self.adapters(), self.folder / adapter, tick)
-            made = Refinement(self.arm, t, adapter, facts, 0.0)
+            if taught.pairs or taught.imitated:
+                adapter = f"adapters/{self.arm}-{t + 1}"
+                facts = self.factory.refine(taught, t, self.adapters(), self.folder / adapter, tick)
+                made = Refinement(self.arm, t, adapter, facts, 0.0)
+            else:
+                made = Refinement(self.arm, t, None, {"skipped": _NO_PAIR if good else _NONE_GOOD}, 0.0)
             if made.why_nothing is not None:
                 made = replace(made, adapter=None)
                 tick(1, 1, f"nothing learned: {made.why_nothing}")
         self.archive.add_refinement(replace(made, seconds=tick.seconds))
+
+    def _taught(
+        self,
+        t: int,
+        candidates: Sequence[Candidate],
+        good: Sequence[Candidate],
+        repaired: Sequence[Candidate],
+        evidence: Evidence,
+    ) -> Taught:
+        """The pairs and the programs of the rounds that iteration t learns from, under their own prompts."""
+        rounds = range(t + 1) if self.config.refinement.refit == "fresh" else [t]
+        named = [pair for round_ in rounds for pair in self.archive.pairs(self.arm, round_)]
+        prompts = [self._asked(round_) for round_ in range(t + 1)]
+        written = {c.name: c for c in (*candidates, *repaired)}
+
+        def under(name: str) -> Prompt:
+            return prompts[written[name].iteration][written[name].prompt]
+
+        def tokens(name: str) -> tuple[int, ...]:
+            return written[name].tokens
+
+        pairs = [(under(asked(pair)), tokens(pair.chosen), tokens(pair.rejected)) for pair in named]
+        imitated = [c.name for c in (*good, *repaired) if c.iteration in rounds]
+        if not self.config.refinement.imitation.passes:
+            imitated = []
+        # What fails or copies is rejected for that: no answer can turn such a pair round.
+        doubts = [evidence.doubt(p.chosen, p.rejected) if p.reason == "score" else 0.0 for p in named]
+        return Taught(
+            pairs, [(under(name), tokens(name)) for name in imitated], sum(doubts) / max(1, len(doubts))
+        )
 
     def _pairs(
         self, t: int, candidates: Sequence[Candidate], repaired: Sequence[Candidate], evidence: Evidence
