@@ -141,43 +141,49 @@ class _Deal:
 
         Each gets the partner with the fewest pairs so far.
         """
+        left = {reason: list(deck) for reason, deck in self.decks.items()}
+        pairs: dict[tuple[str, str], Pair] = {}
+        told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        uses = dict.fromkeys(self.family.values(), 0)
+        for reason in self._turns(failing):
+            deck = left[reason]
+            for _ in range(len(deck)):
+                deck.append(rejected := deck.pop(0))
+                free = [
+                    c
+                    for c in self.chosen
+                    if uses[self.family[c.name]] < self.settings.pairs_each
+                    and (c.name, rejected.name) not in pairs
+                    # Copies have names of their own: two texts against each other would teach nothing.
+                    and (not rejected.tokens or (rejected.tokens, c.tokens) not in told)
+                    and self._preferable(c, rejected, reason)
+                ]
+                partner = min(free, key=lambda c: uses[self.family[c.name]], default=None)
+                if partner is not None:
+                    pairs[partner.name, rejected.name] = Pair(partner.name, rejected.name, reason)
+                    told.add((partner.tokens, rejected.tokens))
+                    uses[self.family[partner.name]] += 1
+                    break
+        return list(pairs.values())
+
+    def _turns(self, failing: int) -> list[str]:
+        """The reasons in turn: where `pairs_each` ends the deal early, none of them is left out."""
         working = [reason for reason in self.decks if reason != "failure"]
         wanted = dict.fromkeys(working, 0) | ({"failure": failing} if failing else {})
         for number in range(self.settings.pairs - failing if working else 0):
             wanted[working[number % len(working)]] += 1
-        # The reasons in turn: where `pairs_each` ends the deal early, none of them is left out.
         turns = sorted((turn / n, reason) for reason, n in wanted.items() for turn in range(1, n + 1))
-        left = {reason: list(deck) for reason, deck in self.decks.items()}
-        pairs: dict[tuple[str, str], Pair] = {}
-        text = {c.name: c.tokens for c in self.chosen}
-        told: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        uses = dict.fromkeys(self.family.values(), 0)
-        for _, reason in turns:
-            deck = left[reason]
-            for _ in range(len(deck)):
-                deck.append(rejected := deck.pop(0))
-                free = [name for name, head in self.family.items() if uses[head] < self.settings.pairs_each]
-                if reason == "score":
-                    # Who could be chosen is compared in all answers; who left early or broke a floor, in what all have.
-                    theirs = self.scores.get(rejected.name, self.first[rejected.name])
-                    free = [c for c in free if self.scores[c] > theirs and self.better(c, rejected.name)]
-                # Copies have names of their own: the same text twice, or two against each other, would teach nothing.
-                if rejected.tokens:
-                    free = [
-                        c
-                        for c in free
-                        if text[c] != rejected.tokens and (rejected.tokens, text[c]) not in told
-                    ]
-                free = [
-                    c for c in free if c not in self.alike[rejected.name] and (c, rejected.name) not in pairs
-                ]
-                partner = min(free, key=lambda c: uses[self.family[c]], default=None)
-                if partner is not None:
-                    pairs[partner, rejected.name] = Pair(partner, rejected.name, reason)
-                    told.add((text[partner], rejected.tokens))
-                    uses[self.family[partner]] += 1
-                    break
-        return list(pairs.values())
+        return [reason for _, reason in turns]
+
+    def _preferable(self, chosen: Candidate, rejected: Candidate, reason: str) -> bool:
+        """Whether two programs could be a pair at all."""
+        if chosen.name in self.alike[rejected.name] or (rejected.tokens and chosen.tokens == rejected.tokens):
+            return False
+        if reason != "score":
+            return True
+        # Who could be chosen is compared in all answers; who left early or broke a floor, in what all have.
+        theirs = self.scores.get(rejected.name, self.first[rejected.name])
+        return self.scores[chosen.name] > theirs and self.better(chosen.name, rejected.name)
 
 
 def within_cap(pairs: Sequence[Pair], cap: float) -> list[Pair]:
