@@ -103,52 +103,62 @@ class Config(Section):
     @model_validator(mode="after")
     def _possible(self) -> "Config":
         """What no single field can see. Each error names the field."""
-        known = examples()
-        for name in self.prompt.names:
-            if name not in known:
-                raise ValueError(f"prompt.names: no worked example '{name}'; {nearest(name, known)}")
-        if self.prompt.examples == "drawn" and self.prompt.shown > len(known):
-            raise ValueError(f"prompt.shown: {self.prompt.shown} examples of {len(known)}")
-        if self.factory.warm_start.steps and self.prompt.form is not Form.SHORT:
-            raise ValueError(
-                "factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short"
-            )
-        if self.factory.grammar == "python" and self.prompt.form is not Form.SHORT:
-            raise ValueError(
-                "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
-                "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
-            )
+        self._check_prompt()
+        self._check_examples()
+        self._check_learning()
+        self._check_endpoint()
+        self._check_entrants()
+        return self
+
+    def _check_prompt(self) -> None:
+        """What goes with one form of prompts alone."""
         if self.prompt.template and self.prompt.form is not Form.CONTRACT:
             raise ValueError(
                 "prompt.template: the short form is continued without a chat template; leave it out, or set "
                 "prompt.form: contract"
             )
-        if self.factory.repair_turn and min(self.budgets) < 2:
+        if self.prompt.form is Form.SHORT:
+            return
+        if self.factory.warm_start.steps:
             raise ValueError(
-                f"factory.repair_turn: half of the programs come before it, and programs is {min(self.budgets)}; set "
-                "programs: 2 or more, or factory.repair_turn: false"
+                "factory.warm_start.steps: the warm start teaches the short form; set prompt.form: short"
             )
-        if self.prompt.form is not Form.SHORT:
-            for key, on in (
-                ("rehearsal", self.refinement.rehearsal),
-                ("shun_examples", self.refinement.shun_examples),
-            ):
-                if on:
-                    raise ValueError(
-                        f"refinement.{key}: it takes worked examples in the short form; set prompt.form: short"
-                    )
-        shows = self.prompt.shown if self.prompt.examples == "drawn" else len(self.prompt.names)
+        if self.factory.grammar == "python":
+            raise ValueError(
+                "factory.grammar: the grammar is that of one function in the short form, and an answer in the "
+                "contract's form is prose with a module in it; set prompt.form: short or factory.grammar: none"
+            )
+        for key in ("rehearsal", "shun_examples"):
+            if getattr(self.refinement, key):
+                raise ValueError(
+                    f"refinement.{key}: it takes worked examples in the short form; set prompt.form: short"
+                )
+
+    def _check_examples(self) -> None:
+        """Whether there are as many worked examples as are asked for."""
+        known, prompt = examples(), self.prompt
+        for name in prompt.names:
+            if name not in known:
+                raise ValueError(f"prompt.names: no worked example '{name}'; {nearest(name, known)}")
+        if prompt.examples == "drawn" and prompt.shown > len(known):
+            raise ValueError(f"prompt.shown: {prompt.shown} examples of {len(known)}")
+        shows = prompt.shown if prompt.examples == "drawn" else len(prompt.names)
         if self.refinement.rehearsal and self.refinement.rehearsal > len(known) - shows:
             raise ValueError(
                 f"refinement.rehearsal: {self.refinement.rehearsal} worked examples, and beside those that a prompt "
                 f"shows there are {len(known) - shows}"
             )
-        for key, names in (("rivals", self.rivals), ("controls", self.controls)):
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise ValueError(f"{key}: {twice} stands there twice; leave one out")
-        if self.factory.warm_start.targets + self.prompt.shown > len(known):
+        if self.factory.warm_start.targets + prompt.shown > len(known):
             raise ValueError(
                 f"factory.warm_start.targets and prompt.shown together exceed the {len(known)} examples"
+            )
+
+    def _check_learning(self) -> None:
+        """Whether there are programs to write and something to learn from."""
+        if self.factory.repair_turn and min(self.budgets) < 2:
+            raise ValueError(
+                f"factory.repair_turn: half of the programs come before it, and programs is {min(self.budgets)}; set "
+                "programs: 2 or more, or factory.repair_turn: false"
             )
         learns = self.refinement.refit != "never"
         if learns and not self.preferences.pairs and not self.refinement.imitation.passes:
@@ -156,14 +166,18 @@ class Config(Section):
                 "preferences.pairs: with none, and with refinement.imitation.passes: 0, nothing could be learned; set "
                 "one of them, or refinement.refit: never"
             )
-        self._check_endpoint()
+
+    def _check_entrants(self) -> None:
+        """Who takes part beside the factory that learns."""
+        for key, names in (("rivals", self.rivals), ("controls", self.controls)):
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{key}: {twice} stands there twice; leave one out")
         for name in self.rivals:
             rival = method(name)
             if rival.experts is not None and rival.experts != len(self.merge.experts):
                 raise ValueError(
                     f"rivals: {name} takes {rival.experts} experts and merge.experts has {len(self.merge.experts)}"
                 )
-        return self
 
     @property
     def shows_programs(self) -> bool:
