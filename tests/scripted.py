@@ -87,7 +87,9 @@ class ScriptedFactory:
         written = []
         for done, (number, _) in enumerate(asked):
             tick(done, len(asked), "")
-            written.append(Sample(tuple(range(number + 1)), texts[number], -float(number), True))
+            written.append(
+                Sample(tuple(range(number + 1)), texts[number], (0.0,) * number + (-float(number),), True)
+            )
         return written
 
     def tokens(self, text: str) -> tuple[int, ...]:

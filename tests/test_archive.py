@@ -101,7 +101,7 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
             db.execute(f"ALTER TABLE evaluation DROP COLUMN {column}")
         for column in ("again", "before"):
             db.execute(f"ALTER TABLE test_opening DROP COLUMN {column}")
-        for column in ("seconds", "screening"):
+        for column in ("seconds", "screening", "log_probs"):
             db.execute(f"ALTER TABLE candidate DROP COLUMN {column}")
         db.execute("INSERT INTO test_opening (task, opened) VALUES ('nano', '2026-01-01')")
         db.execute("PRAGMA user_version = 1")
@@ -111,16 +111,25 @@ def test_an_archive_of_the_first_format_is_read_and_brought_up_to_date(archive: 
         assert [c.seconds for c in old.candidates()] == [None]
     with Archive.open(archive.path) as new:
         new.keep_programs(
-            [replace(WRITTEN[0], name="learning/9/001", iteration=8, seconds=1.5, screening=0.1)]
+            [
+                replace(
+                    WRITTEN[0],
+                    name="learning/9/001",
+                    iteration=8,
+                    seconds=1.5,
+                    screening=0.1,
+                    log_probs=(-1, -2),
+                )
+            ]
         )
         kept = new.candidate("learning/9/001")
         assert kept is not None
-        assert (kept.seconds, kept.screening) == (1.5, 0.1)
+        assert (kept.seconds, kept.screening, kept.log_probs) == (1.5, 0.1, (-1.0, -2.0))
         new.add_evaluation(replace(evaluation, number=1, asked=(2, 1, 0)))
         assert [e.asked for e in new.evaluations("seed")] == [None, (2, 1, 0)]
         assert new.openings() == [Opening("2026-01-01")]
     with sqlite3.connect(archive.path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (5,)
+        assert db.execute("PRAGMA user_version").fetchone() == (6,)
 
 
 def test_a_verdict_that_is_taken_back_is_marked_and_kept(archive: Archive) -> None:

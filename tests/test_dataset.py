@@ -40,6 +40,7 @@ def program(arm: str, t: int, number: int, prompt: int, status: str, failure: st
         SOURCE,
         status,
         failure,
+        log_probs=(-0.5, -0.5 - number),
     )
 
 
@@ -143,10 +144,11 @@ def test_a_side_says_how_it_was_written_and_the_score_that_the_pair_was_made_fro
     assert pair["rejected_score"] == 0.0
     assert (pair["chosen_temperature"], pair["rejected_temperature"]) == (0.8, 0.8)
     assert (pair["chosen_log_prob"], pair["rejected_log_prob"]) == (-1.0, -2.0)
+    assert pair["rejected_log_probs"] == [-0.5, -1.5]
     assert (failing["chosen_temperature"], failing["rejected_temperature"]) == (0.8, 0.6)
     assert (failing["rejected_failure"], failing["rejected_score"]) == ("TypeError", None)
-    nobody = ("rejected_score", "rejected_log_prob", "rejected_temperature", "rejected_failure")
-    assert [shown[column] for column in nobody] == [None] * 4
+    nobody = ("score", "log_prob", "log_probs", "temperature", "failure")
+    assert [shown[f"rejected_{column}"] for column in nobody] == [None] * 5
     assert {"rejected_error", "rejected_nearest", "chosen_nearest"} <= set(pair)
 
 

@@ -29,6 +29,7 @@ def read_candidate(arm: str, t: int, number: int, prompt: int, sample: "Sample",
         sample.tokens,
         sample.log_prob,
         sample.finished,
+        log_probs=sample.log_probs,
         seconds=sample.seconds,
     )
     try:

@@ -157,6 +157,7 @@ class Learning:
                         text=text,
                         tokens=self.factory.tokens(text),
                         log_prob=None,
+                        log_probs=None,
                         seconds=None,
                         finished=True,
                         source=found[0],

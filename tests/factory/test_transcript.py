@@ -25,6 +25,7 @@ def test_the_servers_tokens_are_kept_up_to_the_one_that_ends_the_function() -> N
     sample = to_sample(answer, BYTES, SHORT, 100)
     assert sample.tokens == ids(PROGRAM + "\n\n")
     assert sample.text == PROGRAM + "\n\n"
+    assert sample.log_probs == (-0.25,) * len(sample.tokens)
     assert sample.log_prob == -0.25 * len(sample.tokens)
     assert sample.finished
 

@@ -181,13 +181,14 @@ class Archive:
         for c in candidates:
             self._db.execute(
                 "INSERT INTO candidate (name, arm, iteration, number, prompt, text, tokens, log_prob, finished, "
-                "source, status, failure, error, canonical, behaviour, nearest, distance, seconds, screening) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                "source, status, failure, error, canonical, behaviour, nearest, distance, seconds, screening, "
+                "log_probs) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(c.name, c.arm, c.iteration, c.number, c.prompt, c.text),
                     np.asarray(c.tokens, dtype=np.int32).tobytes(),
                     *(c.log_prob, int(c.finished), c.source, c.status, c.failure, c.error),
                     *(c.canonical, c.behaviour, c.nearest, c.distance, c.seconds, c.screening),
+                    None if c.log_probs is None else np.asarray(c.log_probs, dtype=np.float32).tobytes(),
                 ),
             )
 
@@ -414,8 +415,11 @@ def _result(text: str | None) -> dict[str, Any] | None:
 
 
 def _candidate(row: sqlite3.Row) -> Candidate:
-    tokens = tuple(np.frombuffer(row["tokens"], dtype=np.int32).tolist())
-    return Candidate(**dict(row) | {"tokens": tokens, "finished": bool(row["finished"])})
+    known = dict(row)
+    tokens = tuple(np.frombuffer(known["tokens"], dtype=np.int32).tolist())
+    if (told := known.get("log_probs")) is not None:
+        known["log_probs"] = tuple(np.frombuffer(told, dtype=np.float32).tolist())
+    return Candidate(**known | {"tokens": tokens, "finished": bool(known["finished"])})
 
 
 def _evaluation(row: sqlite3.Row) -> Evaluation:

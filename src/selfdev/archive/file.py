@@ -12,7 +12,7 @@ from typing import Any
 NAME = "archive.db"
 """Of the file in a run's folder."""
 APPLICATION_ID = 0x5E1FDE0
-VERSION = 5
+VERSION = 6
 ADDED = {
     2: (
         "ALTER TABLE evaluation ADD COLUMN graded INTEGER NOT NULL DEFAULT 0",
@@ -26,6 +26,7 @@ ADDED = {
     ),
     4: ("ALTER TABLE candidate ADD COLUMN seconds REAL",),
     5: ("ALTER TABLE candidate ADD COLUMN screening REAL",),
+    6: ("ALTER TABLE candidate ADD COLUMN log_probs BLOB",),
 }
 """What each version added to the one before it."""
 SPACE_NEEDED = 200 * 1024**2

@@ -50,8 +50,9 @@ class Candidate:
     """One program and all that is known of it; the columns of the table `candidate`.
 
     `status` is None until it is screened, then `failed` (with `failure` and `error`), `trivial`, `known`,
-    `repeated` or `new`. `source` is None where no function could be read. `seconds` is what its writing took, beside
-    others, `screening` what its screening took; None where nobody looked.
+    `repeated` or `new`. `source` is None where no function could be read. `log_prob` is of the tokens at
+    temperature 1, in nats, `log_probs` of each of them; None where nobody told. `seconds` is what its writing took,
+    beside others, `screening` what its screening took; None where nobody looked.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Candidate:
     behaviour: bytes | None = field(default=None, repr=False)
     nearest: str | None = None
     distance: float | None = None
+    log_probs: tuple[float, ...] | None = field(default=None, repr=False)
     seconds: float | None = field(default=None, compare=False)
     screening: float | None = field(default=None, compare=False)
 

@@ -38,7 +38,7 @@ CREATE TABLE candidate (
     prompt INTEGER NOT NULL,          -- index into iteration.prompts
     text TEXT NOT NULL,
     tokens BLOB NOT NULL,             -- sampled ids, int32
-    log_prob REAL,                    -- nats, at temperature 1
+    log_prob REAL,                    -- nats, at temperature 1; of all tokens
     finished INTEGER NOT NULL,
     source TEXT,                      -- in the contract's form; NULL if no function could be read
     status TEXT CHECK (status IN ('failed', 'trivial', 'known', 'repeated', 'new')),  -- NULL: not screened yet
@@ -50,6 +50,7 @@ CREATE TABLE candidate (
     distance REAL,                    -- to that, relative
     seconds REAL,                     -- from its first token to its last, those beside it included; NULL: unknown
     screening REAL,                   -- seconds that the screening took; NULL: unknown
+    log_probs BLOB,                   -- of each token, float32; NULL: unknown
     UNIQUE (arm, iteration, number)
 ) STRICT;
 

@@ -38,8 +38,8 @@ class Sample:
     Attributes:
         tokens: the sampled ids, the stopping token included.
         text: the tokens decoded, without special tokens.
-        log_prob: log-probability of the tokens at temperature 1, before any cut and any grammar, in nats; None where a
-            server does not tell it.
+        log_probs: log-probability of each token at temperature 1, before any cut and any grammar, in nats; None where a
+            server does not tell them.
         finished: False if the limit on new tokens ended it.
         seconds: on the clock, from its first token to its last, or from its request to the answer; what is written
             beside it is included. None where nobody looked.
@@ -47,9 +47,14 @@ class Sample:
 
     tokens: tuple[int, ...]
     text: str
-    log_prob: float | None
+    log_probs: tuple[float, ...] | None
     finished: bool
     seconds: float | None = field(default=None, compare=False)
+
+    @property
+    def log_prob(self) -> float | None:
+        """Of all tokens."""
+        return None if self.log_probs is None else sum(self.log_probs)
 
 
 class Ending:
@@ -77,7 +82,7 @@ class _Row:
         self.writing = grammar.begin() if grammar else None
         self.uniform = torch.rand(limit, generator=torch.Generator().manual_seed(seed)).tolist()
         self.tokens: list[int] = []
-        self.log_prob = 0.0
+        self.log_probs: list[float] = []
         self.text = ""
         self.finished = False
         self.seconds = 0.0
@@ -95,7 +100,7 @@ class _Row:
         self._began = self._began or now
         self.seconds = now - self._began
         self.tokens.append(token)
-        self.log_prob += log_prob
+        self.log_probs.append(log_prob)
         piece = self._ending.piece(token)
         self.text += piece
         self.finished = token in self._ending.ends or self._ending.stop.search(self.text) is not None
@@ -105,7 +110,7 @@ class _Row:
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
         """What has been written."""
         text = tokenizer.decode(self.tokens, skip_special_tokens=True)
-        return Sample(tuple(self.tokens), text, self.log_prob, self.finished, self.seconds)
+        return Sample(tuple(self.tokens), text, tuple(self.log_probs), self.finished, self.seconds)
 
 
 @dataclass(frozen=True)

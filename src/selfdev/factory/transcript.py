@@ -67,5 +67,5 @@ def _of_tokens(
                 break
     # A message's text is the server's own: it leaves out what a reasoning model thought aloud.
     text = answer.text if stop is None else str(tokenizer.decode(list(tokens), skip_special_tokens=True))
-    log_prob = None if answer.log_probs is None else sum(answer.log_probs[: len(tokens)])
-    return Sample(tokens, text, log_prob, finished, answer.seconds)
+    log_probs = None if answer.log_probs is None else answer.log_probs[: len(tokens)]
+    return Sample(tokens, text, log_probs, finished, answer.seconds)

@@ -59,6 +59,7 @@ def describe(run: "Run", name: str) -> dict[str, Any]:
         "corrects": _corrected(run, candidate, iteration.prompts),
         "tokens": len(candidate.tokens) or None,
         "log_prob": candidate.log_prob,
+        "log_probs": None if candidate.log_probs is None else list(candidate.log_probs),
         "seconds": candidate.seconds,
         "finished": candidate.finished,
         "cut_off": candidate.cut_off,

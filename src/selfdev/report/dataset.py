@@ -27,6 +27,7 @@ _SIDE = {
     "nearest": "string",
     "score": "float64",
     "log_prob": "float64",
+    "log_probs": "float32",
     "temperature": "float64",
     "source": "string",
     "tokens": "int32",
@@ -77,7 +78,8 @@ What a round imitates is in no pair, and not here.
 `*_score` is the score from which the pair was made: on the development questions, at the better of the scales that
 had been tried then; higher is better, null where nothing was scored. In a race one that was left out early, or loses
 more than a floor allows, has that on the first questions, which all have answered. `*_log_prob` is that of the
-completion in nats at temperature 1, by the factory that wrote it at `*_temperature`; null for what nobody wrote.
+completion in nats at temperature 1, by the factory that wrote it at `*_temperature`, `*_log_probs` of each of its
+tokens; null for what nobody wrote.
 `*_tokens` are null for an example. `adapter` is the SHA-256 of the weights that the round saved, null where it saved
 none: from them come the arm's next programs, and the first ones from `factory_weights`, with the run's warm start if
 it has one. With `refinement.refit: fresh` a round trains on the pairs of all rounds up to it. `*_failure` and
@@ -165,7 +167,7 @@ def _card(run: "Run", count: int, rounds: int, digest: str) -> str:
 
 
 def _feature(column: str, kind: str) -> str:
-    return f"  - name: {column}\n    {'sequence' if column.endswith('_tokens') else 'dtype'}: {kind}"
+    return f"  - name: {column}\n    {'sequence' if column.endswith(('_tokens', '_log_probs')) else 'dtype'}: {kind}"
 
 
 class _Arm:
@@ -229,6 +231,7 @@ class _Arm:
             f"{side}_nearest": candidate.nearest,
             f"{side}_score": self.scores.get(candidate.name),
             f"{side}_log_prob": candidate.log_prob,
+            f"{side}_log_probs": None if candidate.log_probs is None else list(candidate.log_probs),
             f"{side}_temperature": self.iterations[candidate.iteration].temperature if written else None,
             f"{side}_source": candidate.source,
             f"{side}_tokens": list(candidate.tokens),
