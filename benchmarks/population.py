@@ -78,7 +78,9 @@ def new_ones(run: Run) -> dict[str, list[tuple[Candidate, float]]]:
     }
 
 
-def evaluator(run: Run, place: str, box: Sandbox, development: int | None = None) -> Evaluator:
+def evaluator(
+    run: Run, place: str, box: Sandbox, development: int | None = None, test: int = QUESTIONS
+) -> Evaluator:
     """What scores in a place; with few development questions, where none are needed."""
     if place == HOME:
         merge, task = run.config.merge, run.config.task.name
@@ -90,7 +92,7 @@ def evaluator(run: Run, place: str, box: Sandbox, development: int | None = None
     vectors = read_task_vectors(found.seed, found.experts, run.config.merge.targets)
     development = development or len(load_task(task).groups)
     judge = Evaluator(found.seed, vectors, load_task(task), development, box, run.config.seed)
-    judge.open_test(QUESTIONS, AfterTheVerdict(run))
+    judge.open_test(test, AfterTheVerdict(run))
     return judge
 
 
