@@ -37,7 +37,9 @@ class Blueprint:
         """Make it: of this type, on this device, in evaluation mode."""
         model: Any = load_model(self.weights, getattr(torch, dtype)).to(device)
         for folder in self.adapters:
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            # PEFT itself would read them to a GPU, if there is one.
+            adapted = PeftModel.from_pretrained(model, folder, torch_device=str(device))
+            model = adapted.merge_and_unload()
         made: PreTrainedModel = model.eval()
         return made
 

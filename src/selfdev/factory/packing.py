@@ -56,9 +56,11 @@ def completion_states(model: Model, prompt: Sequence[int], completions: Sequence
     causal: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal.device
     ids, positions = list(prompt), list(range(len(prompt)))
-    before = list[int]()  # where each completion token is predicted
-    for completion in completions:
-        before += [len(prompt) - 1, *range(len(ids), len(ids) + len(completion) - 1)]
+    # Where each completion token is predicted; a first one in a row of its own, in front of all.
+    before = list[int]()
+    for number, completion in enumerate(completions):
+        place = len(completions) + len(ids)
+        before += [number, *range(place, place + len(completion) - 1)]
         ids += completion
         positions += range(len(prompt), len(prompt) + len(completion))
     with attending(causal, IMPLEMENTATION), lean_lora(causal):
@@ -68,8 +70,10 @@ def completion_states(model: Model, prompt: Sequence[int], completions: Sequence
             use_cache=False,
             pack=stretches(len(prompt), [len(completion) for completion in completions]),
         ).last_hidden_state[0]
-    # Not hidden[before]: its gradient adds up in an order that varies from run to run, this one's does not.
-    states = hidden.index_select(0, torch.tensor(before, device=device))
+    # Many are predicted at the prompt's end. Taken from there one by one, their gradients would add up in an order that
+    # varies from run to run: on a CPU by hidden[...], on a GPU by index_select. So no row is taken twice.
+    ends = hidden[len(prompt) - 1].expand(len(completions), -1)
+    states = torch.cat([ends, hidden]).index_select(0, torch.tensor(before, device=device))
     scale = _logit_scale(causal.config)
     return states if scale == 1 else states * scale
 

@@ -70,7 +70,7 @@ class Round:
         if self.settings.train == "full":
             return Blueprint(folder).load(self.dtype, device).requires_grad_(True)
         base = self.ground.load(self.dtype, device)
-        adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True, torch_device=device)
         return adapted
 
 

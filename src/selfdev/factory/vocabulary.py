@@ -56,13 +56,14 @@ def _to_layer(
     to_bias = None if bias is None else torch.zeros_like(bias)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
-        p = logits_in_blocks(hidden[rows], weight, bias).float().softmax(-1).to(weight.dtype)
-        to_weight.addmm_(p.mul_(factor[rows]).T, hidden[rows], alpha=-1)
+        p = logits_in_blocks(hidden[rows], weight, bias).float().softmax(-1)
+        # The onehot here and not by rows of W: many positions have one target, and a GPU adds those up in any order.
+        p.scatter_add_(-1, target[rows, None], p.new_full((len(p), 1), -1.0))
+        by_logit = p.to(weight.dtype).mul_(factor[rows])
+        to_weight.addmm_(by_logit.T, hidden[rows], alpha=-1)
         if to_bias is not None:
-            to_bias -= p.sum(0)
-    if to_bias is not None:
-        to_bias.index_add_(0, target, factor[:, 0])
-    return to_weight.index_add_(0, target, factor * hidden), to_bias
+            to_bias -= by_logit.sum(0)
+    return to_weight, to_bias
 
 
 class _Divergence(torch.autograd.Function):
