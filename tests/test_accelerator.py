@@ -249,7 +249,7 @@ class Prompted(LocalFactory):
         if iteration:  # what was sampled shows in what is archived
             texts = [f"{text}# {each.tokens}" for text, each in zip(texts, written, strict=True)]
         return [
-            Sample(self.tokens(text), text, each.log_prob, True)
+            Sample(self.tokens(text), text, each.log_probs, True)
             for text, each in zip(texts, written, strict=True)
         ]
 

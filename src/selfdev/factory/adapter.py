@@ -31,6 +31,14 @@ def with_new_adapter(model: PreTrainedModel, rank: int, seed: int) -> PeftModel:
     return adapted
 
 
+def with_adapter(model: PreTrainedModel, folder: Path, *, trained: bool = False) -> PeftModel:
+    """Put an adapter that was saved on a model, to be merged into it or to be trained further."""
+    # PEFT itself would read it to a GPU, if there is one.
+    place = str(model.device)
+    adapted: PeftModel = PeftModel.from_pretrained(model, folder, is_trainable=trained, torch_device=place)
+    return adapted
+
+
 def save_learned(model: Model, folder: Path, moments: Moments | None = None) -> None:
     """Save what was trained aside and rename it, so that a folder of that name is always whole.
 

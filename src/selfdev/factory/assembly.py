@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedModel
 
 from selfdev.algorithms.source import Form
 from selfdev.config import Config
-from selfdev.factory.adapter import with_new_adapter
+from selfdev.factory.adapter import with_adapter, with_new_adapter
 from selfdev.factory.packing import Model
 from selfdev.factory.prompt import ask
 from selfdev.factory.warm_start import END
@@ -37,9 +36,7 @@ class Blueprint:
         """Make it: of this type, on this device, in evaluation mode."""
         model: Any = load_model(self.weights, getattr(torch, dtype)).to(device)
         for folder in self.adapters:
-            # PEFT itself would read them to a GPU, if there is one.
-            adapted = PeftModel.from_pretrained(model, folder, torch_device=str(device))
-            model = adapted.merge_and_unload()
+            model = with_adapter(model, folder).merge_and_unload()
         made: PreTrainedModel = model.eval()
         return made
 
@@ -98,8 +95,7 @@ class Assembly:
         """What a round trains in going on from an arm's adapters: the one that all rounds train, or see `trainable`."""
         model = self.model(self.beneath(adapters))
         if adapters and self._config.refinement.one_adapter:
-            adapted: PeftModel = PeftModel.from_pretrained(model, adapters[-1], is_trainable=True)
-            return adapted
+            return with_adapter(model, adapters[-1], trained=True)
         return self.trainable(model, seed)
 
     def layers(self, adapters: Sequence[Path]) -> list[Path]:

@@ -169,7 +169,7 @@ def refine_with_trl(
 def _streams_left_alone() -> Iterator[None]:
     """Transformers' Trainer seeds the global random streams, which others may be using."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):  # nothing draws from those of GPUs
         try:
             yield
         finally:

@@ -17,12 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from selfdev.errors import SelfdevError, UserError
-from selfdev.factory.adapter import load_moments, save_learned
+from selfdev.factory.adapter import load_moments, save_learned, with_adapter
 from selfdev.factory.assembly import Blueprint
 from selfdev.factory.packing import Model
 from selfdev.factory.refinement import Diverged, Losses, Outcome, Report, Step
@@ -69,9 +68,7 @@ class Round:
         """What is trained, as it lies in a folder."""
         if self.settings.train == "full":
             return Blueprint(folder).load(self.dtype, device).requires_grad_(True)
-        base = self.ground.load(self.dtype, device)
-        adapted: PeftModel = PeftModel.from_pretrained(base, folder, is_trainable=True, torch_device=device)
-        return adapted
+        return with_adapter(self.ground.load(self.dtype, device), folder, trained=True)
 
 
 _FORMAT = TypeAdapter(Round)
