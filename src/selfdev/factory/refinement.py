@@ -85,7 +85,8 @@ class Reference:
 
     Attributes:
         log_probs: of each completion, summed over its tokens, nats, shape (completions,).
-        hidden: what its next-token distributions are made from, shape (tokens, width); None where no KL term asks.
+        hidden: what its next-token distributions are made from, shape (tokens, width), in the CPU's memory; None where
+            no KL term asks.
     """
 
     log_probs: Tensor
@@ -198,7 +199,7 @@ def consult(
                 ):
                     log_probs[prompt, completion] = each.sum()
                     if settings.kl:
-                        hidden[prompt, completion] = state
+                        hidden[prompt, completion] = state.cpu()  # of all steps, which a GPU need not hold
                 done += len(some)
                 tick(len(steps) * done // total)
     return [
@@ -336,7 +337,8 @@ def backward(
         rows = slice(start, start := start + len(found))
         roots, slopes = [found], [log_probs.grad[rows]]
         if reference.hidden is not None:
-            apart = divergence(hidden, reference.hidden[rows], weight, settings.kl_direction, bias).sum()
+            its = reference.hidden[rows].to(hidden.device)
+            apart = divergence(hidden, its, weight, settings.kl_direction, bias).sum()
             kl += apart.detach().cpu() / len(log_probs)
             roots.append(apart)
             slopes.append(torch.full_like(apart, settings.kl / len(log_probs)))
