@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 UNSAFE_NOTICE = system.unsafe_notice()
 
+_PROOF_SECONDS = 60.0
+
 
 class Sandbox:
     """Runs programs that nobody has read. See the package's docstring for what holds and what does not.
@@ -159,30 +161,31 @@ class Sandbox:
         if length > self.limits.source_bytes:
             text = f"the source has {length} bytes; the limit is {self.limits.source_bytes}"
             return [Outcome(Status.REJECTED, None, "SourceTooLong", text)] * len(calls)
+        return self._run(source, calls, self.limits)
+
+    def _run(self, source: str, calls: "list[Call]", limits: Limits) -> list[Outcome]:
         with self._turn:
-            outcomes = self._attempt(source, calls)
+            outcomes = self._attempt(source, calls, limits)
             if outcomes is None:
                 # Nothing that a program does ends the forkserver; a machine out of memory does.
-                outcomes = self._attempt(source, calls)
+                outcomes = self._attempt(source, calls, limits)
         if outcomes is None:
             raise SandboxUnavailable("the forkserver died twice; is the machine out of memory?")
         return outcomes
 
-    def _attempt(self, source: str, calls: "list[Call]") -> list[Outcome] | None:
+    def _attempt(self, source: str, calls: "list[Call]", limits: Limits) -> list[Outcome] | None:
         """All outcomes, or None if the forkserver died. After a failure of any kind the next one is new."""
         self._require_entered()
         if self._plain:
             from . import plain_process
 
-            return plain_process.run(source, calls, self.limits, self.workers)
+            return plain_process.run(source, calls, limits, self.workers)
         from .batch import Batch
         from .wire import Hangup
 
         launcher = self._started()
         try:
-            return Batch(launcher, source, calls, self.limits, self._jobs, unsafe=self.unsafe).run(
-                self.workers
-            )
+            return Batch(launcher, source, calls, limits, self._jobs, unsafe=self.unsafe).run(self.workers)
         except Hangup:
             self._stop()
             return None
@@ -208,12 +211,14 @@ class Sandbox:
         return self._launcher
 
     def _prove(self) -> None:
-        """Run a known program: every layer is installed once before any other is."""
+        """Run a known program: every layer is installed once before any other is.
+
+        It has longer than others may: that a machine is busy says nothing of its layers.
+        """
         ones = torch.ones(3)
-        outcome = self.merge(
-            "def merge_models(model_dict, device):\n    return sum(model_dict.values())",
-            {"a": ones, "b": ones},
-        )
+        source = "def merge_models(model_dict, device):\n    return sum(model_dict.values())"
+        limits = dataclasses.replace(self.limits, wall_seconds=max(self.limits.wall_seconds, _PROOF_SECONDS))
+        (outcome,) = self._run(source, _calls([{"a": ones, "b": ones}], None, None), limits)
         if outcome.tensor is None or not torch.equal(outcome.tensor, 2 * ones):
             raise SandboxUnavailable(
                 f"a known program fails in the jail: {outcome.status}, {outcome.failure}: {outcome.error}"
