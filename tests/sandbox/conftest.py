@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def box() -> Iterator[Sandbox]:
 
 @pytest.fixture(scope="session")
 def strict_box() -> Iterator[Sandbox]:
-    """Small budgets, for what would use them up."""
+    """Small budgets, for what never ends: all that it may do in its half a second is to run."""
     with Sandbox(Limits(wall_seconds=0.5, cpu_seconds=20, memory_bytes=64 * 1024**2)) as running:
         yield running
 
@@ -32,6 +33,13 @@ def narrow_box() -> Iterator[Sandbox]:
     """Little memory, and time enough on a busy machine."""
     with Sandbox(Limits(wall_seconds=20, cpu_seconds=20, memory_bytes=64 * 1024**2)) as running:
         yield running
+
+
+@pytest.fixture
+def patient_box(narrow_box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """For what does something first and never ends then."""
+    monkeypatch.setattr(narrow_box, "limits", replace(narrow_box.limits, wall_seconds=4))
+    return narrow_box
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ def run_python(code: str, **options: object) -> subprocess.CompletedProcess[str]
         env={**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         **options,  # type: ignore[call-overload]
     )
@@ -36,7 +36,7 @@ def user_seconds(pid: int) -> float:
 
 def wait_until_gone(pid: int) -> None:
     """Fail if a process is still there after a while."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running(pid):
         assert time.monotonic() < deadline, f"process {pid} lives on"
         os.sched_yield()

@@ -53,9 +53,9 @@ def test_is_killed_at_the_deadline(
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_gets_no_more_than_its_memory(
-    name: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+    name: str, narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
-    outcome = strict_box.merge(program(GREEDY[name]), model_dict)
+    outcome = narrow_box.merge(program(GREEDY[name]), model_dict)
     assert (outcome.status, outcome.failure) in (("memory", "OutOfMemory"), ("error", "OSError")), outcome
 
 
@@ -80,12 +80,12 @@ def libraries(pid: int) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("piece", ["mebibyte by mebibyte", "all at once"])
 def test_libraries_cannot_be_made_writable(
-    piece: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+    piece: str, narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
     # The kernel would copy each page that is written to, and no address space is added; RLIMIT_DATA does not
     # count what is larger than the address space that is left. What is asked for is torch's own code, which
     # cannot run afterwards, so the program leaves by forging the record of its failure.
-    start, length = libraries(strict_box.pid)[0]
+    start, length = libraries(narrow_box.pid)[0]
     assert length > 128 * 2**20, "torch is too small for this test"
     size = length if piece == "all at once" else 2**20
     body = f"""
@@ -100,19 +100,19 @@ def test_libraries_cannot_be_made_writable(
     results[:Record.SIZE] = pack(Record(2, 'error', 'ValueError', str(mine), 0.0))
     leave(0)
     """
-    outcome = strict_box.merge(program(body), model_dict)
+    outcome = narrow_box.merge(program(body), model_dict)
     assert outcome.failure == "ValueError", outcome
     assert outcome.error == "0"
 
 
 @pytest.mark.parametrize("flags", ["0x21", "0x122"], ids=["shared", "growing down"])
 def test_memory_that_no_limit_counts_is_refused(
-    flags: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+    flags: str, narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
     # With it a program could give libraries back and take as much address space that RLIMIT_DATA does not see.
     source = program(f"got = sys.modules['mmap'].mmap(-1, 4096, flags={flags}) is not None")
     assert succeeds_outside(source)
-    assert repelled(strict_box.merge(source, model_dict))
+    assert repelled(narrow_box.merge(source, model_dict))
 
 
 def test_inputs_do_not_count_against_the_budget(narrow_box: Sandbox) -> None:
@@ -150,10 +150,10 @@ DEEP = {
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_harms_itself_alone(name: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
+def test_harms_itself_alone(name: str, narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]) -> None:
     body, statuses = DEEP[name]
-    assert strict_box.merge(program(body), model_dict).status in statuses
-    assert strict_box.merge(GOOD, model_dict).ok
+    assert narrow_box.merge(program(body), model_dict).status in statuses
+    assert narrow_box.merge(GOOD, model_dict).ok
 
 
 SOURCES = {
@@ -177,10 +177,10 @@ SOURCES = {
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_source_that_hurts_the_parser_is_rejected(
-    name: str, strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
+    name: str, narrow_box: Sandbox, model_dict: dict[str, torch.Tensor]
 ) -> None:
     source, failure = SOURCES[name]
-    outcome = strict_box.merge(source, model_dict)
+    outcome = narrow_box.merge(source, model_dict)
     if (outcome.status, outcome.failure) == ("crashed", "Signal SIGSEGV"):
         pytest.skip("this Python's parser crashes, which is why it parses in a child")
     assert (outcome.status, outcome.failure) == ("rejected", failure), outcome
@@ -200,12 +200,10 @@ def test_is_killed_when_its_processor_time_is_used(
     assert (outcome.status, outcome.failure) == ("timeout", "CpuTime"), outcome
 
 
-def test_what_a_timeout_took_is_charged_to_the_call_that_ran_and_all_after(
-    strict_box: Sandbox, model_dict: dict[str, torch.Tensor]
-) -> None:
+def test_what_a_timeout_took_is_charged_to_the_call_that_ran_and_all_after(patient_box: Sandbox) -> None:
     source = "def merge_models(model_dict, device):\n    while model_dict['a'][0] == 2: pass\n    return model_dict['a']"
     calls = [{"a": torch.tensor([float(i)])} for i in range(4)]
-    statuses = [outcome.status for outcome in strict_box.merge_many(source, calls)]
+    statuses = [outcome.status for outcome in patient_box.merge_many(source, calls)]
     assert statuses == ["ok", "ok", "timeout", "timeout"]
 
 

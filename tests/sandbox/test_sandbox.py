@@ -151,14 +151,14 @@ def test_a_programs_own_state_does_not_pass_from_call_to_call(any_box: Sandbox) 
 
 
 def test_sets_of_strings_have_one_order_in_every_sandbox(
-    box: Sandbox, strict_box: Sandbox, plain_box: Sandbox
+    box: Sandbox, narrow_box: Sandbox, plain_box: Sandbox
 ) -> None:
     source = (
         "import torch\ndef merge_models(model_dict, device):\n    order = list({str(i) for i in range(50)})\n"
         "    return torch.tensor([float(name) for name in order])"
     )
     call = {"a": torch.zeros(50)}
-    one, other, plain = (tensor_of(each.merge(source, call)) for each in (box, strict_box, plain_box))
+    one, other, plain = (tensor_of(each.merge(source, call)) for each in (box, narrow_box, plain_box))
     assert torch.equal(one, other)
     assert torch.equal(one, plain)
 
