@@ -585,9 +585,17 @@ def children() -> set[int]:
     found, new = set[int](), {os.getpid()}
     while new:
         listed = [Path(f"/proc/{pid}/task/{pid}/children") for pid in new]
-        new = {int(pid) for file in listed if file.exists() for pid in file.read_text().split()} - found
+        new = {pid for file in listed for pid in numbers_in(file)} - found
         found |= new
     return found
+
+
+def numbers_in(file: Path) -> list[int]:
+    """Of a file in /proc; none if its process has ended meanwhile."""
+    try:
+        return [int(word) for word in file.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def test_a_round_on_devices_that_is_broken_off_leaves_no_process(tiny_writer: Path, tmp_path: Path) -> None:
