@@ -284,13 +284,13 @@ def test_a_server_that_dies_in_the_middle_is_taken_up_again(server: UnrulyServer
 
 
 def test_no_server_at_the_start_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(
-        UserError, match=f"no server answers at {url}.*\nStart the server, or set factory.endpoint.url"
-    ):
-        EndpointFactory(searching_config(url), tmp_path)
+    with socket.socket() as silent:  # it keeps the port, and listens to nobody
+        silent.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        with pytest.raises(
+            UserError, match=f"no server answers at {url}.*\nStart the server, or set factory.endpoint.url"
+        ):
+            EndpointFactory(searching_config(url), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,7 @@
 """The endpoint factory against `transformers serve`, which is somebody else's server, with a real transformer."""
 
 import os
-import socket
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,11 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
-    command = ["serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    command = ["serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", "0"]
     server = subprocess.Popen(
         [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *command],
         env=os.environ | offline,
@@ -45,13 +42,13 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         text=True,
     )
     try:
-        said = []
+        said, found = "", None  # the port is whichever the system gave
         for line in server.stderr or ():
-            said.append(line)
-            if "running on" in line:
+            said += line
+            if found := re.search(r"running on (http://127\.0\.0\.1:\d+)", said):
                 break
-        assert server.poll() is None, "".join(said)
-        yield f"http://127.0.0.1:{port}/v1"
+        assert found, said
+        yield f"{found[1]}/v1"
     finally:
         server.terminate()
         server.communicate()

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def test_an_endpoint_is_asked() -> None:
         address = f"http://127.0.0.1:{server.server_address[1]}"
         there, elsewhere = doctor.endpoint(f"{address}/v1"), doctor.endpoint(f"{address}/v2/")
         server.shutdown()
-    gone = doctor.checks(f"{address}/v1")[-1]
+    with socket.socket() as taken:  # by nobody who listens
+        taken.bind(("127.0.0.1", 0))
+        gone = doctor.checks(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")[-1]
     assert (there.ok, elsewhere.ok, gone.ok) == (True, False, False)
     assert "/v1" in elsewhere.remedy
     assert "start the server" in gone.remedy
