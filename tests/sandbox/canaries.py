@@ -1,6 +1,7 @@
 """Canaries: what an attack would steal, change or reach, and a way to see that an attack is one."""
 
 import os
+import select
 import socket
 import stat
 import textwrap
@@ -76,9 +77,10 @@ class Listeners:
             "ABSTRACT": self.abstract_name,
         }
 
-    def heard(self) -> bool:
-        """Whether anything arrived since the last time."""
+    def heard(self, patience: float = 0.0) -> bool:
+        """Whether anything arrived since the last time, or does so within some seconds."""
         arrived = False
+        select.select([self.tcp, self.udp, self.unix, self.abstract], [], [], patience)
         for listener in (self.tcp, self.unix, self.abstract):
             listener.setblocking(False)
             try:
