@@ -28,3 +28,9 @@ def no_terminal() -> None:
     """Let the output be as wide as in a file: what imports `readline` hands 80 columns down to its children."""
     for name in ("COLUMNS", "LINES"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let nothing be found that another process or an earlier day has measured."""
+    os.environ["SELFDEV_CACHE"] = str(tmp_path_factory.mktemp("selfdev") / "cache")
