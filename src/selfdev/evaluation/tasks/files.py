@@ -221,28 +221,29 @@ def _deal(
     contexts = _FewShot(declared, rows, inline, render, family, in_test)
     shown = {family[row.where] for row in render.shown}
 
-    splits: dict[Split, list[Question]] = {split: [] for split in Split}
-    dropped = dict.fromkeys(Split, 0)
     share = {  # of a family, by its first member's content
         f: share_of(questions[every[f].where].id) for f in set(family.values()) if f < len(every)
     }
+
+    def meant_for(source: list[Row], its_family: int) -> Split:
+        if source is not test:
+            return Split.DEVELOPMENT if source is development else Split.TRAINING
+        to_development = one_file and share[its_family] < declared.development_share
+        return Split.DEVELOPMENT if to_development else Split.TEST
+
+    splits: dict[Split, list[Question]] = {split: [] for split in Split}
+    dropped = dict.fromkeys(Split, 0)
     for source in files:
         for i, row in enumerate(source):
             question, its_family = questions[row.where], family[row.where]
-            if one_file and source is test:
-                split = Split.DEVELOPMENT if share[its_family] < declared.development_share else Split.TEST
-            elif source is test:
-                split = Split.TEST
-            else:
-                split = Split.DEVELOPMENT if source is development else Split.TRAINING
-            if split is not Split.TRAINING and (
-                its_family in shown or (split is Split.DEVELOPMENT and its_family in in_test)
-            ):
+            split = meant_for(source, its_family)
+            tells = its_family in shown or (split is Split.DEVELOPMENT and its_family in in_test)
+            if split is not Split.TRAINING and tells:
                 dropped[split] += 1
                 split = Split.TRAINING
             if split is not Split.TRAINING:
-                question = replace(question, context=contexts.before(i, split))
-            if split is not Split.TRAINING or its_family not in in_test:
+                splits[split].append(replace(question, context=contexts.before(i, split)))
+            elif its_family not in in_test:
                 splits[split].append(question)
     return splits, dropped, {questions[row.where].id: family[row.where] for row in every}
 
