@@ -1191,7 +1191,7 @@ def test_methods_that_take_a_matrix_apart_stay_near_the_promise() -> None:
 def test_knots_of_large_matrices_takes_less_memory() -> None:
     """As of an MLP with a side of 16384 and more, here taken for large."""
     threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "500000"}
-    large = "import selfdev.algorithms.library.spectrum as s\ns._LARGE = 1000\n" + WORKED_IN
+    large = "import selfdev.algorithms.library.spectrum as s\ns._LARGE = 100\n" + WORKED_IN
     command = [sys.executable, "-c", large, "knots"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | threads)
     *_, (_, shape, experts, grown) = map(json.loads, done.stdout.splitlines())
