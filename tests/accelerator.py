@@ -107,7 +107,7 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_devices(func, name, args, kwargs)
     if onto and name in _DRAWING:
         raise RuntimeError(f"{func} draws from the device's own random stream, which nobody seeds")
-    if there and name in ("index_add", "index_add_") and len(args[2].unique()) < len(args[2]):
+    if there and _meets(name, args):
         raise RuntimeError(f"{func} adds what goes to one place in any order")
     plain_args, plain_kwargs = tree_map_only(OnDevice, lambda each: each.held, (args, kwargs))
     plain_kwargs.pop("pin_memory", None)  # for which there is no driver
@@ -120,6 +120,17 @@ def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(each)] if id(each) in known else OnDevice(each)
 
     return tree_map_only(Tensor, placed, out) if onto else out
+
+
+def _meets(name: str, args: Any) -> bool:
+    """Whether an operation that adds to places by atomics is given one of them twice; `index_put` sorts them first."""
+    name = name.removesuffix("_")
+    if name == "index_add":
+        return len(args[2].unique()) < len(args[2])
+    if name in ("scatter_add", "scatter_reduce"):
+        ordered = args[2].sort(args[1]).values.transpose(args[1], 0)
+        return bool((ordered[1:] == ordered[:-1]).any())
+    return False
 
 
 def _check_devices(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:

@@ -84,7 +84,9 @@ class Learning:
                 facts = self.factory.refine(taught, t, self.adapters(), self.folder / adapter, tick)
                 made = Refinement(self.arm, t, adapter, facts, 0.0)
             else:
-                made = Refinement(self.arm, t, None, {"skipped": _NO_PAIR if good else _NONE_GOOD}, 0.0)
+                made = Refinement(
+                    self.arm, t, None, {"skipped": _NO_PAIR if good or repaired else _NONE_GOOD}, 0.0
+                )
             if made.why_nothing is not None:
                 made = replace(made, adapter=None)
                 tick(1, 1, f"nothing learned: {made.why_nothing}")
@@ -168,14 +170,14 @@ class Learning:
         self.archive.add_written(replace(written, arm=repairs_of(self.arm), seconds=tick.seconds), repaired)
 
     def adapters(self, before: int | None = None) -> list[Path]:
-        """The factory's adapters (in iteration `before`, by default now), in the order they are merged in.
+        """What the factory has learned (until iteration `before`, by default now): adapters in the order of merging.
 
         Raises:
             UserError: one is not what was saved.
         """
         rounds = [r for r in self.archive.refinements(self.arm) if before is None or r.iteration < before]
         rounds = [r for r in rounds if r.adapter is not None]
-        if self.config.refinement.refit == "fresh":
+        if self.config.refinement.last_is_all:
             rounds = rounds[-1:]
         folders = [self.folder / str(r.adapter) for r in rounds]
         for folder, round_ in zip(folders, rounds, strict=True):

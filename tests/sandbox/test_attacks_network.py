@@ -53,7 +53,7 @@ def test_no_server_is_reached(
     assert listeners.heard(patience=20)
     outcome = box.merge(source, model_dict)
     assert repelled(outcome), outcome
-    assert not listeners.heard()
+    assert not listeners.heard(patience=0.3)
 
 
 @pytest.mark.parametrize("name", OPENS)

@@ -45,7 +45,7 @@ class Assembly:
     """The factory's own weights, the warm start, and what an arm has learned.
 
     The model in memory is always made from these, so that a resumed run has the numbers of an unbroken one. With
-    `refinement.train: full` what an arm has learned is a whole model in the place of an adapter; the last one is it.
+    `refinement.train: full` what an arm has learned is a whole model in the place of an adapter.
 
     Attributes:
         folder: of the factory's weights.
@@ -101,8 +101,7 @@ class Assembly:
     def layers(self, adapters: Sequence[Path]) -> list[Path]:
         """All that is merged into the weights, in its order: the warm start's adapter, and an arm's own."""
         warm = self.warm_start
-        last = -1 if self._config.refinement.one_adapter else 0
-        return ([] if warm is None else [warm]) + list(adapters)[last:]
+        return ([] if warm is None else [warm]) + list(adapters)
 
     @property
     def warm_start(self) -> Path | None:

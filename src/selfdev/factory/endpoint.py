@@ -114,7 +114,7 @@ class EndpointFactory:
     def refine(
         self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
-        """Train a new adapter here; see `LocalFactory.refine`. The server gets it when it is to write with it."""
+        """Train an adapter here; see `LocalFactory.refine`. The server gets it when it is to write with it."""
         if self.learner is None:
             raise SelfdevError(f"{self.model} cannot learn: its weights are not here")
         return self.learner.refine(taught, iteration, adapters, out, tick)

@@ -228,13 +228,13 @@ class LocalFactory:
     def refine(
         self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
-        """Train a new adapter or all weights, on programs that are imitated and then on pairs, and save them.
+        """Train an adapter or all weights, on programs that are imitated and then on pairs, and save them.
 
         Args:
             taught: the programs.
             iteration: names the random stream.
-            adapters: what the arm has learned so far, in order; `refinement.refit` and `reference` say whether the new
-                one stands on it and is held to it.
+            adapters: what the arm has learned so far, in order; `refinement.refit` and `reference` say whether the
+                round goes on from it and is held to it.
             out: the folder of what is learned, written aside and renamed.
             tick: progress.
 

@@ -132,7 +132,7 @@ def footprint(model: Model, kl: bool) -> Footprint:
     """Measure a model that is to be trained.
 
     Args:
-        model: with its new adapter, or all of whose weights ask for a gradient.
+        model: with its adapter, or all of whose weights ask for a gradient.
         kl: whether the loss has a KL term, which needs the logits of model and reference at once.
     """
     logits = CHUNK * len(output_weight(model)) * 4 * (5 if kl else 2)

@@ -168,6 +168,8 @@ def consult(
     settings: RefinementSettings,
     tokens_a_pass: int | None = None,
     tick: Report = lambda step: None,
+    *,
+    whole: bool = False,
 ) -> list[Reference]:
     """What the reference makes of every step; each program is computed once, and few passes repeat its prompt.
 
@@ -178,6 +180,7 @@ def consult(
         tokens_a_pass: of the passes that train, see `packing.passes`; those of the reference hold `UNTRAINED` times as
             many, or as the longest step has.
         tick: called after each pass with how many steps it amounts to.
+        whole: an adapter that it carries counts too.
     """
     asked: dict[Tokens, dict[Tokens, None]] = {}
     for step in steps:
@@ -186,7 +189,8 @@ def consult(
     total, done = sum(map(len, asked.values())), 0
     hidden: dict[tuple[Tokens, Tokens], Tensor] = {}
     log_probs: dict[tuple[Tokens, Tokens], Tensor] = {}
-    with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    bare = isinstance(model, PeftModel) and not whole
+    with torch.no_grad(), model.disable_adapter() if bare else nullcontext():
         for prompt, distinct in asked.items():
             completions = list(distinct)
             lengths = [len(completion) for completion in completions]

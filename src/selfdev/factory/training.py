@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from selfdev.config import Config
 from selfdev.errors import SelfdevError, UserError
 from selfdev.factory.adapter import beside, load_moments, move_learned, remove_left, save_learned
-from selfdev.factory.assembly import Assembly
+from selfdev.factory.assembly import Assembly, Blueprint
 from selfdev.factory.imitation import Lesson, imitate, lessons
 from selfdev.factory.losses import LARGEST_FLIP_RATE
 from selfdev.factory.memory import Packed, fitting_pairs, fitting_pass
@@ -102,8 +102,10 @@ class Training:
             if self.packs:
                 fitting_pass(trainee, [longest], settings, free)
             if settings.backend == "trl" and self.config.preferences.pairs:
-                # What is left without the adapter may be one model, and what a round is held to another.
-                apart = (settings.held_to == "first") != (settings.refit == "fresh" or settings.one_adapter)
+                # Rounds may stand on one model and be held to another.
+                apart = (settings.held_to == "first") != (
+                    settings.refit == "fresh"
+                ) and not settings.one_adapter
                 other = settings.train == "full" or apart
                 fitting_pairs(trainee, [longest], settings.pairs_a_step, settings, free, other)
         finally:
@@ -112,7 +114,7 @@ class Training:
     def refine(
         self, taught: Taught, iteration: int, adapters: Sequence[Path], out: Path, tick: Tick
     ) -> dict[str, Any]:
-        """Train a new adapter or all weights and save them; the arguments are those of `LocalFactory.refine`."""
+        """Train an adapter or all weights and save them; the arguments are those of `LocalFactory.refine`."""
         settings = self.config.refinement
         seed = stream_seed(self.config.seed, "refine", iteration)
         imitated = self._lessons(taught.imitated, seed)
@@ -142,6 +144,7 @@ class Training:
             "loss": settings.loss,
             "flip_rate": min(flip_rate, LARGEST_FLIP_RATE),
             "refit": settings.refit,
+            "optimizer": settings.optimizer,
             "reference": settings.held_to,
             **skipped,
         }
@@ -193,7 +196,7 @@ class Training:
             self._imitate(model, imitated, facts, tick)
             done = Outcome([], moments=self._moments(ground))
         elif by_trl:
-            other = not self._is_beneath(ground, reference)
+            other = isinstance(self._held_to(ground, reference), Blueprint)
             facts["pairs_a_pass"] = fitting_pairs(model, steps, pairs, settings, free, other)
             self._imitate(model, imitated, facts, tick)
             facts["steps"] = math.ceil((pairs - pairs % settings.devices) / settings.pairs_a_step)
@@ -210,12 +213,14 @@ class Training:
         else:
             total = len(steps) * (1 + settings.epochs)
             report = partial(self._report, tick, total, note)
-            if reference != self._assembly.beneath(ground):
+            beneath = self._assembly.beneath(ground)
+            if reference in (beneath, ground):
+                whole = reference != beneath
+                references = consult(model, steps, settings, tokens_a_pass, report, whole=whole)
+            else:
                 del model
                 references = consult(self._assembly.model(reference), steps, settings, tokens_a_pass, report)
                 model = self._assembly.trainee(ground, seed)
-            else:
-                references = consult(model, steps, settings, tokens_a_pass, report)
             self._imitate(model, imitated, facts, tick)
             done = refine(
                 model,
@@ -245,9 +250,10 @@ class Training:
     ) -> Outcome:
         from selfdev.factory.trl_backend import refine_with_trl
 
+        held = self._held_to(ground, reference)
         return refine_with_trl(
             model,
-            None if self._is_beneath(ground, reference) else self._assembly.model(reference),
+            self._assembly.model(reference) if isinstance(held, Blueprint) else held,
             self._tokenizer,
             steps,
             self.config.refinement,
@@ -273,7 +279,7 @@ class Training:
             torch.cuda.empty_cache()
         round_ = Round(
             self._assembly.blueprint(self._assembly.beneath(ground)),
-            None if self._is_beneath(ground, reference) else self._assembly.blueprint(reference),
+            self._held_to(ground, reference),
             device.type,
             self.config.factory.dtype,
             self._assembly.folder,
@@ -285,9 +291,19 @@ class Training:
         )
         return refine_in_processes(round_, folder, report)
 
-    def _is_beneath(self, ground: Sequence[Path], reference: Sequence[Path]) -> bool:
-        """Whether the reference is what is left where the adapter that is trained is taken off."""
-        return self.config.refinement.train == "lora" and reference == self._assembly.beneath(ground)
+    def _held_to(self, ground: Sequence[Path], reference: Sequence[Path]) -> Blueprint | Path | None:
+        """What TRL takes for the reference.
+
+        Returns:
+            None for what is left where the adapter that is trained is taken off, an adapter to put in its place, or a
+            model of its own.
+        """
+        settings = self.config.refinement
+        if settings.train == "lora" and reference == self._assembly.beneath(ground):
+            return None
+        if settings.one_adapter and reference == ground:
+            return ground[-1]
+        return self._assembly.blueprint(reference)
 
     def _moments(self, ground: Sequence[Path]) -> Moments | None:
         """With which the optimiser of a round begins."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class _Diary(TrainerCallback):  # type: ignore[misc]
 
 def refine_with_trl(
     model: Model,
-    reference: PreTrainedModel | None,
+    reference: PreTrainedModel | Path | None,
     tokenizer: PreTrainedTokenizerBase,
     steps: Sequence[Step],
     settings: RefinementSettings,
@@ -90,7 +91,8 @@ def refine_with_trl(
 
     Args:
         model: the factory, with an adapter to be trained or to be trained as a whole.
-        reference: what it is held to; None: the factory without the adapter.
+        reference: what it is held to: a model, or the folder of an adapter that stands in the place of the one that is
+            trained; None: the factory without one.
         tokenizer: the factory's.
         steps: their pairs are taken in this order, `settings.pairs_a_step` at a time, the last ones left out that
             `settings.devices` cannot share. With several devices each has a process, which calls this with the same.
@@ -121,10 +123,10 @@ def refine_with_trl(
     diary = _Diary(batches, settings, tick)
     imitating = settings.supervised > 0
     optimizer, schedule = optimiser(model, settings, settings.epochs * len(batches), moments)
-    with tempfile.TemporaryDirectory() as scratch, _streams_left_alone():
+    with tempfile.TemporaryDirectory() as scratch, _streams_left_alone(model.device):
         trainer = _OnTokens(
             model=model,
-            ref_model=reference,
+            ref_model=None if isinstance(reference, Path) else reference,
             args=DPOConfig(
                 output_dir=scratch,
                 loss_type=[settings.loss, *(["sft"] if imitating else [])],
@@ -155,10 +157,14 @@ def refine_with_trl(
             optimizers=(optimizer, schedule),
         )
         if isinstance(model, PeftModel) and "ref" in model.peft_config:
-            # TRL's copy of the adapter as it is now; what it is held to has none, nor what was imitated before.
+            # TRL's copy of the adapter as it is now, with what was imitated before.
             model.delete_adapter("ref")
+        if isinstance(reference, Path):
+            model.load_adapter(str(reference), "ref", torch_device=str(model.device))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        if isinstance(reference, Path):
+            model.delete_adapter("ref")
     if not all(torch.isfinite(each).all() for each in trained):
         raise Diverged(diverged("a trained weight", settings))
     model.eval()
@@ -166,10 +172,10 @@ def refine_with_trl(
 
 
 @contextmanager
-def _streams_left_alone() -> Iterator[None]:
+def _streams_left_alone(device: torch.device) -> Iterator[None]:
     """Transformers' Trainer seeds the global random streams, which others may be using."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):  # nothing draws from those of GPUs
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -42,7 +42,7 @@ class Round:
 
     Attributes:
         ground: what is trained, without the adapter that is.
-        reference: None: the ground without the adapter.
+        reference: an adapter stands in the place of the one that is trained; None: there is none in it.
         device: kind of it, such as `cuda`; each process takes one.
         dtype: of the weights.
         tokenizer: folder of it.
@@ -54,7 +54,7 @@ class Round:
     """
 
     ground: Blueprint
-    reference: Blueprint | None
+    reference: Blueprint | Path | None
     device: str
     dtype: str
     tokenizer: Path
@@ -164,11 +164,11 @@ def take_part(folder: Path) -> None:
     first = os.environ["RANK"] == "0"
     round_ = _FORMAT.validate_json((folder / _ROUND).read_bytes())
     device = round_.device if round_.device == "cpu" else f"{round_.device}:{os.environ['LOCAL_RANK']}"
-    model = round_.trainee(folder / START, device)
+    model, held = round_.trainee(folder / START, device), round_.reference
     try:
         outcome = refine_with_trl(
             model,
-            round_.reference and round_.reference.load(round_.dtype, device),
+            held.load(round_.dtype, device) if isinstance(held, Blueprint) else held,
             load_tokenizer(round_.tokenizer),
             round_.steps,
             round_.settings,

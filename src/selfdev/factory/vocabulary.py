@@ -59,10 +59,10 @@ def _to_layer(
         p = logits_in_blocks(hidden[rows], weight, bias).float().softmax(-1)
         # The onehot here and not by rows of W: many positions have one target, and a GPU adds those up in any order.
         p.scatter_add_(-1, target[rows, None], p.new_full((len(p), 1), -1.0))
-        by_logit = p.to(weight.dtype).mul_(factor[rows])
-        to_weight.addmm_(by_logit.T, hidden[rows], alpha=-1)
+        p = p.to(weight.dtype).mul_(factor[rows])
+        to_weight.addmm_(p.T, hidden[rows], alpha=-1)
         if to_bias is not None:
-            to_bias -= by_logit.sum(0)
+            to_bias -= p.sum(0)
     return to_weight, to_bias
 
 

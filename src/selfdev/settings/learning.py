@@ -137,13 +137,13 @@ class RefinementSettings(Section):
     )
     refit: Literal["continue", "fresh", "never"] = Field(
         "continue",
-        description="`continue`: from the last one on (the paper). `fresh`: a new adapter on the first factory, "
+        description="`continue`: from what was learned before (the paper). `fresh`: from the first factory, "
         "from the pairs of all rounds. `never`: nothing is learned.",
     )
     reference: Literal["first", "previous"] | None = Field(
         None,
         description="What the model is held to: the `first` factory, or that of the `previous` iteration; `null`: the "
-        "one that the new adapter stands on.",
+        "one that a round begins from.",
     )
 
     @property
@@ -152,13 +152,18 @@ class RefinementSettings(Section):
         return self.train == "lora" and self.optimizer == "continue"
 
     @property
+    def last_is_all(self) -> bool:
+        """Whether what a round saves has all of the rounds before it in it, or nothing of them."""
+        return self.refit == "fresh" or self.train == "full" or self.one_adapter
+
+    @property
     def held_to(self) -> Literal["first", "previous"]:
         """The reference, whether it is named or follows from `refit`."""
         return self.reference or ("first" if self.refit == "fresh" else "previous")
 
     @model_validator(mode="after")
     def _trained_as_a_whole(self) -> "RefinementSettings":
-        """What goes only with, or only without, training all weights."""
+        """What goes only with training an adapter, or only where a round trains the weights of the one before."""
         if self.train == "full" and self.kl:
             raise ValueError(
                 "refinement.kl: the reference's distributions are made with the model's own output layer, which "

@@ -121,10 +121,10 @@ def eigen(matrix: Tensor, least: int | None = None) -> tuple[Tensor, Tensor]:
             overwrite_a=True,
             check_finite=False,
             driver="evr",
-            subset_by_index=None if least is None else (0, min(least, len(matrix)) - 1),
+            subset_by_index=None if least is None else (0, min(max(least, 1), len(matrix)) - 1),
         )
         squares, columns = map(torch.from_numpy, found)
-        return squares, columns
+        return squares[:least], columns[:, :least]
     values = matrix.new_empty(len(matrix))
     torch.linalg.eigh(matrix.mT, out=(values, matrix.mT))
     return values[:least], matrix.mT[:, :least]
