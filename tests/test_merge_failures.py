@@ -21,7 +21,7 @@ from selfdev.merging.checkpoint import merge_checkpoints
 from selfdev.merging.recipe import Recipe
 
 SCRIPT = """
-import os, resource, sys
+import os, resource, sys, time
 from pathlib import Path
 from selfdev.errors import SelfdevError
 from selfdev.merging.checkpoint import merge_checkpoints
@@ -30,6 +30,10 @@ seed, out, limit, shard, kill = sys.argv[1:]
 
 def tick(done, total, name):
     if int(kill) and 2 * done > total:
+        for _ in range(3000):  # another thread writes, and a killed one may have begun with nothing
+            if any(Path(out).parent.glob(f".{Path(out).name}.*/*.safetensors")):
+                break
+            time.sleep(0.01)
         os.kill(os.getpid(), int(kill))
 
 if int(limit):
