@@ -715,11 +715,29 @@ def test_one_adapter_that_all_rounds_train(
     assert {name: each.shape for name, each in first.items()} == {n: each.shape for n, each in second.items()}
     assert not any(torch.equal(second[name], each) for name, each in first.items())
     moments = load_moments(learned[1])
-    assert moments is not None
     assert {int(moment) for name, moment in moments.items() if name.endswith(".step")} == {2}
     asked = twenty(factory)[:4]
     written = [factory.write(asked, 2, 1.0, some, lambda *_: None) for some in ([], learned[:1], learned[1:])]
     assert written[0] != written[1] != written[2]
+
+
+def test_moments_that_are_lost_end_the_session_and_a_round_without_pairs_keeps_them(
+    tiny_writer: Path, tmp_path: Path
+) -> None:
+    one = {"refit": "continue", "optimizer": "continue", "learning_rate": 1e-3, "imitation": {"passes": 1}}
+    factory, pairs = learner(tiny_writer, **one)
+    imitated = [(prompt, chosen) for prompt, chosen, _ in pairs]
+    first, second, third = (tmp_path / name for name in "abc")
+    factory.refine(Taught([], imitated), 0, [], first, lambda *_: None)
+    assert not load_moments(first)
+    factory.refine(Taught(pairs), 1, [first], second, lambda *_: None)
+    factory.refine(Taught([], imitated), 2, [second], third, lambda *_: None)
+    kept, before = load_moments(third), load_moments(second)
+    assert before
+    assert all(torch.equal(kept[name], moment) for name, moment in before.items())
+    shutil.rmtree(second / "optimizer")
+    with pytest.raises(SelfdevError, match="is not there; put it back"):
+        factory.refine(Taught(pairs), 2, [second], tmp_path / "d", lambda *_: None)
 
 
 @pytest.mark.parametrize("reference", ["previous", "first"])

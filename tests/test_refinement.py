@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from selfdev.errors import SelfdevError
 from selfdev.factory.adapter import load_moments, save_learned
 from selfdev.factory.packing import completion_log_probs, completion_states, passes
 from selfdev.factory.refinement import (
@@ -358,7 +359,8 @@ def test_no_moments_are_kept_that_nobody_would_read(tmp_path: Path) -> None:
     done = refine(model, STEPS, consult(model, STEPS, settings), settings)
     save_learned(model, tmp_path / "model", done.moments)
     assert done.moments is None
-    assert load_moments(tmp_path / "model") is None
+    with pytest.raises(SelfdevError, match=r"moments.safetensors', with which .* is not there; put it back"):
+        load_moments(tmp_path / "model")
     assert not any(path.is_dir() for path in (tmp_path / "model").iterdir())
 
 

@@ -101,7 +101,17 @@ def remove_left(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def load_moments(folder: Path) -> Moments | None:
-    """The optimiser's moments that were saved with what was learned; None if there are none."""
+def load_moments(folder: Path) -> Moments:
+    """The optimiser's moments that were saved with what was learned.
+
+    Raises:
+        SelfdevError: they are not there.
+    """
     file = folder / _MOMENTS
-    return load_file(file) if file.is_file() else None
+    if not file.is_file():
+        raise SelfdevError(
+            f"'{file}', with which refinement.optimizer: continue goes on, is not there; put it back, or begin the run "
+            "anew"
+        )
+    found: Moments = load_file(file)
+    return found

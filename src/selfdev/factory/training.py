@@ -306,9 +306,10 @@ class Training:
         return self._assembly.blueprint(reference)
 
     def _moments(self, ground: Sequence[Path]) -> Moments | None:
-        """With which the optimiser of a round begins."""
-        goes_on = ground and self.config.refinement.optimizer == "continue"
-        return load_moments(ground[-1]) if goes_on else None
+        """With which the optimiser of a round begins; none of no weight before there was a round of preferences."""
+        if self.config.refinement.optimizer == "fresh":
+            return None
+        return load_moments(ground[-1]) if ground else {}
 
     def _lessons(self, imitated: Sequence[tuple[Prompt, Tokens]], seed: int) -> list[Lesson]:
         settings = self.config.refinement
